@@ -1,0 +1,1 @@
+"""dfkd: data-free model compression from trained classifiers alone."""

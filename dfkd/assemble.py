@@ -1,0 +1,279 @@
+"""Objects from a recipe: the zoo (teachers without a checkpoint are trained and cached), generator, student."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.data import RealImages, load_images
+from dfkd.errors import UserError
+from dfkd.models import build_model, load_model, save_model
+from dfkd.pretrain import train_teacher
+from dfkd.runtime import resolve_precision, rng
+from dfkd.schema import Recipe, TeacherSpec
+from dfkd.teachers import Teacher, check_teacher
+from generators import GENERATORS, ImageGenerator, build_generator, load_generator
+
+Say = Callable[[str], None]
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def parameters(module: nn.Module) -> int:
+    """The number of parameters of a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def seeded(recipe: Recipe, purpose: str, build: Callable[[], Network]) -> Network:
+    """Build a module whose random weights depend on the recipe's seed and a purpose alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng("cpu", recipe.seed, purpose).initial_seed())
+        return build()
+
+
+def real_images(recipe: Recipe, *, train: bool, purpose: str) -> RealImages:
+    """The recipe's real images; with several processes the first one downloads them."""
+    data = recipe.data
+    with PartialState().local_main_process_first():
+        return load_images(
+            data.dataset,
+            train=train,
+            root=data.root,
+            train_root=data.train_root,
+            channels=recipe.image.channels,
+            size=recipe.image.size,
+            classes=recipe.classes,
+            purpose=purpose,
+        )
+
+
+def load_recipe_zoo(recipe: Recipe, device: torch.device, say: Say, *, train: bool = True) -> list[Teacher]:
+    """The enabled teachers, checked, on the device. Those without weights are trained, or with train=False left as
+    they are built. Every teacher is built and checked before the first one is trained."""
+    specs = recipe.zoo_specs
+    built = {name: _build(recipe, name, spec) for name, spec in specs.items()}
+    teachers = {name: _teacher(recipe, name, specs[name], built[name], device) for name in specs}
+    if train:
+        for name, spec in specs.items():
+            if not spec.weights:
+                trained = trained_model(recipe, name, spec, built[name], device, say)
+                teachers[name] = _teacher(recipe, name, spec, trained, device)
+    return list(teachers.values())
+
+
+def _build(recipe: Recipe, name: str, spec: TeacherSpec) -> nn.Module:
+    return seeded(
+        recipe,
+        f"teacher {name}",
+        lambda: build_model(
+            spec.model,
+            classes=recipe.classes,
+            channels=recipe.image.channels,
+            weights=spec.weights,
+            kwargs=spec.kwargs,
+            trust_code=recipe.trust_code,
+        ),
+    )
+
+
+def _teacher(recipe: Recipe, name: str, spec: TeacherSpec, model: nn.Module, device: torch.device) -> Teacher:
+    teacher = Teacher(
+        model, name=name, mean=spec.mean, std=spec.std, input_size=spec.input_size, weight=spec.weight
+    ).to(device)
+    if recipe.runtime.channels_last:
+        teacher.to(memory_format=torch.channels_last)
+    check_teacher(
+        teacher,
+        classes=recipe.classes,
+        channels=recipe.image.channels,
+        size=recipe.image.size,
+        needs_bn=recipe.synthesis.losses.bn > 0 and recipe.generator.checkpoint is None,
+    )
+    return teacher
+
+
+def trained_model(
+    recipe: Recipe, name: str, spec: TeacherSpec, model: nn.Module, device: torch.device, say: Say
+) -> nn.Module:
+    """A teacher's network trained from real images, out of the cache where the same was trained before."""
+    recipe_part = {
+        "data": dataclasses.asdict(recipe.data),
+        "image": dataclasses.asdict(recipe.image),
+        "classes": recipe.classes,
+        "training": {k: v for k, v in dataclasses.asdict(recipe.training).items() if k != "cache"},
+        "teacher": {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("weight", "enabled")},
+        "seed": recipe.seed,
+        "name": name,
+    }
+    digest = hashlib.sha256(json.dumps(recipe_part, sort_keys=True).encode()).hexdigest()[:12]
+    folder = Path(recipe.training.cache) / f"{name}-{digest}"
+    state = PartialState()
+    if state.is_main_process and not (folder / "model.json").exists():
+        _train(recipe, name, spec, model, device, folder, say)
+    state.wait_for_everyone()
+    trained, _ = load_model(folder, trust_code=recipe.trust_code)
+    return trained
+
+
+def _train(
+    recipe: Recipe, name: str, spec: TeacherSpec, model: nn.Module, device: torch.device, folder: Path, say: Say
+) -> None:
+    training = recipe.training
+    real = load_images(  # the main process alone trains, so the others must not be waited for
+        recipe.data.dataset,
+        train=True,
+        root=recipe.data.root,
+        train_root=recipe.data.train_root,
+        channels=recipe.image.channels,
+        size=recipe.image.size,
+        classes=recipe.classes,
+        purpose="train teacher",
+    )
+    say(f"teacher {name} ({spec.model}) has no checkpoint: training it on {len(real)} images of {real.source}")
+    classifier = Classifier(model, name=name, mean=spec.mean, std=spec.std, input_size=spec.input_size)
+    # The check before froze it.
+    classifier.requires_grad_(True)
+    train_teacher(
+        classifier,
+        real.images,
+        real.labels,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        lr=training.lr,
+        weight_decay=training.weight_decay,
+        shift=training.shift,
+        flip=training.flip,
+        seed=recipe.seed,
+        device=device,
+        bf16=resolve_precision(recipe.runtime.precision, device) == "bf16",
+        log=lambda epoch, loss: (
+            say(f"teacher {name}: epoch {epoch + 1}/{training.epochs}, loss {loss:.3f}")
+            if (epoch + 1) % max(1, training.epochs // 4) == 0
+            else None
+        ),
+    )
+    save_model(
+        folder, classifier.model, {**_description(recipe, spec.model, spec.kwargs, classifier), "source": real.source}
+    )
+
+
+def _description(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Classifier) -> dict[str, Any]:
+    mean, std = classifier.normalisation
+    return {
+        "model": model,
+        "kwargs": dict(kwargs),
+        "classes": recipe.classes,
+        "channels": recipe.image.channels,
+        "mean": mean,
+        "std": std,
+        "input_size": classifier.input_size,
+    }
+
+
+def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:
+    """The teachers whose logits the student learns: `zoo.main` alone, or all."""
+    return [teacher for teacher in zoo if recipe.zoo.main in (None, teacher.name)]
+
+
+def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> Classifier:
+    """The student, with the normalisation of its (main or first) teacher, checked on an image of the recipe's size."""
+    spec, like = recipe.student, main_teachers(recipe, zoo)[0]
+    model = seeded(
+        recipe,
+        "student",
+        lambda: build_model(
+            spec.model,
+            classes=recipe.classes,
+            channels=recipe.image.channels,
+            weights=spec.weights,
+            kwargs=spec.kwargs,
+            trust_code=recipe.trust_code,
+        ),
+    )
+    mean, std = like.normalisation
+    student = Classifier(model, name="student", mean=mean, std=std).to(device)
+    if recipe.runtime.channels_last:
+        student.to(memory_format=torch.channels_last)
+    size = recipe.image.size
+    try:
+        with torch.no_grad():
+            logits = student.eval()(torch.rand(2, recipe.image.channels, size, size, device=device))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "
+            f"{' '.join(str(error).split())[:300]}; choose another student.model"
+        ) from None
+    if logits.shape != (2, recipe.classes):
+        raise UserError(
+            f"the student gives {tuple(logits.shape[1:])} outputs where classes={recipe.classes}; make them agree"
+        )
+    return student
+
+
+def save_student(recipe: Recipe, folder: Path, student: Classifier) -> None:
+    """Write the student's network with all that rebuilds it."""
+    save_model(folder, student.model, _description(recipe, recipe.student.model, recipe.student.kwargs, student))
+
+
+def load_classifier(folder: str | os.PathLike[str], trust_code: bool = False) -> Classifier:
+    """A student (or cached teacher) from its folder alone, with its normalisation, in eval mode."""
+    model, about = load_model(folder, trust_code=trust_code)
+    return Classifier(
+        model, name=Path(folder).name, mean=about["mean"], std=about["std"], input_size=about["input_size"]
+    )
+
+
+def pixel_statistics(zoo: list[Teacher], channels: int) -> tuple[list[float], list[float]]:
+    """Mean and std per channel that the generator's head starts from: the zoo's average, over the teachers that have
+    any; 0.5 and 0.25 where none has."""
+    known: list[Tensor] = [torch.tensor(t.normalisation) for t in zoo if t.normalisation[0]]
+    if not known:
+        return [0.5] * channels, [0.25] * channels
+    mean, std = torch.stack(known).mean(0).tolist()
+    return mean, std
+
+
+def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tuple[ImageGenerator, dict[str, Any]]:
+    """The generator and its description: new, or out of generator.checkpoint (frozen, and checked to suit the run)."""
+    spec = recipe.generator
+    if spec.checkpoint is not None:
+        generator = load_generator(spec.checkpoint).to(device)
+        description = generator.description
+        for key, wanted in {
+            "classes": recipe.classes,
+            "channels": recipe.image.channels,
+            "size": recipe.image.size,
+        }.items():
+            if description[key] != wanted:
+                raise UserError(
+                    f"the generator in {spec.checkpoint} has {key}={description[key]}, the recipe {wanted}; make them agree"
+                )
+        return generator, description
+    if spec.arch not in GENERATORS:
+        raise UserError(f"generator.arch={spec.arch!r} is unknown; choose from {sorted(GENERATORS)}")
+    mean, std = pixel_statistics(zoo, recipe.image.channels)
+    description = {
+        "arch": spec.arch,
+        "latent": spec.latent,
+        "classes": recipe.classes,
+        "channels": recipe.image.channels,
+        "size": recipe.image.size,
+        "width": spec.width,
+        "conditional": spec.conditional,
+        "mean": mean,
+        "std": std,
+        "teachers": {name: {"model": t.model, "weights": t.weights} for name, t in recipe.zoo_specs.items()},
+        "seed": recipe.seed,
+        "recipe": recipe.name,
+    }
+    generator = seeded(recipe, "generator", lambda: build_generator(description)).to(device)
+    if recipe.runtime.channels_last:
+        generator.to(memory_format=torch.channels_last)
+    return generator, description

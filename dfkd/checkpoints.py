@@ -1,0 +1,135 @@
+"""Checkpoints for resume: written whole or not at all, verified before use, one file per process."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from dfkd.errors import UserError
+
+KEEP = 2
+
+
+class Resumed(NamedTuple):
+    """What was found: the step it was written at, this rank's state, and a line for each one passed over."""
+
+    step: int
+    state: dict[str, Any]
+    warnings: list[str]
+
+
+def write_atomically(path: Path, content: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    with open(partial, "w") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: step-N/rankR.pt and manifest.json, and `latest`, a link to the newest.
+
+    owner names what the states belong to (a digest of the recipe and the number of processes): others are refused.
+    """
+
+    def __init__(self, folder: Path, owner: str) -> None:
+        self.folder, self.owner, self.state = folder, owner, PartialState()
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write every rank's state for `step` (collective). Raises UserError where the disk is full."""
+        partial, final = self.folder / f"step-{step:08d}.partial", self.folder / f"step-{step:08d}"
+        if self.state.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        self.state.wait_for_everyone()
+        name = f"rank{self.state.process_index}.pt"
+        failure = ""
+        try:
+            with open(partial / name, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            failure = " ".join(str(error).split())
+        digests = gather_object([{name: failure or _digest(partial / name), "failed": bool(failure)}])
+        failures = [entry for entry in digests if entry["failed"]]
+        if failures:
+            if self.state.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"could not write the checkpoint of step {step} in {self.folder} ({failures[0]}); free some space and "
+                "run the same command again: the previous checkpoint is whole"
+            )
+        if self.state.is_main_process:
+            files = {key: value for entry in digests for key, value in entry.items() if key != "failed"}
+            manifest = {"step": step, "owner": self.owner, "files": files}
+            write_atomically(partial / "manifest.json", json.dumps(manifest))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            self._point_latest_at(final)
+            for old in self._found()[KEEP:]:
+                shutil.rmtree(old, ignore_errors=True)
+        self.state.wait_for_everyone()
+
+    def load(self, device: torch.device) -> Resumed | None:
+        """The newest whole checkpoint of this owner, or None where there is none; torn ones are passed over by name.
+
+        Raises UserError where checkpoints exist but all belong to another recipe or number of processes.
+        """
+        warnings: list[str] = []
+        foreign = 0
+        for folder in self._found():
+            problem = self._problem(folder)
+            if not problem:
+                state = torch.load(
+                    folder / f"rank{self.state.process_index}.pt", map_location=device, weights_only=True
+                )
+                return Resumed(int(folder.name.split("-")[1]), state, warnings)
+            foreign += "another" in problem
+            warnings.append(f"checkpoint {folder} {problem}; using the one before it")
+        if foreign and foreign == len(warnings):
+            raise UserError(
+                f"the checkpoints in {self.folder} are of another recipe or number of processes; run the command and the "
+                "launcher options that began this run, choose another output=..., or overwrite=true to start over"
+            )
+        return Resumed(0, {}, warnings) if warnings else None
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the run is finished."""
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _found(self) -> list[Path]:
+        return sorted(self.folder.glob("step-" + "[0-9]" * 8), reverse=True)
+
+    def _problem(self, folder: Path) -> str:
+        """Why a checkpoint cannot be used; empty where it can."""
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            if manifest["owner"] != self.owner:
+                return "is of another recipe or number of processes"
+            torn = [name for name, digest in manifest["files"].items() if _digest(folder / name) != digest]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return f"is torn ({' '.join(str(error).split())})"
+        return f"is torn ({', '.join(torn)})" if torn else ""
+
+    def _point_latest_at(self, folder: Path) -> None:
+        link = self.folder / "latest.partial"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        os.replace(link, self.folder / "latest")

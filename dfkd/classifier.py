@@ -1,0 +1,44 @@
+"""A network together with the normalisation and input size it was trained for."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd.errors import UserError
+
+
+class Classifier(nn.Module):
+    """A network that takes images [B, C, H, W] in [0, 1] of any size and gives logits [B, K] in float32.
+
+    It normalises by mean and std (per channel; empty: not at all) and resizes to input_size (None: not at all).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str = "classifier",
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        input_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.name, self.input_size = model, name, input_size
+        if len(mean) != len(std) or any(value <= 0 for value in std):
+            raise UserError(
+                f"{name}: mean {list(mean)} and std {list(std)} must be one value per channel each, std > 0"
+            )
+        self.normalisation = (list(mean), list(std))
+        self.register_buffer("mean", torch.tensor(self.normalisation[0] or [0.0]).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(self.normalisation[1] or [1.0]).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.input_size is not None and images.shape[-1] != self.input_size:
+            size = (self.input_size, self.input_size)
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.model((images - self.mean) / self.std).float()

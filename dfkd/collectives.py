@@ -1,0 +1,134 @@
+"""Sums over all processes that gradients pass through, and a batch norm that rests on them (on any device)."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def world_size() -> int:
+    """The number of processes; 1 outside a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _AllReduceMean(torch.autograd.Function):
+    """Mean over processes. Backward sums what the processes' losses ask and divides by their number, so that the
+    mean of gradients that DDP takes afterwards is the gradient of the global loss."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x / world_size()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad / world_size()
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """The mean of x over processes, differentiable; x itself where there is one process."""
+    return _AllReduceMean.apply(x) if world_size() > 1 else x
+
+
+class _BatchMoments(torch.autograd.Function):
+    """Mean and biased variance per channel in one read of x forward and one fused pass backward."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        var = torch.zeros_like(mean)
+        # Momentum 1 leaves the batch's own moments in the buffers, in float32 also where x is bfloat16.
+        torch.batch_norm_update_stats(x, mean, var, 1.0)
+        count = x.numel() // x.shape[1]
+        var *= (count - 1) / count
+        ctx.save_for_backward(x, mean)
+        ctx.count = count  # type: ignore[attr-defined]
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_mean, grad_var = grads
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        scale = grad_var * (2 / ctx.count)  # type: ignore[attr-defined]
+        shift = grad_mean / ctx.count - scale * mean  # type: ignore[attr-defined]
+        return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] (float32 or better) of x [B, C, ...] over all but the channels, of this process.
+
+    Raises ValueError where there is one value per channel: it has no variance.
+    """
+    if x.numel() <= x.shape[1]:
+        raise ValueError(f"batch statistics of {tuple(x.shape)} need more than one value per channel")
+    return _BatchMoments.apply(x)
+
+
+def global_moments(moments: list[tuple[Tensor, Tensor]], centres: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """The moments of the global batch from those of each process (equal batch sizes), in one message for all layers.
+
+    centres [C] per layer are subtracted before squaring (any values near the means), against cancellation.
+    """
+    if world_size() == 1:
+        return moments
+    shifted = [(mean - c, var) for (mean, var), c in zip(moments, centres)]
+    message = torch.cat([torch.cat([d, var + d.square()]) for d, var in shifted])
+    pieces = all_reduce_mean(message).split([2 * len(c) for c in centres])
+    halves = [piece.chunk(2) for piece in pieces]
+    return [(c + d, second - d.square()) for c, (d, second) in zip(centres, halves)]
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch norm over all processes' batches; unlike torch's it also runs on a CPU."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected an input [B, C, ...], got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(input)
+        # A detached local mean is a fair centre and, being this rank's own, must first be agreed on: use zero.
+        zero = torch.zeros(input.shape[1], dtype=torch.float32, device=input.device)
+        ((mean, var),) = global_moments([batch_moments(input)], [zero])
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            count = input.numel() // input.shape[1] * world_size()
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum or 0.1)
+            unbiased = var.detach() * (count / (count - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum or 0.1)
+        weight = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            weight = weight * self.weight
+        bias = -mean * weight if self.bias is None else self.bias - mean * weight
+        shape = (1, -1, *[1] * (input.dim() - 2))
+        return torch.addcmul(bias.view(shape), input.float(), weight.view(shape)).to(input.dtype)
+
+
+def sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Turn every torch batch norm of a module into one over all processes, in place; parameters stay the same ones."""
+    for child in module.children():
+        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            child.__class__ = SyncBatchNorm
+        sync_batchnorm(child)
+    return module
+
+
+def mean_over_processes(tensors: list[Tensor]) -> None:
+    """Replace tensors by their mean over processes, in place, in one message; nothing where there is one process."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, value in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors])):
+        tensor.copy_(value.view_as(tensor))
+
+
+def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
+    """The floating-point buffers of a module: running means and variances that differ between processes."""
+    return [buffer for buffer in module.buffers() if buffer.is_floating_point()]

@@ -1,0 +1,1 @@
+"""Whatever makes a model smaller, fed by the stream."""

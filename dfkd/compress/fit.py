@@ -1,0 +1,96 @@
+"""The one student loop: whatever is to be trained from a stream is trained here."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dfkd.losses import STUDENT_LOSSES
+from dfkd.stream import SyntheticStream
+
+Step = Callable[[int, dict[str, Tensor]], None]
+
+
+def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: weight decay on matrices and kernels, none on biases and batch norms."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """Learning-rate factor: linear warm-up, then cosine to 0 at `steps`."""
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+class Fit:
+    """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        stream: SyntheticStream,
+        *,
+        steps: int,
+        lr: float = 0.1,
+        weight_decay: float = 5e-4,
+        warmup: int = 100,
+        loss: str = "l1",
+        temperature: float = 20.0,
+        accelerator: Accelerator | None = None,
+    ) -> None:
+        self.student, self.stream, self.steps = student.train(), stream, steps
+        self.prepared = accelerator.prepare(student) if accelerator else student
+        self.lr, self.warmup, self.temperature = lr, warmup, temperature
+        self.loss = STUDENT_LOSSES[loss]
+        groups = no_decay_split(student, weight_decay)
+        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+        self.autocast = accelerator.autocast if accelerator else nullcontext
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
+        images, targets = self.stream.batch(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
+        with self.autocast():
+            logits = self.prepared(images)
+        loss = self.loss(logits, targets, self.temperature)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        agree = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
+        return {"loss": loss.detach(), "agreement": agree}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resume needs: the student, its optimiser, the stream's replay ring."""
+        state: dict[str, Any] = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.stream.replay is not None:
+            state["replay"] = self.stream.replay.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state_dict."""
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.stream.replay is not None:
+            self.stream.replay.load_state_dict(state["replay"])
+
+    def run(self, start: int = 0) -> nn.Module:
+        """All steps from `start`; returns the student."""
+        for step in range(start, self.steps):
+            self.step(step)
+        return self.student
+
+
+def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: Any) -> nn.Module:
+    """Train a student on a stream whose targets are teacher logits, in place; options are those of Fit."""
+    return Fit(student, stream, steps=steps, **options).run()

@@ -1,0 +1,200 @@
+"""Real images: the only room that opens them, and it writes down every time it does."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfkd.errors import UserError
+
+PURPOSES = ("train teacher", "evaluate")  # nothing else may look at a real image
+DOWNLOADS = {
+    "mnist": "MNIST",
+    "fashionmnist": "FashionMNIST",
+    "svhn": "SVHN",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
+DATASETS = ("digits", *DOWNLOADS, "imagefolder", "none")
+
+_ledger: list[dict[str, Any]] = []
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """Labelled real images in memory: images uint8 [N, C, H, W] on the CPU, labels int64 [N] in [0, K)."""
+
+    images: Tensor
+    labels: Tensor
+    class_names: list[str]  # K names, in the order of the labels
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def opened() -> list[dict[str, Any]]:
+    """What this process opened, in order: {source, split, purpose, n} each; `data_free` of results.json."""
+    return [dict(entry) for entry in _ledger]
+
+
+def load_images(
+    dataset: str,
+    *,
+    train: bool,
+    root: str,
+    train_root: str | None,
+    channels: int,
+    size: int,
+    classes: int,
+    purpose: str,
+) -> RealImages:
+    """Open the training or test images of a data set, uint8 [N, channels, size, size], and record it.
+
+    `purpose` is one of PURPOSES. `root` is where downloads go, or imagefolder's test images; `train_root` its
+    training images. A data set that is not there is downloaded: with several processes, let one come first.
+    Raises UserError where the images cannot be had, or have another number of classes than `classes`.
+    """
+    if purpose not in PURPOSES:
+        raise ValueError(f"real images opened for {purpose!r}; allowed: {', '.join(PURPOSES)}")
+    if dataset not in DATASETS:
+        raise UserError(f"data.dataset={dataset!r} is unknown; choose from {', '.join(DATASETS)}")
+    if dataset == "none":
+        remedy = "give the teacher weights" if train else "leave evaluation out"
+        raise UserError(
+            f"data.dataset=none: no real images for {purpose!r}; {remedy}, or choose from {', '.join(DATASETS[:-1])}"
+        )
+    if channels not in (1, 3):
+        raise UserError(f"image.channels={channels}: real images are grey (1) or RGB (3)")
+    if dataset == "imagefolder":
+        data = _image_folder(_folder(train, root, train_root), channels, size, classes)
+    else:
+        images, labels, names = _digits(train) if dataset == "digits" else _download(dataset, train, root)
+        _check_classes(dataset, names, classes)
+        # In parts, because floats are four times the size.
+        fitted = torch.cat([_fitted(part, channels, size) for part in images.split(4096)])
+        data = RealImages(fitted, labels, names, dataset)
+    split = "train" if train else "test"
+    _ledger.append({"source": data.source, "split": split, "purpose": purpose, "n": len(data)})
+    return data
+
+
+def _check_classes(source: str, names: list[str], classes: int) -> None:
+    if len(names) != classes:
+        raise UserError(f"{source} has {len(names)} classes but classes={classes}; set classes={len(names)}")
+
+
+def _digits(train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    """Handwritten digits that scikit-learn carries: 1797 grey 8x8 images, 70 % of each class for training."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise UserError("data.dataset=digits needs scikit-learn: pip install 'dfkd[demo]'") from error
+    images, labels = load_digits(return_X_y=True)  # float64 [1797, 64] in 0..16
+    # The split is part of the data set: no seed may test on another seed's training images.
+    halves = train_test_split(np.arange(len(labels)), test_size=0.3, random_state=0, stratify=labels)
+    chosen = np.sort(halves[0 if train else 1])
+    pixels = torch.from_numpy(images[chosen] * (255 / 16)).round().to(torch.uint8)
+    return (
+        pixels.view(-1, 1, 8, 8),
+        torch.from_numpy(labels[chosen]).long(),
+        [str(digit) for digit in range(10)],
+    )
+
+
+def _download(dataset: str, train: bool, root: str) -> tuple[Tensor, Tensor, list[str]]:
+    """A torchvision data set, downloaded into `root` if need be: uint8 [N, C, H, W], labels, names."""
+    builder = getattr(torchvision.datasets, DOWNLOADS[dataset])
+    which: dict[str, Any] = {"split": "train" if train else "test"} if dataset == "svhn" else {"train": train}
+    try:
+        found = builder(root, download=True, **which)
+    except ImportError as error:  # SVHN is a MATLAB file
+        raise UserError(f"data.dataset={dataset} needs scipy: pip install 'dfkd[demo]'") from error
+    except (OSError, RuntimeError, EOFError) as error:  # no network, a full disk, a torn archive
+        cause = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{dataset} could not be had in data.root={root} ({cause}); put it there, or use your own copy: "
+            "data.dataset=imagefolder data.root=TEST_FOLDER data.train_root=TRAIN_FOLDER"
+        ) from error
+    pixels = torch.from_numpy(np.ascontiguousarray(found.data))
+    if dataset.startswith("cifar"):
+        pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    elif pixels.dim() == 3:
+        pixels = pixels.unsqueeze(1)
+    labels = torch.as_tensor(np.asarray(found.labels if dataset == "svhn" else found.targets)).long()
+    return pixels, labels, list(getattr(found, "classes", map(str, range(10))))
+
+
+def _fitted(images: Tensor, channels: int, size: int) -> Tensor:
+    """uint8 [N, 1 or 3, H, W] as uint8 [N, channels, size, size]: grey is ITU-R 601 luma."""
+    if images.shape[1:] == (channels, size, size):
+        return images
+    pixels = images.float()
+    if images.shape[1] > channels:  # torchvision's own grey truncates, and makes white 254
+        pixels = (pixels * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    if images.shape[-2:] != (size, size):
+        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
+    return pixels.round().clamp(0, 255).to(torch.uint8).expand(-1, channels, -1, -1)
+
+
+def _folder(train: bool, root: str, train_root: str | None) -> Path:
+    """Where this split's images lie; raises UserError if nowhere, or if the two folders' classes differ."""
+    name, chosen = ("data.train_root", train_root) if train else ("data.root", root)
+    if not chosen or not Path(chosen).is_dir():
+        split = "training" if train else "test"
+        raise UserError(f"{name}={chosen or 'null'} is no folder; imagefolder: {split} images, one folder per class")
+    if train_root and Path(train_root).is_dir() and Path(root).is_dir():
+        # Labels are positions in the sorted names: one folder more or less would silently shift them all.
+        odd = _class_folders(root) ^ _class_folders(train_root)
+        if odd:
+            shown = ", ".join(sorted(odd)[:5])
+            raise UserError(f"data.root={root} and data.train_root={train_root} differ in classes: {shown}")
+    return Path(chosen)
+
+
+def _class_folders(root: str) -> set[str]:
+    return {entry.name for entry in Path(root).iterdir() if entry.is_dir()}
+
+
+def _image_folder(folder: Path, channels: int, size: int, classes: int) -> RealImages:
+    """Images in one folder per class, labels in the order of the sorted names, all decoded into memory."""
+    try:
+        listing = torchvision.datasets.ImageFolder(str(folder))
+    except OSError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{folder} is not an image folder with one folder per class: {reason}") from error
+    _check_classes(str(folder), listing.classes, classes)
+    shape = (len(listing.samples), size, size) if channels == 1 else (len(listing.samples), size, size, 3)
+    pixels = np.empty(shape, np.uint8)
+
+    def decode(start: int) -> None:
+        for index in range(start, min(start + 64, len(pixels))):
+            pixels[index] = _decoded(listing.samples[index][0], channels, size)
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes outside Python's lock
+        list(pool.map(decode, range(0, len(pixels), 64)))  # list: raises here what decode raised
+    images = torch.from_numpy(pixels).view(len(pixels), size, size, channels).permute(0, 3, 1, 2).contiguous()
+    return RealImages(images, torch.tensor(listing.targets), listing.classes, f"imagefolder {folder}")
+
+
+def _decoded(path: str, channels: int, size: int) -> np.ndarray:
+    """One file's largest centred square as uint8 [size, size] (grey) or [size, size, 3] (RGB)."""
+    try:
+        with Image.open(path) as opened_file:
+            if opened_file.mode[0] in "IF":  # Pillow would clip these to white without a word
+                raise UserError(f"{path} has more than 8 bits per channel; save it as 8-bit grey or RGB")
+            image: Image.Image = opened_file.convert("L" if channels == 1 else "RGB")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
+    return np.asarray(image)

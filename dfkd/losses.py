@@ -1,0 +1,117 @@
+"""Losses as pure functions on tensors; every one is a float32 scalar, a mean over the batch."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd.collectives import all_reduce_mean
+
+Moments = tuple[Tensor, Tensor]
+
+
+def mixed_ce(logits: Tensor, labels: Tensor, other: Tensor, beta: Tensor) -> Tensor:
+    """(1 - beta) CE(logits, labels) + beta CE(logits, other), nats per image. MixMix eq. 9.
+
+    logits [B, K]; labels and other [B] int64; beta [B] in [0, 1], the share of the image that `other` labels.
+    """
+    own = F.cross_entropy(logits, labels, reduction="none")
+    pasted = F.cross_entropy(logits, other, reduction="none")
+    return ((1 - beta) * own + beta * pasted).mean()
+
+
+def bn_l2(batch: Sequence[Moments], stored: Sequence[Moments]) -> Tensor:
+    """Sum over layers of ||mu - mu^||_2 + ||var - var^||_2; moments [C] per layer. MixMix eq. 2."""
+    terms = [
+        torch.linalg.vector_norm(mean - mu) + torch.linalg.vector_norm(var - sigma2)
+        for (mean, var), (mu, sigma2) in zip(batch, stored)
+    ]
+    return torch.stack(terms).sum()
+
+
+def bn_kl(batch: Sequence[Moments], stored: Sequence[Moments], eps: float = 1e-5) -> Tensor:
+    """Sum over layers and channels of KL(N(mu^, var^) || N(mu, var)), nats. The Knowledge Within, section 3.2."""
+    terms = []
+    for (mean, var), (mu, sigma2) in zip(batch, stored):
+        var, sigma2 = var + eps, sigma2 + eps
+        terms.append((0.5 * (torch.log(sigma2 / var) + (var + (mu - mean).square()) / sigma2 - 1)).sum())
+    return torch.stack(terms).sum()
+
+
+BN_DISTANCES = {"l2": bn_l2, "kl": bn_kl}
+
+
+def kd_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
+    """T^2 KL(teacher || student) at temperature T, nats; logits [B, K]. Hinton et al. 2015, section 2.
+
+    reduction `mean` gives the mean over images, `none` one value per image [B].
+    """
+    p = F.log_softmax(teacher.float() / temperature, dim=1)
+    q = F.log_softmax(student.float() / temperature, dim=1)
+    each = (p.exp() * (p - q)).sum(1) * temperature**2
+    return each.mean() if reduction == "mean" else each
+
+
+def kd_l1(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
+    """Mean |student - teacher| over centred logits [B, K], in units of the teacher's spread over the global
+    batch. DFAD eq. 3 made free of scale and offset; `temperature` plays no part. reduction as in kd_kl."""
+    student, teacher = student.float(), teacher.float()
+    teacher = teacher - teacher.mean(1, keepdim=True)
+    student = student - student.mean(1, keepdim=True)
+    spread = all_reduce_mean(teacher.detach().square().mean()).sqrt()
+    each = (student - teacher).abs().mean(1) / spread.clamp_min(1e-6)
+    return each.mean() if reduction == "mean" else each
+
+
+STUDENT_LOSSES = {"kl": kd_kl, "l1": kd_l1}
+
+
+def masked_divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
+    """Student-teacher divergence over the images where both name the same class, per image of the whole batch.
+
+    Maximised by the generator: where they disagree already there is nothing to gain. CMI (Fang et al. 2021) eq. 8.
+    """
+    agree = student.argmax(1) == teacher.argmax(1)
+    each = STUDENT_LOSSES[kind](student, teacher, reduction="none")
+    return (each * agree).mean()
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels of images [B, C, H, W]. DeepInversion eq. 3."""
+    across = (images[..., 1:] - images[..., :-1]).abs().mean()
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
+    return across + down
+
+
+def pixel_l2(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Mean square of normalised pixels; images [B, C, H, W], mean and std [1, C, 1, 1]. DeepInversion eq. 3."""
+    return ((images - mean) / std).square().mean()
+
+
+def mode_seeking(images: Tensor, latents: Tensor, labels: Tensor, eps: float = 0.01) -> Tensor:
+    """Mean of 1 / (eps + mean|x1 - x2| / mean|z1 - z2|) over pairs of images of one class. MSGAN eq. 3.
+
+    images [B, C, H, W], latents [B, Z], labels [B]; rows 2k and 2k + 1 are a pair where their labels agree (as
+    synthesis.draw_labels draws them), else they count as zero.
+    """
+    even = images.shape[0] // 2 * 2
+    dx = (images[0:even:2] - images[1:even:2]).abs().flatten(1).mean(1)
+    dz = (latents[0:even:2] - latents[1:even:2]).abs().mean(1)
+    same = labels[0:even:2] == labels[1:even:2]
+    return (same / (eps + dx / dz)).mean()
+
+
+def one_hot(logits: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, K] to their own argmax, nats. DAFL eq. 2."""
+    return F.cross_entropy(logits, logits.argmax(1))
+
+
+def activation(features: Tensor) -> Tensor:
+    """Minus the mean absolute feature [B, D]. DAFL eq. 3."""
+    return -features.abs().mean()
+
+
+def information(mean_probability: Tensor) -> Tensor:
+    """Sum of p log p over the mean prediction [K] of the global batch, nats; -log K when balanced. DAFL eq. 4."""
+    return torch.special.entr(mean_probability).sum().neg()

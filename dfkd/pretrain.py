@@ -1,0 +1,58 @@
+"""Training of a teacher from real images, the way the owner of the data would have done it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd.classifier import Classifier
+from dfkd.runtime import Shard, rng
+from dfkd.stream import augment, to_float
+
+
+def one_cycle(progress: float, warmup: float = 0.2) -> float:
+    """Learning-rate factor at a progress in [0, 1]: linear up over `warmup`, then cosine down to 0."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def train_teacher(
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    weight_decay: float = 5e-4,
+    shift: float = 0.125,
+    flip: bool = False,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    bf16: bool = False,
+    log: Callable[[int, float], None] = lambda epoch, loss: None,
+) -> Classifier:
+    """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, random shifts and flips; in place."""
+    device = torch.device(device)
+    shard = Shard(device)
+    classifier.to(device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    images, labels = images.to(device), labels.to(device)
+    batch_size = min(batch_size, len(images))
+    batches = len(images) // batch_size
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=rng("cpu", seed, "epoch", epoch)).to(device)
+        for k, rows in enumerate(order[: batches * batch_size].view(batches, batch_size)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * one_cycle((epoch * batches + k) / (epochs * batches))
+            x = augment(to_float(images[rows]), shard, round(shift * images.shape[-1]), flip, seed, epoch, k)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(classifier(x.contiguous(memory_format=torch.channels_last)), labels[rows])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        log(epoch, float(loss.detach()))
+    return classifier.eval()

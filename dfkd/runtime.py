@@ -1,0 +1,109 @@
+"""Where and how a run computes: the Accelerator, randomness by position, module modes."""
+
+import gc
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from dfkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The part of every global batch that this process works on."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def take(self, x: Tensor) -> Tensor:
+        """Rows of this rank out of a tensor [world * B, ...] that every rank drew alike: [B, ...]."""
+        size = x.shape[0] // self.world
+        return x[self.rank * size : (self.rank + 1) * size]
+
+
+def rng(device: torch.device | str, *position: int | str) -> torch.Generator:
+    """A random generator that depends on its position (seed, purpose, step, ...) alone, so nothing need be saved."""
+    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put modules in eval mode, and on leaving give every submodule the mode it had."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Let no gradient reach the module's own parameters, and on leaving restore which ones took it."""
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            return any("avx512_bf16" in line or "amx_bf16" in line for line in file if line.startswith("flags"))
+    return False
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`fp32` or `bf16` for a recipe's `auto`, `fp32` or `bf16`."""
+    if precision != "auto":
+        return precision
+    return "bf16" if fast_bf16(device) else "fp32"
+
+
+def make_accelerator(precision: str) -> tuple[Accelerator, Shard]:
+    """The Accelerator at a recipe's precision and this process's shard; checks the launch (see check_launch)."""
+    state = PartialState()
+    check_launch(state.num_processes)
+    bf16 = resolve_precision(precision, state.device) == "bf16"
+    # SyncBatchNorm of ours keeps buffers equal; broadcasting them in DDP breaks two forwards in one step on CUDA.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[ddp])
+    return accelerator, Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
+
+
+def check_launch(processes: int) -> None:
+    """Raise UserError where a launch asked for more processes than joined (accelerate would go on silently)."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", "1"))
+    wanted = max(launched, asked)
+    if wanted != processes:
+        raise UserError(
+            f"launched for {wanted} processes but {processes} joined; on a CPU use: ACCELERATE_USE_CPU=true "
+            f"accelerate launch --multi_gpu --num_processes {wanted} train.py recipe=NAME"
+        )
+
+
+def shut_down(accelerator: Accelerator) -> None:
+    """Leave the process group; DDP's buckets must be gone before it is, or gloo aborts at exit."""
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()

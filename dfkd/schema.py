@@ -1,0 +1,197 @@
+"""What a recipe may say: one dataclass per group of keys, a help text and the allowed range on every field."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Dataset = Literal["digits", "mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "imagefolder", "none"]
+Task = Literal["generator", "distill"]
+
+
+def key(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with its help text and its allowed range (both ends included)."""
+    metadata = {"help": help, "low": low, "high": high}
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class Data:
+    """Real images: only to train teachers that have no checkpoint, and to evaluate."""
+
+    dataset: Dataset = key("none", "the data set of the teachers' task; none where there is no real image")
+    root: str = key("data", "folder of the data set; for imagefolder the folder of test images, one folder per class")
+    train_root: str | None = key(None, "imagefolder: folder of training images, for teachers without checkpoint")
+
+
+@dataclass
+class Image:
+    """The canonical image of the generator: float [channels, size, size] in [0, 1]."""
+
+    channels: int = key(3, "image channels", 1, 4)
+    size: int = key(32, "image height and width, pixels", 4, 1024)
+
+
+@dataclass
+class TeacherTraining:
+    """How a teacher without a checkpoint is trained on real images (cached for the next run)."""
+
+    epochs: int = key(60, "passes over the training images", 1)
+    batch_size: int = key(128, "images per step", 2)
+    lr: float = key(0.1, "peak learning rate of SGD with a one-cycle schedule", 0)
+    weight_decay: float = key(5e-4, "weight decay", 0)
+    shift: float = key(0.125, "random shift, as a share of the image size", 0, 0.5)
+    flip: bool = key(False, "random horizontal flip")
+    cache: str = key("runs/teachers", "folder of the teachers trained here, found again by what they were trained from")
+
+
+@dataclass
+class TeacherSpec:
+    """One teacher of the zoo."""
+
+    model: str = key("", "model string: timm:NAME, torchvision:NAME, dfkd:NAME, hub:..., python:...")
+    weights: str = key("", "checkpoint path or URL, `pretrained`, or empty: trained from data.dataset")
+    mean: list[float] = key([], "per-channel mean the teacher was trained with; empty: zeros")
+    std: list[float] = key([], "per-channel standard deviation it was trained with; empty: ones")
+    input_size: int | None = key(None, "height and width the teacher takes, pixels; null: image.size", 4, 1024)
+    weight: float = key(1.0, "share of this teacher in the zoo's means", 0)
+    enabled: bool = key(True, "false leaves an inherited teacher out of the zoo")
+    kwargs: dict[str, Any] = key({}, "further arguments of the model, e.g. {width: 16}")
+
+
+@dataclass
+class Zoo:
+    """How the teachers are used together."""
+
+    sample: int = key(2, "m': teachers sampled for each generator step (MixMix section 4.1)", 1)
+    main: str | None = key(None, "teacher whose logits the student learns; null: the zoo's weighted mean")
+
+
+@dataclass
+class GeneratorSpec:
+    """The network from latents and labels to images."""
+
+    arch: str = key("conv", "name in generators.GENERATORS")
+    latent: int = key(256, "length of the latent vector", 1)
+    width: int = key(64, "channels of the last stage; earlier stages have twice as many", 1)
+    conditional: bool = key(True, "draw an image of a given class (labels are exact and balanced)")
+    checkpoint: str | None = key(None, "folder of a trained generator: it is frozen and nothing trains a generator")
+
+
+@dataclass
+class Mix:
+    """Data Mixing (MixMix section 4.2)."""
+
+    kind: Literal["resize", "cutmix", "mixup"] = key("resize", "resize: MixMix eq. 7-9; cutmix and mixup are Kornia's")
+    probability: float = key(1.0, "share of generator steps with mixed images; 0 switches Data Mixing off", 0, 1)
+    antialias: bool = key(False, "low-pass the image before shrinking it into its box, so every pixel gets gradient")
+
+
+@dataclass
+class Losses:
+    """Loss weights of the generator by name; weight 0 is not computed."""
+
+    ce: float = key(1.0, "cross-entropy to the (mixed) labels, MixMix eq. 9", 0)
+    bn: float = key(1.0, "batch-norm statistics, MixMix eq. 2 and 6", 0)
+    adversary: float = key(0.0, "student-teacher divergence, masked where they disagree already", 0)
+    diversity: float = key(0.0, "mode-seeking term over same-class pairs (MSGAN eq. 3)", 0)
+    tv: float = key(0.0, "total variation of the images (DeepInversion eq. 3)", 0)
+    l2: float = key(0.0, "mean square of the normalised images (DeepInversion eq. 3)", 0)
+    one_hot: float = key(0.0, "DAFL eq. 2: cross-entropy to the teacher's own argmax", 0)
+    activation: float = key(0.0, "DAFL eq. 3: large features", 0)
+    information: float = key(0.0, "DAFL eq. 4: entropy of the mean prediction", 0)
+
+
+@dataclass
+class Synthesis:
+    """Training of the generator."""
+
+    steps: int = key(2000, "generator updates", 0)
+    student_steps: int = key(5, "student updates after each generator update, where a student trains alongside", 0)
+    batch_size: int = key(256, "images per process and generator update", 4)
+    lr: float = key(1e-3, "learning rate of Adam", 0)
+    betas: list[float] = key([0.5, 0.999], "Adam's decay rates")
+    clip: float = key(5.0, "largest gradient norm of the generator; 0: no clipping", 0)
+    losses: Losses = key(Losses, "loss weights by name")
+    mix: Mix = key(Mix, "Data Mixing")
+    bn_distance: Literal["l2", "kl"] = key("l2", "distance of batch-norm statistics; kl: The Knowledge Within")
+    equalise: bool = key(True, "divide each teacher's batch-norm loss by its value at the start")
+    learn_weights: bool = key(False, "learn the weights of ce and bn (uncertainty weights, Kendall et al. 2018)")
+    adversary_loss: Literal["kl", "l1"] = key("l1", "divergence of the adversary")
+    warmup: float = key(0.1, "share of the steps before the adversary starts; it ramps up over as many again", 0, 0.5)
+    redraw: int = key(6, "times the generator's first layers are drawn anew, evenly over the first 80 % of steps", 0)
+
+
+@dataclass
+class StudentSpec:
+    """The small network that is distilled."""
+
+    model: str = key("", "model string")
+    weights: str = key("", "checkpoint to start from; empty: random")
+    kwargs: dict[str, Any] = key({}, "further arguments of the model")
+
+
+@dataclass
+class Distill:
+    """Training of the student on streamed images."""
+
+    steps: int = key(0, "student updates on the frozen generator, after the alternating phase", 0)
+    batch_size: int = key(256, "images per process and student update", 2)
+    lr: float = key(0.1, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
+    weight_decay: float = key(5e-4, "weight decay", 0)
+    warmup: int = key(100, "steps of linear learning-rate warm-up", 0)
+    loss: Literal["kl", "l1"] = key("l1", "kl: Hinton et al. 2015 at `temperature`; l1: on standardised logits")
+    temperature: float = key(20.0, "temperature of kl", 0.1)
+    replay: int = key(200, "batches kept of what the generator drew; 0: fresh images only", 0)
+    shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
+    flip: bool = key(False, "augmentation: random horizontal flip")
+    mix: float = key(0.5, "augmentation: share of student batches that are mixed (images only)", 0, 1)
+
+
+@dataclass
+class Runtime:
+    """How it runs, not what it computes."""
+
+    precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 where the device is fast at it")
+    channels_last: bool = key(True, "memory format of images and convolutions")
+    sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
+    checkpoint_every: float = key(60.0, "seconds between checkpoints for resume", 0)
+    log_every: int = key(50, "generator (or student) steps between logged lines", 1)
+    grid_every: int = key(500, "generator (or student) steps between image grids", 1)
+
+
+@dataclass
+class Recipe:
+    """A whole run."""
+
+    name: str = key("", "name of the run; the recipe's file name unless given")
+    description: str = key("", "one line for --list")
+    seed: int = key(0, "every random number follows from it", 0, 2**31 - 1)
+    output: str | None = key(None, "folder of the run; null: runs/NAME")
+    overwrite: bool = key(False, "start over where a run exists")
+    trust_code: bool = key(False, "run other people's model code (hub: and python:); command line only")
+    tasks: list[Task] = key(["distill"], "what to do, in order")
+    classes: int = key(10, "classes", 2)
+    data: Data = key(Data, "real images")
+    image: Image = key(Image, "canonical image")
+    training: TeacherTraining = key(TeacherTraining, "training of teachers without checkpoint")
+    teachers: dict[str, TeacherSpec] = key({}, "the zoo by name")
+    zoo: Zoo = key(Zoo, "use of the zoo")
+    generator: GeneratorSpec = key(GeneratorSpec, "generator")
+    synthesis: Synthesis = key(Synthesis, "training of the generator")
+    student: StudentSpec = key(StudentSpec, "student")
+    distill: Distill = key(Distill, "training of the student")
+    runtime: Runtime = key(Runtime, "how it runs")
+
+    @property
+    def folder(self) -> str:
+        """Where the run is written."""
+        return self.output or f"runs/{self.name}"
+
+    @property
+    def zoo_specs(self) -> Mapping[str, TeacherSpec]:
+        """The enabled teachers by name."""
+        return {name: spec for name, spec in self.teachers.items() if spec.enabled}

@@ -1,0 +1,252 @@
+"""Batches of synthetic images with their targets, ready on the device, deterministic in (seed, rank, epoch, batch)."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torchvision.utils import save_image
+
+from dfkd.errors import UserError
+from dfkd.mixing import make_mix, mix_batch
+from dfkd.runtime import Shard, rng
+from dfkd.synthesis import draw_labels, draw_latents
+from dfkd.teachers import Teacher, zoo_logits
+from generators import ImageGenerator
+
+Source = Callable[[Shard, int, tuple[int | str, ...]], tuple[Tensor, Tensor]]
+
+
+def from_generator(generator: ImageGenerator) -> Source:
+    """Images of a generator, of balanced classes."""
+
+    def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+        labels = draw_labels(shard, count, generator.classes, *position)
+        latents = draw_latents(shard, count, generator.latent, *position)
+        return generator(latents, labels).float(), labels
+
+    return draw
+
+
+def from_noise(channels: int, size: int, classes: int, mean: float = 0.5, std: float = 0.25) -> Source:
+    """A control: normal noise clamped to [0, 1], its labels random."""
+
+    def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+        labels = draw_labels(shard, count, classes, *position)
+        shape = (count * shard.world, channels, size, size)
+        noise = torch.randn(shape, generator=rng(shard.device, *position, "noise"), device=shard.device)
+        return (shard.take(noise) * std + mean).clamp(0, 1), labels
+
+    return draw
+
+
+def from_images(images: Tensor, labels: Tensor) -> Source:
+    """A control: given images [N, C, H, W], uint8 or float in [0, 1], and labels [N], drawn at random."""
+
+    def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+        generator = rng("cpu", *position, "images")
+        rows = shard.take(torch.randint(len(images), (count * shard.world,), generator=generator))
+        return to_float(images[rows].to(shard.device)), labels[rows].to(shard.device)
+
+    return draw
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images in [0, 1] from uint8 or float ones."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+class Replay:
+    """A ring of past batches in uint8 on the device: 1 byte a value instead of 4.
+
+    Row k of a drawn batch is row k of a random past batch: as random as any draw, since rows are, and independent of
+    how the global batch is split over processes.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self.slots, self.filled, self.next = slots, 0, 0
+        self.images = self.labels = torch.empty(0)
+
+    def push(self, images: Tensor, labels: Tensor) -> None:
+        """Take in a batch [B, C, H, W], in place of the oldest once the ring is full."""
+        if not self.filled:
+            self.images = images.new_zeros((self.slots, *images.shape), dtype=torch.uint8)
+            self.labels = labels.new_zeros((self.slots, *labels.shape))
+        self.images[self.next] = (images * 255).round().to(torch.uint8)
+        self.labels[self.next] = labels
+        self.filled, self.next = min(self.filled + 1, self.slots), (self.next + 1) % self.slots
+
+    def draw(self, shard: Shard, *position: int | str) -> tuple[Tensor, Tensor]:
+        """A batch of past images in [0, 1] and their labels."""
+        batch = self.labels.shape[1]
+        generator = rng(shard.device, *position, "replay")
+        slots = torch.randint(self.filled, (batch * shard.world,), generator=generator, device=shard.device)
+        slots, rows = shard.take(slots), torch.arange(batch, device=shard.device)
+        return to_float(self.images[slots, rows]), self.labels[slots, rows]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ring's contents, of this rank."""
+        return {"images": self.images[: self.filled], "labels": self.labels[: self.filled], "next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a state_dict."""
+        images, labels = state["images"], state["labels"]
+        self.filled, self.next = len(images), state["next"]
+        if self.filled:
+            self.images = images.new_zeros((self.slots, *images.shape[1:]))
+            self.labels = labels.new_zeros((self.slots, *labels.shape[1:]))
+            self.images[: self.filled], self.labels[: self.filled] = images, labels
+
+
+def augment(images: Tensor, shard: Shard, shift: int, flip: bool, *position: int | str) -> Tensor:
+    """Shift images [B, C, H, W] by up to `shift` pixels each way, edges repeated, and flip half of them if asked."""
+    if not shift and not flip:
+        return images
+    batch, _, height, width = images.shape
+    generator = rng(images.device, *position, "augment")
+    u = shard.take(torch.rand(batch * shard.world, 3, generator=generator, device=images.device))
+    offset = (u[:, :2] * (2 * shift + 1)).floor().long() - shift
+    rows = (torch.arange(height, device=images.device) + offset[:, :1]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) + offset[:, 1:]).clamp(0, width - 1)
+    if flip:
+        columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
+    each = torch.arange(batch, device=images.device)
+    return images.permute(0, 2, 3, 1)[each.view(-1, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+class SyntheticStream(IterableDataset):
+    """An endless or counted stream of (images [B, C, H, W] in [0, 1], targets), ready on the device.
+
+    source is a generator, or one of from_generator, from_noise and from_images. targets are the logits [B, K] of
+    `teacher` (a Teacher, or a zoo of them: its weighted mean), or labels [B] where there is none. Batch b of epoch e
+    depends on (seed, rank, e, b) alone, unless replay is on, which mixes in what was drawn before.
+    """
+
+    def __init__(
+        self,
+        source: ImageGenerator | Source,
+        *,
+        batch_size: int = 256,
+        num_batches: int | None = None,
+        teacher: Teacher | Sequence[Teacher] | None = None,
+        seed: int = 0,
+        replay: int = 0,
+        shift: float = 0.0,
+        flip: bool = False,
+        mix: float = 0.0,
+        shard: Shard | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2 or (num_batches is not None and num_batches < 1):
+            raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
+        self.shard = shard or default_shard(source)
+        self.source = from_generator(source) if isinstance(source, ImageGenerator) else source
+        self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, 0
+        self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
+        self.replay = Replay(replay) if replay else None
+        self.shift, self.flip, self.autocast = shift, flip, autocast
+        self.mix = make_mix("resize", mix) if mix else None
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        index, epoch = 0, self.epoch
+        while self.num_batches is None or index < self.num_batches:
+            yield self.batch(index, epoch)
+            index += 1
+
+    def __len__(self) -> int:
+        if self.num_batches is None:
+            raise TypeError("this stream is endless; give num_batches")
+        return self.num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration draw other batches."""
+        self.epoch = epoch
+
+    @torch.no_grad()
+    def batch(self, index: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Batch `index` of an epoch: images and targets. Raises UserError past the end of a counted stream."""
+        if self.num_batches is not None and index >= self.num_batches:
+            raise UserError(
+                f"batch {index} is past the end of a stream of {self.num_batches}; give a larger num_batches"
+            )
+        position = (self.seed, "stream", epoch, index)
+        with self.autocast():
+            images, labels = self._images(position)
+            images = augment(images, self.shard, round(self.shift * images.shape[-1]), self.flip, *position)
+            if self.mix is not None:
+                images = mix_batch(self.mix, images, labels, self.shard, *position).images
+            images = images.contiguous(memory_format=self.memory_format)
+            return images, zoo_logits(self.teachers, images) if self.teachers else labels
+
+    def _images(self, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+        if self.replay is None:
+            return self.source(self.shard, self.batch_size, position)
+        fresh, labels = self.source(self.shard, self.batch_size // 2, position)
+        self.replay.push(fresh, labels)
+        old, old_labels = self.replay.draw(self.shard, *position)
+        return torch.cat([fresh, old]), torch.cat([labels, old_labels])
+
+
+def default_shard(source: object) -> Shard:
+    """This process's shard, on the device of a generator, else on Accelerate's."""
+    state = PartialState()
+    device = next(source.parameters()).device if isinstance(source, nn.Module) else state.device
+    return Shard(device, state.process_index, state.num_processes)
+
+
+def as_dataloader(stream: SyntheticStream) -> DataLoader:
+    """A DataLoader over a stream's batches; Accelerate's prepare leaves it alone, so each rank keeps its own stream."""
+    loader = DataLoader(stream, batch_size=None, num_workers=0)
+    loader._is_accelerate_prepared = True  # type: ignore[attr-defined]
+    return loader
+
+
+class CalibrationReader:
+    """ONNX Runtime's calibration data reader of a stream: its first `batches` batches of images under an input's name."""
+
+    def __init__(self, stream: SyntheticStream, input_name: str, batches: int) -> None:
+        self.stream, self.input_name, self.batches, self.index = stream, input_name, batches, 0
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next feed of the session, float32 on the host; None past the last."""
+        if self.index >= self.batches:
+            return None
+        images, _ = self.stream.batch(self.index)
+        self.index += 1
+        return {self.input_name: images.float().cpu().numpy()}
+
+    def rewind(self) -> None:
+        """Begin again."""
+        self.index = 0
+
+
+def materialize(stream: SyntheticStream, count: int, folder: str | Path | None = None) -> TensorDataset:
+    """The first `count` images of a stream with their targets, as a TensorDataset on the host.
+
+    With a folder they are also written there as an image folder, LABEL/NNNNN.png; targets that are logits give their
+    argmax as label.
+    """
+    images: list[Tensor] = []
+    targets: list[Tensor] = []
+    index = 0
+    while sum(len(each) for each in images) < count:
+        batch, target = stream.batch(index)
+        images.append(batch.float().cpu().contiguous())
+        targets.append(target.cpu())
+        index += 1
+    data = TensorDataset(torch.cat(images)[:count], torch.cat(targets)[:count])
+    if folder is not None:
+        for number in range(count):
+            image, target = data[number]
+            label = int(target.argmax() if target.dim() else target)
+            path = Path(folder) / str(label) / f"{number:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(image, path)
+    return data

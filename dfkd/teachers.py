@@ -1,0 +1,178 @@
+"""Frozen teachers with their own normalisation and input size, a scoped tap on their batch norms, and the zoo."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.collectives import batch_moments, global_moments
+from dfkd.errors import UserError
+from dfkd.models import build_model
+from dfkd.runtime import rng
+
+
+@dataclass
+class BatchNormStatistics:
+    """What the batch norms saw in one forward: per layer the moments [C] of this process's batch, and the stored."""
+
+    names: list[str] = field(default_factory=list)
+    batch: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def gather(self) -> list[tuple[Tensor, Tensor]]:
+        """The moments of the global batch, mean and biased variance [C] per layer, differentiable."""
+        return global_moments(self.batch, [mean for mean, _ in self.stored])
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with running statistics by name: torch's and timm's batch norms, synchronised or frozen too."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "running_mean", None), Tensor)
+        and isinstance(getattr(module, "running_var", None), Tensor)
+    }
+
+
+class Teacher(Classifier):
+    """A trained classifier, frozen: images [B, C, H, W] in [0, 1] -> logits [B, K] in float32.
+
+    Wraps any nn.Module; mean, std and input_size are those it was trained with, weight its share in the zoo's means.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        name: str = "teacher",
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        input_size: int | None = None,
+        weight: float = 1.0,
+    ) -> None:
+        super().__init__(model, name=f"teacher {name}", mean=mean, std=std, input_size=input_size)
+        self.name, self.weight = name, weight
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in eval mode: a teacher is frozen, its batch norms included."""
+        super().train(False)
+        return self
+
+    @contextmanager
+    def tap(self) -> Iterator[BatchNormStatistics]:
+        """Collect batch-norm input statistics of the forwards in its scope; no hook outlives it."""
+        seen = BatchNormStatistics()
+
+        def collect(name: str, norm: Any, x: Tensor) -> None:
+            seen.names.append(name)
+            seen.batch.append(batch_moments(x))
+            seen.stored.append((norm.running_mean.float(), norm.running_var.float()))
+
+        handles = [
+            norm.register_forward_pre_hook(lambda module, inputs, name=name: collect(name, module, inputs[0]))
+            for name, norm in batch_norms(self.model).items()
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def tap_features(self) -> Iterator[list[Tensor]]:
+        """Collect the input [B, D] of the last linear layer (the features) of the forwards in its scope."""
+        seen: list[Tensor] = []
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        if not linear:
+            raise UserError(f"teacher {self.name} has no linear layer to read features from")
+        handle = linear[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float()))
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
+def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:
+    """Raise UserError where a teacher's classes, output, weights or batch norms do not suit the run."""
+    name, device = teacher.name, teacher.mean.device
+    for key, tensor in teacher.model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"teacher {name}: {key} holds NaN or infinity; give a sound checkpoint (teachers.{name}.weights)"
+            )
+    images = torch.rand(8, channels, size, size, generator=rng(device, "check"), device=device)
+    try:
+        with torch.no_grad():
+            logits = teacher(images)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"teacher {name} does not take images [B, {channels}, {size}, {size}]: {reason}; "
+            f"set teachers.{name}.input_size, image.size or image.channels"
+        ) from None
+    if logits.dim() != 2 or logits.shape[1] != classes:
+        raise UserError(
+            f"teacher {name} gives {tuple(logits.shape[1:])} outputs where classes={classes}; make them agree"
+        )
+    if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(8, device=device), atol=1e-3):
+        raise UserError(f"teacher {name} ends in a softmax (its outputs sum to one); give the network without it")
+    if needs_bn and not batch_norms(teacher.model):
+        raise UserError(
+            f"teacher {name} has no batch norm while synthesis.losses.bn has weight; set synthesis.losses.bn=0 and use "
+            "synthesis.losses.adversary and synthesis.losses.ce, or give a teacher with batch norm"
+        )
+
+
+def load_zoo(
+    specs: Mapping[str, Mapping[str, object]],
+    *,
+    classes: int,
+    channels: int = 3,
+    size: int = 32,
+    trust_code: bool = False,
+) -> list[Teacher]:
+    """The teachers of `{name: {model, weights, mean, std, input_size, weight, kwargs}}`, checked and frozen.
+
+    Raises UserError for a model, checkpoint, class count or output that does not fit (see check_teacher).
+    """
+    zoo = []
+    for name, spec in specs.items():
+        model = build_model(
+            str(spec["model"]),
+            classes=classes,
+            channels=channels,
+            weights=str(spec.get("weights", "")),
+            kwargs=spec.get("kwargs") or {},  # type: ignore[arg-type]
+            trust_code=trust_code,
+        )
+        options = {key: spec[key] for key in ("mean", "std", "input_size", "weight") if key in spec}
+        teacher = Teacher(model, name=name, **options)  # type: ignore[arg-type]
+        check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=False)
+        zoo.append(teacher)
+    return zoo
+
+
+def sample_teachers(zoo: Sequence[Teacher], count: int, seed: int, step: int) -> list[Teacher]:
+    """m' of the M teachers for a generator step, the same on every process (MixMix section 4.1)."""
+    if count >= len(zoo):
+        return list(zoo)
+    order = torch.randperm(len(zoo), generator=rng("cpu", seed, "teachers", step)).tolist()
+    return [zoo[k] for k in sorted(order[:count])]
+
+
+def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
+    """The zoo's weighted mean logits [B, K], each teacher's first standardised to unit spread and then scaled back by
+    the mean spread, so that no teacher counts more for shouting louder."""
+    if len(zoo) == 1:
+        return zoo[0](images)
+    total = sum(teacher.weight for teacher in zoo)
+    shares = [teacher.weight / total for teacher in zoo]
+    logits = [teacher(images) for teacher in zoo]
+    spreads = [each.std(dim=1, keepdim=True).mean() for each in logits]
+    spread = torch.stack([share * each for share, each in zip(shares, spreads)]).sum()
+    return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread

@@ -1,0 +1,165 @@
+"""The training loop of a run: generator and student in turn, then the student alone; logged and resumable."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+
+from dfkd.checkpoints import Checkpoints
+from dfkd.collectives import batch_norm_buffers, mean_over_processes
+from dfkd.compress.fit import Fit
+from dfkd.evaluate import diversity
+from dfkd.metrics import Metrics
+from dfkd.runtime import Shard, eval_mode
+from dfkd.synthesis import Synthesizer, draw_latents
+from dfkd.teachers import Teacher
+from generators import ImageGenerator
+
+GRID_COLUMNS, GRID_ROWS, LOOKED_AT, SAMPLE = 10, 10, 20, 200  # columns, rows, classes, images
+
+
+@dataclass
+class Plan:
+    """How many steps of what: `synthesis` generator updates, each followed by `per` student updates, then `frozen`
+    student updates on the finished generator. name tells the phases of a run apart."""
+
+    name: str
+    synthesis: int
+    per: int
+    frozen: int
+
+    @property
+    def alternating(self) -> int:
+        """Loop steps in which the generator still learns."""
+        return self.synthesis * max(1, self.per)
+
+    @property
+    def total(self) -> int:
+        """Loop steps in all."""
+        return self.alternating + self.frozen
+
+
+@dataclass
+class Loop:
+    """All that takes part in one phase, and its state for resume."""
+
+    plan: Plan
+    generator: ImageGenerator
+    zoo: Sequence[Teacher]
+    synthesizer: Synthesizer | None
+    fit: Fit | None
+    accelerator: Accelerator
+    shard: Shard
+    metrics: Metrics
+    checkpoints: Checkpoints
+    offset: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
+    log_every: int = 50
+    grid_every: int = 500
+    checkpoint_every: float = 60.0
+
+    def run(self, start: int = 0) -> None:
+        """Go from loop step `start` to the end. Raises UserError where a term is NaN or the disk is full."""
+        plan, saved, begun = self.plan, time.perf_counter(), time.perf_counter()
+        terms: dict[str, Tensor] = {}
+        for k in range(start, plan.total):
+            if self.synthesizer is not None:
+                if k < plan.alternating and k % max(1, plan.per) == 0:
+                    self.synthesizer.step(k // max(1, plan.per))
+                elif k == plan.alternating:
+                    self.synthesizer.settle()
+            if self.fit is not None:
+                terms = self.fit.step(k)
+            done = k + 1
+            if done % self.log_every and done != plan.total:
+                continue
+            begun = self._account(begun)
+            self._log(done, terms)
+            if done % self.grid_every < self.log_every or done == plan.total:
+                self.snapshot(done)
+            if done == plan.total or self._time_to_save(saved):
+                self.checkpoints.save(self.offset + done, self.state_dict(done))
+                saved = time.perf_counter()
+        if self.synthesizer is not None and plan.frozen == 0:
+            self.synthesizer.settle()
+        if self.fit is not None:
+            mean_over_processes(batch_norm_buffers(self.fit.student))
+
+    def _account(self, begun: float) -> float:
+        now = time.perf_counter()
+        self.spent[self.plan.name] = self.spent.get(self.plan.name, 0.0) + now - begun
+        return now
+
+    def _time_to_save(self, saved: float) -> bool:
+        due = torch.tensor(time.perf_counter() - saved >= self.checkpoint_every, device=self.shard.device)
+        return bool(broadcast(due.int()).item())
+
+    def _log(self, done: int, terms: dict[str, Tensor]) -> None:
+        figures: dict[str, float] = {}
+        if self.synthesizer is not None and done <= self.plan.alternating:
+            bn = {f"bn_{name}": value for name, value in self.synthesizer.bn_last.items()}
+            figures |= self.metrics.log("generator", self.offset + done, self.synthesizer.last | bn)
+        if terms:
+            figures |= self.metrics.log("student", self.offset + done, terms)
+        shown = ("bn", "ce", "loss", "agreement")
+        text = ", ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures)
+        self.metrics.progress(done, self.plan.total, f"{self.plan.name}: {text}")
+
+    def snapshot(self, done: int) -> dict[str, float]:
+        """On rank 0: an image grid, spread within classes against between, the teachers' agreement with the labels."""
+        if self.shard.rank:
+            return {}
+        figures, grid = look(self.generator, self.zoo, self.accelerator)
+        phase = "generator" if self.synthesizer is not None and done <= self.plan.alternating else "frozen generator"
+        self.metrics.write("images", self.offset + done, figures)
+        self.metrics.grid(phase.replace(" ", "-"), self.offset + done, grid, GRID_COLUMNS)
+        return figures
+
+    def state_dict(self, done: int) -> dict[str, Any]:
+        """All that a resume from loop step `done` needs, of this rank."""
+        state: dict[str, Any] = {"phase": self.plan.name, "done": done, "spent": self.spent}
+        if self.synthesizer is not None:
+            state |= {"generator": self.generator.state_dict(), "synthesizer": self.synthesizer.state_dict()}
+        if self.fit is not None:
+            state["fit"] = self.fit.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> int:
+        """Take up a state_dict; returns the loop step to go on from."""
+        done = int(state["done"])
+        self.spent |= state["spent"]
+        if self.synthesizer is not None:
+            self.generator.load_state_dict(state["generator"])
+            self.synthesizer.load_state_dict(state["synthesizer"])
+            if done > self.plan.alternating:
+                self.generator.eval().requires_grad_(False)
+        if self.fit is not None:
+            self.fit.load_state_dict(state["fit"])
+        return done
+
+
+@torch.no_grad()
+def look(
+    generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
+) -> tuple[dict[str, float], Tensor]:
+    """Figures of a generator's images (diversity, class agreement per teacher) and a grid, one class a row."""
+    device, classes = accelerator.device, min(LOOKED_AT, generator.classes)
+    each = max(GRID_COLUMNS, SAMPLE // classes)
+    labels = torch.arange(classes, device=device).repeat_interleave(each)
+    latents = draw_latents(Shard(device), len(labels), generator.latent, "look")
+    with eval_mode(generator), accelerator.autocast():
+        images = generator(latents, labels).float()
+        agreement = {}
+        for teacher in zoo:
+            with teacher.tap_features() as features:
+                logits = teacher(images)
+            agreement[f"class_agreement_{teacher.name}"] = (logits.argmax(1) == labels).float().mean() * 100
+    figures = diversity(images, features[-1], labels, classes=classes) | agreement
+    shown = torch.arange(min(classes, GRID_ROWS), device=device).unsqueeze(1) * each
+    grid = images[(shown + torch.arange(GRID_COLUMNS, device=device)).flatten()]
+    return {name: float(value) for name, value in figures.items()}, grid

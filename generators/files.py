@@ -1,0 +1,67 @@
+"""A generator on disk: model.safetensors, and generator.json with all that is needed to rebuild it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from generators.base import ImageGenerator
+
+ARCHITECTURE_KEYS = ("latent", "classes", "channels", "size", "width", "conditional", "mean", "std")
+
+
+class GeneratorError(ValueError):
+    """A generator folder or description that cannot be used: which, and why, in one line."""
+
+
+def build_generator(description: dict[str, Any]) -> ImageGenerator:
+    """The generator that a description (`arch` and the keys of ARCHITECTURE_KEYS) names, with random weights."""
+    from generators import GENERATORS
+
+    arch = description.get("arch")
+    if arch not in GENERATORS:
+        raise GeneratorError(f"unknown generator {arch!r}; choose from {sorted(GENERATORS)}")
+    missing = [key for key in ARCHITECTURE_KEYS if key not in description]
+    if missing:
+        raise GeneratorError(f"the generator's description lacks {missing}; it must give {list(ARCHITECTURE_KEYS)}")
+    return GENERATORS[arch](**{key: description[key] for key in ARCHITECTURE_KEYS})
+
+
+def save_generator(folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any]) -> None:
+    """Write a generator and its description (build_generator's keys, and what it was trained on) to a folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
+    save_file(weights, folder / "model.safetensors.tmp")
+    (folder / "generator.json.tmp").write_text(json.dumps(description, indent=2) + "\n")
+    for name in ("model.safetensors", "generator.json"):
+        os.replace(folder / f"{name}.tmp", folder / name)
+
+
+def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
+    """The generator of a folder, frozen and in eval mode; its description is its attribute `description`.
+
+    Raises GeneratorError where a file is missing, torn or does not fit.
+    """
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / "generator.json").read_text())
+        weights = load_file(folder / "model.safetensors")
+    except FileNotFoundError as error:
+        raise GeneratorError(
+            f"no generator in {folder}: {Path(str(error.filename or folder / 'model.safetensors')).name} is missing; "
+            "give a folder with model.safetensors and generator.json, such as runs/NAME/generator"
+        ) from None
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise GeneratorError(f"the generator in {folder} is torn ({error}); train it again or copy it anew") from None
+    generator = build_generator(description)
+    try:
+        generator.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise GeneratorError(f"the weights in {folder} do not fit its generator.json: {reason}") from None
+    generator.description = description
+    return generator.eval().requires_grad_(False)

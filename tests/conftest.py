@@ -1,0 +1,142 @@
+"""What several test files share: one thread, the smallest networks that have every part, a watch on host reads."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dfkd.models import build_model
+from dfkd.teachers import Teacher, batch_norms
+from generators import ConvGenerator
+
+torch.set_num_threads(1)
+
+
+def randomise(model: nn.Module, seed: int) -> nn.Module:
+    """Give the batch norms of an untrained network statistics and affine parameters that differ by channel."""
+    rng = torch.Generator().manual_seed(seed)
+    for norm in batch_norms(model).values():
+        for tensor, low in ((norm.running_mean, -0.5), (norm.running_var, 0.5), (norm.weight, 0.5), (norm.bias, -0.5)):
+            tensor.detach().copy_(torch.rand(tensor.shape, generator=rng) + low)
+    return model
+
+
+@pytest.fixture
+def make_teacher() -> Callable[..., Teacher]:
+    """Teachers of 8x8 images: untrained, with random batch-norm statistics; by name, model string and seed."""
+
+    def make(
+        name: str = "plain",
+        model: str = "dfkd:tiny_plain",
+        *,
+        classes: int = 3,
+        channels: int = 1,
+        seed: int = 0,
+        kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> Teacher:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            kwargs = {"width": 4, "depth": 1} if kwargs is None else kwargs
+            network = build_model(model, classes=classes, channels=channels, kwargs=kwargs)
+        return Teacher(randomise(network, seed), name=name, **options)
+
+    return make
+
+
+@pytest.fixture
+def make_generator() -> Callable[..., ConvGenerator]:
+    """Generators of 8x8 images of three classes, untrained, by seed."""
+
+    def make(seed: int = 0, **options: Any) -> ConvGenerator:
+        sizes = {"latent": 6, "classes": 3, "channels": 1, "size": 8, "width": 4}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return ConvGenerator(**{**sizes, **options})
+
+    return make
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    """An Accelerator on the CPU whose process-wide state is gone after the test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+READS = {"tolist", "numpy", "__array__", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__repr__"}
+READS |= {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "_unique2", "bincount"}
+
+
+class _Watch:
+    """Marks what is computed from given tensors, by storage, and fails where the host asks for its values."""
+
+    def __init__(self, roots: list[Tensor]) -> None:
+        self.marked = {root.untyped_storage()._cdata: root.untyped_storage() for root in roots}
+
+    def check(self, name: str, args: Any, kwargs: Any) -> bool:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        marked = [x for x in tensors if x.untyped_storage()._cdata in self.marked]
+        by_mask = "index" in name and any(x.dtype == torch.bool for x in tensors[1:])
+        assert not (marked and (name in READS or by_mask)), f"{name} waits for the device"
+        return bool(marked)
+
+    def mark(self, result: Any) -> None:
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.marked[leaf.untyped_storage()._cdata] = leaf.untyped_storage()
+
+
+class NoHostRead(TorchDispatchMode):
+    """Within it nothing computed from the given tensors may be read by the host, forward or backward.
+
+    On an accelerator each such read waits for the device; what was drawn on the host may be read.
+    """
+
+    def __init__(self, *roots: Tensor) -> None:
+        super().__init__()
+        self.watch = _Watch(list(roots))
+        self.calls = _Calls(self.watch)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        marked = self.watch.check(func.overloadpacket.__name__, args, kwargs)
+        result = func(*args, **(kwargs or {}))
+        if marked:
+            self.watch.mark(result)
+        return result
+
+    def __enter__(self) -> "NoHostRead":
+        self.calls.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.calls.__exit__(*error)
+
+
+class _Calls(TorchFunctionMode):
+    """The reads of a CPU tensor that go past the dispatcher: tolist, numpy, bool."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS:
+            self.watch.check(name, args, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def no_host_read() -> type[NoHostRead]:
+    return NoHostRead

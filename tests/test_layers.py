@@ -1,0 +1,146 @@
+"""Imports go one way, and only those who may open real images can reach them (DESIGN.md, "Rooms")."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Who may import whom; a room that is not here may not exist. The command line's rooms stand above all others.
+CORE: dict[str, set[str]] = {
+    "generators": set(),
+    "errors": set(),
+    "schema": set(),
+    "collectives": set(),
+    "curves": set(),
+    "runtime": {"errors"},
+    "classifier": {"errors"},
+    "models": {"errors"},
+    "mixing": {"errors", "runtime"},
+    "losses": {"collectives"},
+    "data": {"errors"},
+    "report": {"curves", "errors"},
+    "recipe": {"errors", "schema"},
+    "evaluate": {"data", "errors", "runtime"},
+    "teachers": {"classifier", "collectives", "errors", "models", "runtime"},
+    "synthesis": {"collectives", "errors", "losses", "mixing", "runtime", "teachers"},
+    "stream": {"classifier", "errors", "generators", "mixing", "runtime", "synthesis", "teachers"},
+    "pretrain": {"classifier", "errors", "runtime", "stream"},
+    "compress": {"classifier", "collectives", "errors", "losses", "runtime", "stream", "teachers"},
+    "export": {"errors", "models", "runtime"},
+}
+COMMAND_LINE = {"run", "assemble", "cli", "checkpoints", "metrics"}
+PUBLIC = {"classifier", "compress", "recipe", "schema", "stream", "synthesis", "teachers"}  # what `dfkd` hands out
+READS_RECIPES = COMMAND_LINE | {"recipe", "dfkd"}
+OPENS_IMAGES = COMMAND_LINE | {"evaluate"}
+IMAGE_FILES = {"PIL", "sklearn", "torchvision.datasets", "torchvision.io"}  # what real images are read with
+
+
+def imported(source: str, room: str = "room") -> Iterator[str]:
+    """Every module that a source imports or names, wherever in it: `a.b`, also for `from a import b` and `a.b.c`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = f"dfkd.{room}" if node.level == 1 else "dfkd"
+            module = (f"{base}.{node.module}" if node.module else base) if node.level else str(node.module)
+            yield module
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+def sources(package: str) -> Iterator[tuple[str, Path]]:
+    """Room and path of every source file of a package; a folder is one room."""
+    for path in sorted((ROOT / package).rglob("*.py")):
+        first = path.relative_to(ROOT / package).parts[0].removesuffix(".py")
+        yield ("generators" if package == "generators" else "dfkd" if first == "__init__" else first), path
+
+
+def rooms_of(names: Iterator[str]) -> set[str]:
+    """The rooms of this project among imported names."""
+    names_ = list(names)
+    rooms = {name.split(".")[1] for name in names_ if name.startswith("dfkd.")}
+    return {room for room in rooms if room in CORE or room in COMMAND_LINE or (ROOT / "dfkd" / room).exists()} | {
+        "generators" for name in names_ if name.split(".")[0] == "generators"
+    }
+
+
+FILES = [*sources("dfkd"), *sources("generators")]
+
+
+def test_the_reader_of_imports_sees_every_form() -> None:
+    source = (
+        "import dfkd.data\n"
+        "from dfkd import losses as L\n"
+        "from dfkd.stream import augment\n"
+        "def f():\n    from ..teachers import Teacher\n    from .fit import Fit\n    import generators.conv\n"
+        "torchvision.datasets.ImageFolder\n"
+    )
+    names = set(imported(source, "compress"))
+    assert {"dfkd.data", "dfkd.losses", "dfkd.stream", "dfkd.teachers", "dfkd.compress.fit"} <= names
+    assert {"generators.conv", "torchvision.datasets"} <= names
+    assert rooms_of(iter(names)) == {"data", "losses", "stream", "teachers", "compress", "generators"}
+
+
+def test_the_table_has_no_cycle() -> None:
+    order = list(TopologicalSorter(CORE).static_order())
+    assert set(order) == set(CORE)
+
+
+@pytest.mark.parametrize(("room", "path"), FILES, ids=[str(path.relative_to(ROOT)) for _, path in FILES])
+def test_a_room_imports_what_stands_below_it(room: str, path: Path) -> None:
+    above = set(CORE) | COMMAND_LINE
+    allowed = CORE.get(room, PUBLIC if room == "dfkd" else above if room in COMMAND_LINE else None)
+    assert allowed is not None, f"{room} is a new room: give it a line in CORE or COMMAND_LINE, and in DESIGN.md"
+    assert rooms_of(imported(path.read_text(), room)) - {room} <= allowed
+
+
+def test_generators_need_torch_and_safetensors_alone() -> None:
+    paths = [path for room, path in FILES if room == "generators"]
+    assert len(paths) >= 2
+    for path in paths:
+        names = {node.split(".")[0] for node in imported_modules(path)}
+        assert names <= {"torch", "safetensors", "generators", *sys.stdlib_module_names}, path
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield "generators" if node.level else str(node.module)
+
+
+def test_only_evaluation_and_the_command_line_reach_real_images() -> None:
+    importers = {room for room, path in FILES if "data" in rooms_of(imported(path.read_text(), room))} - {"data"}
+    assert "evaluate" in importers
+    assert importers <= OPENS_IMAGES
+
+
+def test_only_data_reads_image_files() -> None:
+    def reads(path: Path) -> bool:
+        return any(name in IMAGE_FILES or name.split(".")[0] in IMAGE_FILES for name in imported(path.read_text()))
+
+    assert {room for room, path in FILES if reads(path)} == {"data"}
+
+
+def test_only_the_command_line_reads_recipes() -> None:
+    readers = {
+        room for room, path in FILES if rooms_of(imported(path.read_text(), room)) & {"recipe", "schema"} - {room}
+    }
+    assert "recipe" in readers
+    assert readers <= READS_RECIPES
+
+
+def test_no_room_is_a_drawer_for_everything() -> None:
+    names = {part.removesuffix(".py") for _, path in FILES for part in path.relative_to(ROOT).parts}
+    assert not names & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_train_py_only_calls_the_command_line() -> None:
+    assert rooms_of(imported((ROOT / "train.py").read_text())) == {"cli"}

@@ -1,0 +1,354 @@
+"""Recipes: precedence, typing, one-line errors, contradictions, and the texts made from the schema."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from dfkd import recipe as room
+from dfkd.errors import UserError
+from dfkd.recipe import Loaded, Recipe, check, help_text, list_text, load_recipe, print_config
+
+MINIMAL = """\
+tasks: [distill]
+synthesis: {steps: 10}
+data: {dataset: digits}
+teachers:
+  vgg: {model: "dfkd:vgg", weights: vgg.pt, mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}
+zoo: {sample: 1}
+student: {model: "dfkd:small"}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe folder with one good recipe, `tiny`, in place of the project's."""
+    monkeypatch.setattr(room, "FOLDER", tmp_path.resolve() / "recipes")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/tiny.yaml").write_text(MINIMAL)
+    return tmp_path / "recipes"
+
+
+def load(*arguments: str) -> Loaded:
+    return load_recipe(["recipe=tiny", *arguments])
+
+
+def message(*arguments: str) -> str:
+    """The one line a user reads."""
+    with pytest.raises(UserError) as caught:
+        load_recipe(arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_recipe_of_the_project_loads() -> None:
+    names = room._names()
+    assert names
+    for name in names:
+        assert load_recipe([f"recipe={name}"]).recipe.name
+
+
+def test_minimal_recipe(folder: Path) -> None:
+    loaded = load()
+    assert isinstance(loaded.recipe, Recipe)
+    assert loaded.recipe.name == "tiny"
+    assert loaded.recipe.teachers["vgg"].mean == [0.5, 0.5, 0.5]
+    assert loaded.recipe.seed == Recipe().seed
+    assert loaded.recipe.trust_code is False
+    assert loaded.sources["teachers.vgg.model"] == "recipes/tiny.yaml"
+    assert loaded.sources["seed"] == "default"
+
+
+def test_precedence_base_recipe_command_line(folder: Path) -> None:
+    (folder / "child.yaml").write_text("base: tiny\nseed: 2\nclasses: 7\nteachers: {vgg: {weight: 0.5}}\n")
+    (folder / "tiny.yaml").write_text(MINIMAL + "seed: 1\nclasses: 5\nimage: {size: 8}\n")
+    loaded = load_recipe(["recipe=child", "seed=3"])
+    assert (loaded.recipe.seed, loaded.recipe.classes, loaded.recipe.image.size) == (3, 7, 8)
+    assert loaded.sources["seed"] == "command line"
+    assert loaded.sources["classes"] == "recipes/child.yaml"
+    assert loaded.sources["image.size"] == "recipes/tiny.yaml"
+    vgg = loaded.recipe.teachers["vgg"]
+    assert (vgg.model, vgg.weight) == ("dfkd:vgg", 0.5)
+
+
+def test_name_and_description_are_not_inherited(folder: Path) -> None:
+    (folder / "tiny.yaml").write_text(MINIMAL + "name: shared\ndescription: the base\n")
+    (folder / "child.yaml").write_text("base: tiny\n")
+    child = load_recipe(["recipe=child"]).recipe
+    assert (child.name, child.description) == ("child", "")
+    assert load().recipe.name == "shared"
+    assert load("name=mine").recipe.name == "mine"
+
+
+def test_shared_base_applies_once(folder: Path) -> None:
+    (folder / "left.yaml").write_text("base: tiny\nseed: 5\n")
+    (folder / "right.yaml").write_text("base: tiny\nclasses: 6\n")
+    (folder / "tiny.yaml").write_text(MINIMAL + "seed: 1\nclasses: 2\n")
+    (folder / "both.yaml").write_text("base: [left, right]\n")
+    both = load_recipe(["recipe=both"]).recipe
+    assert (both.seed, both.classes) == (5, 6)
+
+
+def test_recipes_by_path_subfolder_and_name(folder: Path) -> None:
+    (folder / "methods").mkdir()
+    (folder / "methods/dafl.yaml").write_text("base: ../tiny\nclasses: 4\n")
+    (folder.parent / "mine.yaml").write_text("base: methods/dafl\n")
+    assert load_recipe(["recipe=methods/dafl"]).recipe.name == "dafl"
+    assert load_recipe(["recipe=mine.yaml"]).recipe.classes == 4
+    loaded = load_recipe([f"recipe={folder.parent}/mine.yaml"])
+    assert loaded.recipe.name == "mine"
+    assert loaded.sources["classes"] == "recipes/methods/dafl.yaml"
+    assert loaded.sources["name"] == "mine.yaml"
+    assert message("recipe=mine").startswith("command line: no recipe 'mine'")
+    (folder.parent / "methods").mkdir()
+    (folder.parent / "methods/dafl.yaml").write_text("base: tiny\nclasses: 3\n")
+    assert load_recipe(["recipe=methods/dafl"]).recipe.classes == 3
+
+
+def test_base_cycle_is_shown(folder: Path) -> None:
+    (folder / "a.yaml").write_text("base: b\n")
+    (folder / "b.yaml").write_text("base: [tiny, a]\n")
+    assert message("recipe=a").endswith("recipes/a.yaml -> recipes/b.yaml -> recipes/a.yaml")
+    (folder / "own.yaml").write_text("base: own\n")
+    assert "recipes/own.yaml -> recipes/own.yaml" in message("recipe=own")
+
+
+def test_command_line_text_is_typed_by_the_schema(folder: Path) -> None:
+    recipe = load("output=no", "name=007", "distill.lr=1e-3", "runtime.channels_last=no", "zoo.main=null").recipe
+    assert (recipe.output, recipe.name, recipe.distill.lr) == ("no", "007", 1e-3)
+    assert recipe.runtime.channels_last is False
+    assert recipe.zoo.main is None
+    assert load("tasks=[distill]", "synthesis.betas=[0, 0.9]").recipe.synthesis.betas == [0.0, 0.9]
+    assert "runtime.precision" in message("recipe=tiny", "runtime.precision=no")
+
+
+def test_teachers_are_overridden_and_added(folder: Path) -> None:
+    recipe = load(
+        "teachers.vgg.weight=0.5",
+        "teachers.new={model: 'timm:a', weights: a.pt}",
+        "teachers.new.kwargs.depth=3",
+    ).recipe
+    assert recipe.teachers["vgg"].weight == 0.5
+    assert recipe.teachers["vgg"].weights == "vgg.pt"
+    assert (recipe.teachers["new"].model, recipe.teachers["new"].kwargs) == ("timm:a", {"depth": 3})
+
+
+def test_kwargs_entries_and_replacement(folder: Path) -> None:
+    (folder / "tiny.yaml").write_text(MINIMAL.replace('"dfkd:small"', '"dfkd:small", kwargs: {width: 8}'))
+    loaded = load("student.kwargs.rate=0.5", "student.kwargs.act=silu", "student.kwargs.se=true")
+    assert loaded.recipe.student.kwargs == {"width": 8, "rate": 0.5, "act": "silu", "se": True}
+    assert loaded.sources["student.kwargs.width"] == "recipes/tiny.yaml"
+    assert loaded.sources["student.kwargs.rate"] == "command line"
+    replaced = load("student.kwargs={depth: 3}")
+    assert replaced.recipe.student.kwargs == {"depth": 3}
+    assert replaced.sources["student.kwargs.depth"] == "command line"
+    assert load("student.kwargs={}").recipe.student.kwargs == {}
+
+
+def test_interpolations_resolve_typed_and_unshared(folder: Path) -> None:
+    recipe = load(
+        "classes=9",
+        "image.size=${classes}",
+        "teachers.vgg.kwargs={width: 4}",
+        "student.kwargs=${teachers.vgg.kwargs}",
+        "student.kwargs.depth=2",
+    ).recipe
+    assert recipe.image.size == 9
+    assert recipe.student.kwargs == {"width": 4, "depth": 2}
+    assert recipe.teachers["vgg"].kwargs == {"width": 4}
+    assert "command line: zoo.main" in message("recipe=tiny", "zoo.main=${nope.x}")
+    assert "command line: seed" in message("recipe=tiny", "seed=${student.model}")
+    assert "recipes/loop.yaml: name" in message_of_file(folder, "loop", "name: ${name}\n")
+
+
+def message_of_file(folder: Path, name: str, text: str) -> str:
+    (folder / f"{name}.yaml").write_text(text)
+    return message(f"recipe={name}")
+
+
+@pytest.mark.parametrize(
+    ("argument", "parts"),
+    [
+        ("student.modl=x", ["'student.modl'", "did you mean student.model?", "kwargs"]),
+        ("stduent.model=x", ["'stduent'", "did you mean student?"]),
+        ("lr=0.1", ["'lr'", "distill.lr", "synthesis.lr"]),
+        ("seed.x=1", ["'seed.x'", "seed is no group"]),
+        ("student=x", ['student="x"', "group of keys"]),
+        ("teachers.vgg=null", ["teachers.vgg=null", "enabled: false"]),
+        ("teachers..weight=1", ["''", "teachers"]),
+        ("distill.lr=fast", ['distill.lr="fast"', "number from 0"]),
+        ("image.size=8.5", ['image.size="8.5"', "integer from 4"]),
+        ("image.size=2", ["image.size=2", "integer from 4"]),
+        ("image.size=null", ["image.size=null", "integer from 4"]),
+        ("distill.lr=nan", ["distill.lr=NaN", "number from 0"]),
+        ("distill.lr=inf", ["distill.lr=Infinity", "number from 0"]),
+        ("teachers.vgg.mean=[.nan, 0, 0]", ["teachers.vgg.mean=", "list of number"]),
+        ("teachers.vgg.mean=0.5", ["teachers.vgg.mean=", "list of number"]),
+        ("teachers.vgg.input_size=big", ["or null"]),
+        ("distill.loss=kll", ['distill.loss="kll"', "did you mean 'kl'?"]),
+        ("data.dataset=cifar", ["cifar10 | cifar100", "did you mean 'cifar10"]),
+        ("tasks=[distil]", ['tasks=["distil"]', "did you mean 'distill'?"]),
+        ("tasks=distill", ['tasks="distill"', "list of"]),
+        ("runtime.channels_last=maybe", ["true or false"]),
+        ("student.kwargs=8", ["student.kwargs=", "mapping"]),
+        ("student.kwargs={width: ", ["student.kwargs='{width: '", "not YAML"]),
+        ("name=${", ["name"]),
+        ("base=other", ["unknown key 'base'"]),
+    ],
+)
+def test_wrong_arguments(folder: Path, argument: str, parts: list[str]) -> None:
+    text = message("recipe=tiny", argument)
+    assert text.startswith("command line: ")
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("student: {modl: x}", ["recipes/bad.yaml: unknown key 'student.modl'", "student.model"]),
+        ("student.model: x", ["recipes/bad.yaml: unknown key 'student.model'", "did you mean"]),
+        ("runtime: {precision: no}", ["recipes/bad.yaml: runtime.precision=false", "bf16"]),
+        ("name: no", ["recipes/bad.yaml: name=false", "text"]),
+        ("image: {size: 2}", ["recipes/bad.yaml: image.size=2", "from 4"]),
+        ("base: 3", ["recipes/bad.yaml: base=3"]),
+        ("base: tinny", ["recipes/bad.yaml: base: no recipe 'tinny'", "did you mean 'tiny'?"]),
+        ("base: tiny\nseed: 1\nseed: 2", ["recipes/bad.yaml:3: ", "duplicate key seed"]),
+        ("a: 1\nb: [", ["recipes/bad.yaml:3: "]),
+        ("- 1", ["recipes/bad.yaml: ", "list"]),
+        ("just text", ["recipes/bad.yaml: "]),
+        ("base: tiny\ntrust_code: true", ["recipes/bad.yaml: trust_code", "command line"]),
+        ("teachers: {vgg: null}", ["teachers.vgg=null", "enabled: false"]),
+        ("teachers: {'a.b': {model: x}}", ["'a.b'", "letters"]),
+    ],
+)
+def test_wrong_files(folder: Path, text: str, parts: list[str]) -> None:
+    shown = message_of_file(folder, "bad", text + "\n")
+    for part in parts:
+        assert part in shown
+
+
+def test_unreadable_files(folder: Path) -> None:
+    (folder / "bad.yaml").write_bytes(b"name: \xff\xfe\n")
+    assert message("recipe=bad").startswith("recipes/bad.yaml: not a readable recipe")
+    assert "no recipe 'no/such.yaml'" in message("recipe=no/such.yaml")
+
+
+def test_arguments_that_are_no_keys(folder: Path) -> None:
+    assert "the recipes are tiny" in message("seed=1")
+    assert "the recipes are tiny" in message("recipe=")
+    assert "did you mean 'tiny'?" in message("recipe=tinny")
+    assert "'--fast' is not key=value" in message("recipe=tiny", "--fast")
+    assert "'=3' is not key=value" in message("recipe=tiny", "=3")
+    assert "seed is given twice: '1' and '2'" in message("recipe=tiny", "seed=1", "seed=2")
+    assert "recipe is given twice" in message("recipe=tiny", "recipe=tiny")
+
+
+def test_trust_code_on_the_command_line(folder: Path) -> None:
+    (folder / "saved.yaml").write_text("base: tiny\ntrust_code: true\n")
+    assert load("trust_code=true").recipe.trust_code
+    assert load_recipe(["recipe=saved", "trust_code=true"]).recipe.trust_code
+    assert "command line" in message("recipe=saved", "overwrite=true")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["teachers.vgg.enabled=false"], "teachers: none is enabled"),
+        (["teachers.vgg.weight=0"], "teachers: none is enabled with a weight"),
+        (["teachers.vg.weight=1"], "teachers.vg.model is empty; did you mean 'vgg'?"),
+        (["zoo.main=vg"], "did you mean 'vgg'?; those are vgg"),
+        (["zoo.sample=2"], "zoo.sample=2"),
+        (["student.model="], "student.model is empty"),
+        (["image.channels=1"], "teachers.vgg.mean=[0.5, 0.5, 0.5]: image.channels=1"),
+        (["teachers.vgg.std=[1, 1]"], "teachers.vgg.std=[1.0, 1.0]: image.channels=3"),
+        (["teachers.vgg.std=[1, 0, 1]"], "teachers.vgg.std=[1.0, 0.0, 1.0]"),
+        (["teachers.vgg.weights=", "data.dataset=none"], "teachers.vgg.weights is empty"),
+        (["tasks=[]"], "tasks=[]"),
+        (["tasks=[distill, distill]"], 'tasks=["distill", "distill"]'),
+        (["tasks=[generator]", "generator.checkpoint=runs/a"], 'generator.checkpoint="runs/a"'),
+        (["synthesis.steps=0", "distill.steps=0"], "synthesis.steps and distill.steps"),
+        (["synthesis.betas=[0.5]"], "synthesis.betas=[0.5]"),
+        (["synthesis.betas=[0.5, 1]"], "synthesis.betas=[0.5, 1.0]"),
+    ],
+)
+def test_contradictions(folder: Path, arguments: list[str], part: str) -> None:
+    assert part in message("recipe=tiny", *arguments)
+
+
+def test_what_does_not_contradict(folder: Path) -> None:
+    load("teachers.vgg.mean=[]", "teachers.vgg.std=[]", "image.channels=1")
+    load("tasks=[generator]", "student.model=")
+    load("teachers.vgg.weights=")
+    load("data.dataset=none", "zoo.main=vgg")
+
+
+def test_check_refuses_a_recipe_made_by_hand() -> None:
+    with pytest.raises(UserError, match="teachers"):
+        check(Recipe())
+
+
+def test_saved_recipe_loads_to_the_same(folder: Path) -> None:
+    recipe = load(
+        "output=no",
+        "name=1e-3",
+        "description=a # b: 'c' é " + "long " * 40,
+        "teachers.vgg.kwargs={a: [1, {b: null}]}",
+        "student.kwargs.width=8",
+        "distill.lr=3e-7",
+        "classes=9",
+        "image.size=${classes}",
+        "zoo.main=vgg",
+    )
+    saved = folder.parent / "config.yaml"
+    saved.write_text(recipe.yaml(), encoding="utf-8")
+    again = load_recipe(["recipe=config.yaml"])
+    assert again.recipe == recipe.recipe
+    assert again.yaml() == recipe.yaml()
+    assert set(again.sources.values()) == {"config.yaml"}
+
+
+def leaves(value: object, prefix: str = "") -> list[str]:
+    """The dotted leaf keys of a plain nested mapping."""
+    if isinstance(value, dict) and value:
+        return [leaf for key, entry in value.items() for leaf in leaves(entry, f"{prefix}.{key}" if prefix else key)]
+    return [prefix]
+
+
+def test_print_config_lists_every_key_with_its_source(folder: Path) -> None:
+    loaded = load("student.kwargs={width: 8}", "description=a: b # c", "distill.lr=1e-7")
+    text = print_config(loaded)
+    keys = leaves(dataclasses.asdict(loaded.recipe))
+    assert set(keys) == set(loaded.sources)
+    values = [line for line in text.splitlines() if "  # " in line]
+    assert len(values) == len(keys)
+    for key, line in zip(keys, values, strict=True):
+        assert line.lstrip().startswith(key.rpartition(".")[2] + ": ")
+        assert line.endswith("  # " + loaded.sources[key])
+    assert OmegaConf.to_container(OmegaConf.create(text)) == dataclasses.asdict(loaded.recipe)
+
+
+def test_help_lists_every_key() -> None:
+    text = help_text()
+    assert text.startswith("accelerate launch train.py recipe=digits")
+    for key in leaves(dataclasses.asdict(Recipe())):
+        assert re.search(rf"^{key}(=|\.NAME\.)", text, flags=re.MULTILINE), key
+    assert "teachers.NAME.weight=" in text
+    assert re.search(r"^image\.size=\d+  \(integer from 4.*\)\n    \w", text, flags=re.MULTILINE)
+
+
+def test_list_names_recipes_models_generators(folder: Path) -> None:
+    (folder / "methods").mkdir()
+    (folder / "methods/dafl.yaml").write_text("base: tiny\ndescription: DAFL's losses\n")
+    text = list_text(["dfkd:vgg", "dfkd:small"], ["conv"])
+    assert re.search(r"^  methods/dafl +DAFL's losses$", text, flags=re.MULTILINE)
+    assert re.findall(r"^  (\S+)", text, flags=re.MULTILINE) == [
+        "methods/dafl",
+        "tiny",
+        "dfkd:vgg",
+        "dfkd:small",
+        "conv",
+    ]
