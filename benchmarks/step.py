@@ -16,6 +16,7 @@ The three take turns step by step, so that a ratio compares neighbours in time. 
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any, NamedTuple, Protocol
@@ -49,7 +50,7 @@ Model = tuple[str, Mapping[str, Any]]  # model string and kwargs
 
 @dataclass(frozen=True)
 class Case:
-    """Networks and sizes of a measurement; the last teacher is the one whose logits the student learns."""
+    """Networks and sizes of a measurement; the student learns the mean logits of all teachers."""
 
     teachers: Sequence[Model]
     student: Model
@@ -124,7 +125,7 @@ class Ours:
         )
         options = STREAM | ({"autocast": accelerator.autocast} if accelerator else {})
         stream = SyntheticStream(
-            generator, batch_size=case.batch, teacher=zoo[-1], seed=seed, shard=shard, channels_last=True, **options
+            generator, batch_size=case.batch, teacher=zoo, seed=seed, shard=shard, channels_last=True, **options
         )
         self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator)
 
@@ -138,7 +139,7 @@ class Ours:
 
 
 class StatisticsHook:
-    """The loss of one batch norm, MixMix eq. 2, as DataFree's hook computes it (datafree/hooks.py, lines 86-94)."""
+    """The loss of one batch norm, MixMix eq. 2, as the hooks of DataFree compute it (datafree/hooks.py:88-89)."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.loss = torch.zeros(())
@@ -163,7 +164,7 @@ class Naive:
         self.hooks = {t.name: [StatisticsHook(norm) for norm in batch_norms(t.model).values()] for t in self.zoo}
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
         stream = SyntheticStream(
-            self.generator, batch_size=case.batch, teacher=self.zoo[-1], seed=seed, shard=shard, **STREAM
+            self.generator, batch_size=case.batch, teacher=self.zoo, seed=seed, shard=shard, **STREAM
         )
         self.fit = Fit(self.student, stream, steps=SCHEDULE)
         self.start = self._measure_start()
@@ -186,7 +187,7 @@ class Naive:
         return terms
 
     def student_step(self, step: int) -> dict[str, Tensor]:
-        """One `Fit.step` in float32, the hooks of the teacher still on."""
+        """One `Fit.step` in float32, the hooks of the teachers still on."""
         return self.fit.step(step)
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,9 +220,11 @@ class Naive:
 class Floor:
     """The network work without which neither step can be."""
 
-    def __init__(self, case: Case, seed: int, shard: Shard, accelerator: Accelerator) -> None:
-        self.generator, self.zoo, self.student = build(case, seed, shard.device, torch.channels_last)
-        self.autocast, self.seed, self.half = accelerator.autocast, seed, case.batch // 2
+    def __init__(self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None) -> None:
+        self.networks = build(case, seed, shard.device, torch.channels_last)
+        self.generator, self.zoo, self.student = self.networks
+        self.autocast = accelerator.autocast if accelerator else nullcontext
+        self.seed, self.half = seed, case.batch // 2
         self.latents = draw_latents(shard, case.batch, case.latent, seed, "floor")
         self.labels = draw_labels(shard, case.batch, CLASSES, seed, "floor")
         with torch.no_grad():
@@ -241,10 +244,11 @@ class Floor:
         images.backward(leaf.grad)
 
     def student_step(self, step: int) -> None:
-        """Student forward and backward, teacher forward, generator forward for the fresh half."""
+        """Student forward and backward, forward of every teacher, generator forward for the fresh half."""
         with torch.no_grad(), self.autocast():
             self.generator(self.latents[: self.half], self.labels[: self.half])
-            self.zoo[-1](self.images)
+            for teacher in self.zoo:
+                teacher(self.images)
         self.student.zero_grad()
         self._backward(self.student, self.images)
 

@@ -18,8 +18,8 @@ from dfkd.errors import UserError
 from dfkd.models import build_model, load_model, save_model
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import resolve_precision, rng
-from dfkd.schema import Recipe, TeacherSpec
-from dfkd.teachers import Teacher, check_teacher
+from dfkd.schema import Recipe, StudentSpec, TeacherSpec
+from dfkd.teachers import Teacher, load_zoo
 from generators import GENERATORS, ImageGenerator, build_generator, load_generator
 
 Say = Callable[[str], None]
@@ -34,76 +34,59 @@ def parameters(module: nn.Module) -> int:
 def seeded(recipe: Recipe, purpose: str, build: Callable[[], Network]) -> Network:
     """Build a module whose random weights depend on the recipe's seed and a purpose alone."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng("cpu", recipe.seed, purpose).initial_seed())
+        torch.default_generator.manual_seed(rng("cpu", recipe.seed, purpose).initial_seed())
         return build()
 
 
-def real_images(recipe: Recipe, *, train: bool, purpose: str) -> RealImages:
-    """The recipe's real images; with several processes the first one downloads them."""
-    data = recipe.data
-    with PartialState().local_main_process_first():
-        return load_images(
-            data.dataset,
-            train=train,
-            root=data.root,
-            train_root=data.train_root,
-            channels=recipe.image.channels,
-            size=recipe.image.size,
-            classes=recipe.classes,
-            purpose=purpose,
-        )
-
-
-def load_recipe_zoo(recipe: Recipe, device: torch.device, say: Say, *, train: bool = True) -> list[Teacher]:
-    """The enabled teachers, checked, on the device. Those without weights are trained, or with train=False left as
-    they are built. Every teacher is built and checked before the first one is trained."""
-    specs = recipe.zoo_specs
-    built = {name: _build(recipe, name, spec) for name, spec in specs.items()}
-    teachers = {name: _teacher(recipe, name, specs[name], built[name], device) for name in specs}
-    if train:
-        for name, spec in specs.items():
-            if not spec.weights:
-                trained = trained_model(recipe, name, spec, built[name], device, say)
-                teachers[name] = _teacher(recipe, name, spec, trained, device)
-    return list(teachers.values())
-
-
-def _build(recipe: Recipe, name: str, spec: TeacherSpec) -> nn.Module:
-    return seeded(
-        recipe,
-        f"teacher {name}",
-        lambda: build_model(
-            spec.model,
-            classes=recipe.classes,
-            channels=recipe.image.channels,
-            weights=spec.weights,
-            kwargs=spec.kwargs,
-            trust_code=recipe.trust_code,
-        ),
+def build_network(recipe: Recipe, spec: TeacherSpec | StudentSpec) -> nn.Module:
+    """The network of a teacher's or the student's spec."""
+    return build_model(
+        spec.model,
+        classes=recipe.classes,
+        channels=recipe.image.channels,
+        weights=spec.weights,
+        kwargs=spec.kwargs,
+        trust_code=recipe.trust_code,
     )
 
 
-def _teacher(recipe: Recipe, name: str, spec: TeacherSpec, model: nn.Module, device: torch.device) -> Teacher:
-    teacher = Teacher(
-        model, name=name, mean=spec.mean, std=spec.std, input_size=spec.input_size, weight=spec.weight
-    ).to(device)
-    if recipe.runtime.channels_last:
-        teacher.to(memory_format=torch.channels_last)
-    check_teacher(
-        teacher,
+def real_images(recipe: Recipe, *, train: bool, purpose: str) -> RealImages:
+    """The recipe's real images."""
+    data = recipe.data
+    return load_images(
+        data.dataset,
+        train=train,
+        root=data.root,
+        train_root=data.train_root,
+        channels=recipe.image.channels,
+        size=recipe.image.size,
+        classes=recipe.classes,
+        purpose=purpose,
+    )
+
+
+def load_recipe_zoo(recipe: Recipe, device: torch.device, say: Say, *, train: bool = True) -> list[Teacher]:
+    """The enabled teachers, checked, on the device; those without weights are trained first, or with train=False left
+    as they are built."""
+    specs = {name: dataclasses.asdict(spec) for name, spec in recipe.zoo_specs.items()}
+    for name, spec in recipe.zoo_specs.items():
+        if train and not spec.weights:
+            specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say))
+    return load_zoo(
+        specs,
         classes=recipe.classes,
         channels=recipe.image.channels,
         size=recipe.image.size,
         needs_bn=recipe.synthesis.losses.bn > 0 and recipe.generator.checkpoint is None,
+        device=device,
+        channels_last=recipe.runtime.channels_last,
+        trust_code=recipe.trust_code,
     )
-    return teacher
 
 
-def trained_model(
-    recipe: Recipe, name: str, spec: TeacherSpec, model: nn.Module, device: torch.device, say: Say
-) -> nn.Module:
-    """A teacher's network trained from real images, out of the cache where the same was trained before."""
-    recipe_part = {
+def trained_teacher(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, say: Say) -> Path:
+    """The folder of a teacher trained from real images by the main process, or found trained alike before."""
+    trained_from = {
         "data": dataclasses.asdict(recipe.data),
         "image": dataclasses.asdict(recipe.image),
         "classes": recipe.classes,
@@ -112,34 +95,21 @@ def trained_model(
         "seed": recipe.seed,
         "name": name,
     }
-    digest = hashlib.sha256(json.dumps(recipe_part, sort_keys=True).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(trained_from, sort_keys=True).encode()).hexdigest()[:12]
     folder = Path(recipe.training.cache) / f"{name}-{digest}"
     state = PartialState()
     if state.is_main_process and not (folder / "model.json").exists():
-        _train(recipe, name, spec, model, device, folder, say)
+        _train(recipe, name, spec, device, folder, say)
     state.wait_for_everyone()
-    trained, _ = load_model(folder, trust_code=recipe.trust_code)
-    return trained
+    return folder
 
 
-def _train(
-    recipe: Recipe, name: str, spec: TeacherSpec, model: nn.Module, device: torch.device, folder: Path, say: Say
-) -> None:
+def _train(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, folder: Path, say: Say) -> None:
     training = recipe.training
-    real = load_images(  # the main process alone trains, so the others must not be waited for
-        recipe.data.dataset,
-        train=True,
-        root=recipe.data.root,
-        train_root=recipe.data.train_root,
-        channels=recipe.image.channels,
-        size=recipe.image.size,
-        classes=recipe.classes,
-        purpose="train teacher",
-    )
+    real = real_images(recipe, train=True, purpose="train teacher")
     say(f"teacher {name} ({spec.model}) has no checkpoint: training it on {len(real)} images of {real.source}")
+    model = seeded(recipe, f"teacher {name}", lambda: build_network(recipe, spec))
     classifier = Classifier(model, name=name, mean=spec.mean, std=spec.std, input_size=spec.input_size)
-    # The check before froze it.
-    classifier.requires_grad_(True)
     train_teacher(
         classifier,
         real.images,
@@ -185,18 +155,7 @@ def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:
 def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> Classifier:
     """The student, with the normalisation of its (main or first) teacher, checked on an image of the recipe's size."""
     spec, like = recipe.student, main_teachers(recipe, zoo)[0]
-    model = seeded(
-        recipe,
-        "student",
-        lambda: build_model(
-            spec.model,
-            classes=recipe.classes,
-            channels=recipe.image.channels,
-            weights=spec.weights,
-            kwargs=spec.kwargs,
-            trust_code=recipe.trust_code,
-        ),
-    )
+    model = seeded(recipe, "student", lambda: build_network(recipe, spec))
     mean, std = like.normalisation
     student = Classifier(model, name="student", mean=mean, std=std).to(device)
     if recipe.runtime.channels_last:
@@ -252,9 +211,7 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
             "size": recipe.image.size,
         }.items():
             if description[key] != wanted:
-                raise UserError(
-                    f"the generator in {spec.checkpoint} has {key}={description[key]}, the recipe {wanted}; make them agree"
-                )
+                raise UserError(f"the generator in {spec.checkpoint} has {key}={description[key]}, the recipe {wanted}")
         return generator, description
     if spec.arch not in GENERATORS:
         raise UserError(f"generator.arch={spec.arch!r} is unknown; choose from {sorted(GENERATORS)}")

@@ -103,16 +103,10 @@ class Checkpoints:
             warnings.append(f"checkpoint {folder} {problem}; using the one before it")
         if foreign and foreign == len(warnings):
             raise UserError(
-                f"the checkpoints in {self.folder} are of another recipe or number of processes; run the command and the "
-                "launcher options that began this run, choose another output=..., or overwrite=true to start over"
+                f"the checkpoints of {self.folder} are of another recipe or process count; run the command and "
+                "the launcher options that began this run, choose another output=..., or overwrite=true to start over"
             )
         return Resumed(0, {}, warnings) if warnings else None
-
-    def clear(self) -> None:
-        """Remove all checkpoints: the run is finished."""
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("step-" + "[0-9]" * 8), reverse=True)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd.errors import UserError
+from dfkd.runtime import full_precision
 
 
 class Classifier(nn.Module):
@@ -41,4 +42,4 @@ class Classifier(nn.Module):
         if self.input_size is not None and images.shape[-1] != self.input_size:
             size = (self.input_size, self.input_size)
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return self.model((images - self.mean) / self.std).float()
+        return full_precision(self.model((images - self.mean) / self.std))

@@ -93,21 +93,23 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)
-        # A detached local mean is a fair centre and, being this rank's own, must first be agreed on: use zero.
-        zero = torch.zeros(input.shape[1], dtype=torch.float32, device=input.device)
-        ((mean, var),) = global_moments([batch_moments(input)], [zero])
+        # Two messages, so that variances are taken around the global mean and nothing cancels.
+        local, spread = batch_moments(input)
+        mean = all_reduce_mean(local)
+        var = all_reduce_mean(spread + (local - mean).square())
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             count = input.numel() // input.shape[1] * world_size()
             self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum or 0.1)
+            rate = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), rate)
             unbiased = var.detach() * (count / (count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum or 0.1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
         weight = torch.rsqrt(var + self.eps)
         if self.weight is not None:
             weight = weight * self.weight
-        bias = -mean * weight if self.bias is None else self.bias - mean * weight
         shape = (1, -1, *[1] * (input.dim() - 2))
-        return torch.addcmul(bias.view(shape), input.float(), weight.view(shape)).to(input.dtype)
+        out = (input.to(mean.dtype) - mean.view(shape)) * weight.view(shape)
+        return (out if self.bias is None else out + self.bias.view(shape)).to(input.dtype)
 
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:
@@ -123,7 +125,7 @@ def mean_over_processes(tensors: list[Tensor]) -> None:
     """Replace tensors by their mean over processes, in place, in one message; nothing where there is one process."""
     if world_size() == 1 or not tensors:
         return
-    flat = torch.cat([tensor.detach().float().reshape(-1) for tensor in tensors])
+    flat = torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     for tensor, value in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors])):
         tensor.copy_(value.view_as(tensor))

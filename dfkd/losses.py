@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd.collectives import all_reduce_mean
+from dfkd.runtime import full_precision
 
 Moments = tuple[Tensor, Tensor]
 
@@ -47,8 +48,8 @@ def kd_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction:
 
     reduction `mean` gives the mean over images, `none` one value per image [B].
     """
-    p = F.log_softmax(teacher.float() / temperature, dim=1)
-    q = F.log_softmax(student.float() / temperature, dim=1)
+    p = F.log_softmax(full_precision(teacher) / temperature, dim=1)
+    q = F.log_softmax(full_precision(student) / temperature, dim=1)
     each = (p.exp() * (p - q)).sum(1) * temperature**2
     return each.mean() if reduction == "mean" else each
 
@@ -56,7 +57,7 @@ def kd_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction:
 def kd_l1(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
     """Mean |student - teacher| over centred logits [B, K], in units of the teacher's spread over the global
     batch. DFAD eq. 3 made free of scale and offset; `temperature` plays no part. reduction as in kd_kl."""
-    student, teacher = student.float(), teacher.float()
+    student, teacher = full_precision(student), full_precision(teacher)
     teacher = teacher - teacher.mean(1, keepdim=True)
     student = student - student.mean(1, keepdim=True)
     spread = all_reduce_mean(teacher.detach().square().mean()).sqrt()
@@ -114,4 +115,5 @@ def activation(features: Tensor) -> Tensor:
 
 def information(mean_probability: Tensor) -> Tensor:
     """Sum of p log p over the mean prediction [K] of the global batch, nats; -log K when balanced. DAFL eq. 4."""
-    return torch.special.entr(mean_probability).sum().neg()
+    # A class whose probability underflows to 0 has an infinite slope there.
+    return torch.special.entr(mean_probability.clamp_min(torch.finfo(torch.float32).tiny)).sum().neg()

@@ -50,7 +50,7 @@ class Metrics:
         if broken:
             raise UserError(
                 f"{phase} step {step}: the term {broken[0]!r} is {figures[broken[0]]}; the checkpoint before is kept: "
-                "lower the learning rate (synthesis.lr, distill.lr) or that term's weight, or use runtime.precision=fp32"
+                "lower a learning rate (synthesis.lr, distill.lr) or that term's weight, or try runtime.precision=fp32"
             )
         self.write(phase, step, figures)
         return figures

@@ -42,9 +42,9 @@ def paste(x1: Tensor, x2: Tensor, box: Tensor, antialias: bool = False) -> Tenso
     F.interpolate's and grid_sample's, their backward is deterministic on every device, and nothing waits for the host.
     """
     height, width = x1.shape[-2:]
-    x0, y0, w, h = box.to(x2.dtype).unbind(1)
-    rows = interpolation_matrix(y0, h, height, antialias).unsqueeze(1)
-    columns = interpolation_matrix(x0, w, width, antialias).unsqueeze(1)
+    x0, y0, w, h = box.to(torch.promote_types(x2.dtype, torch.float32)).unbind(1)
+    rows = interpolation_matrix(y0, h, height, antialias).unsqueeze(1).to(x2.dtype)
+    columns = interpolation_matrix(x0, w, width, antialias).unsqueeze(1).to(x2.dtype)
     shrunk = rows @ x2 @ columns.mT
     y, x = torch.arange(height, device=x1.device), torch.arange(width, device=x1.device)
     x0, y0, w, h = box.view(-1, 4, 1).unbind(1)
@@ -135,7 +135,7 @@ def mix_batch(mix: MixAugmentationBaseV2, images: Tensor, labels: Tensor, shard:
     batch = images.shape[0]
     with torch.random.fork_rng(devices=[]):
         # Kornia draws from torch's global generator, and its parameters live on the host by design.
-        torch.manual_seed(rng("cpu", *position, "mix").initial_seed())
+        torch.default_generator.manual_seed(rng("cpu", *position, "mix").initial_seed())
         params = mix.forward_parameters(torch.Size((batch * shard.world, *images.shape[1:])))
     for name, axis in BATCH_AXIS.items():
         if name in params:

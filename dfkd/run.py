@@ -87,7 +87,8 @@ def build(recipe: Recipe, device: torch.device, *, train: bool) -> Parts:
     """Build and check all networks and data; with train=False no teacher is trained."""
     test = None
     if recipe.data.dataset != "none":
-        test = assemble.real_images(recipe, train=False, purpose="evaluate")
+        with PartialState().local_main_process_first():  # the first one downloads
+            test = assemble.real_images(recipe, train=False, purpose="evaluate")
     zoo = assemble.load_recipe_zoo(recipe, device, say, train=train)
     generator, description = assemble.make_generator(recipe, zoo, device)
     student = assemble.make_student(recipe, zoo, device) if recipe.student.model else None
@@ -377,9 +378,8 @@ def save_phase(recipe: Recipe, plan: Plan, parts: Parts, loop: Loop, shard: Shar
 def finish(
     loaded: Loaded, parts: Parts, accelerator: Accelerator, shard: Shard, spent: dict[str, float], command: str
 ) -> None:
-    """Measure on the main process and write results.json and report.html."""
-    if shard.rank:
-        return
+    """Measure, and on the main process write results.json and report.html. Every process measures the same: the zoo's
+    mean logits are a collective."""
     begun = time.perf_counter()
     recipe, folder = loaded.recipe, Path(loaded.recipe.folder)
     figures, _ = look(parts.generator, parts.zoo, accelerator)
@@ -405,8 +405,9 @@ def finish(
     results["data_free"] = opened()
     phases = {"evaluation": time.perf_counter() - begun, **spent}
     results["seconds"] = {name: round(value, 1) for name, value in phases.items()}
-    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
-    write_report(folder)
+    if shard.rank == 0:
+        write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_report(folder)
 
 
 def _measured(score: Accuracy | None) -> dict[str, Any]:
@@ -466,8 +467,8 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
     for name, loss in (results["generator"]["bn_loss"] or {}).items():
         if loss["end"] > 0.7 * loss["start"]:
             notes.append(
-                f"the batch-norm statistics of teacher {name} are hardly matched ({loss['start']:.3g} -> {loss['end']:.3g}): "
-                "raise synthesis.losses.bn or synthesis.steps, or check its mean and std"
+                f"the batch-norm statistics of teacher {name} do not fit ({loss['start']:.3g} -> {loss['end']:.3g}): "
+                "raise synthesis.losses.bn or .steps, or check its mean and std"
             )
     if results["diversity"]["pixel_ratio"] < 0.05:
         notes.append(

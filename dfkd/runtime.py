@@ -3,13 +3,17 @@
 import gc
 import hashlib
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
+import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
 from dfkd.errors import UserError
@@ -33,6 +37,11 @@ def rng(device: torch.device | str, *position: int | str) -> torch.Generator:
     """A random generator that depends on its position (seed, purpose, step, ...) alone, so nothing need be saved."""
     digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """x in float32, or float64 where it is that: what losses and statistics are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager
@@ -80,25 +89,39 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def make_accelerator(precision: str) -> tuple[Accelerator, Shard]:
     """The Accelerator at a recipe's precision and this process's shard; checks the launch (see check_launch)."""
-    state = PartialState()
+    # The main process trains missing teachers while the others wait; a dead process ends the job without this.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
     check_launch(state.num_processes)
     bf16 = resolve_precision(precision, state.device) == "bf16"
     # SyncBatchNorm of ours keeps buffers equal; broadcasting them in DDP breaks two forwards in one step on CUDA.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[ddp])
     return accelerator, Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
 
 
 def check_launch(processes: int) -> None:
-    """Raise UserError where a launch asked for more processes than joined (accelerate would go on silently)."""
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", "1"))
-    wanted = max(launched, asked)
+    """Raise UserError where a launch asked for more processes than joined: accelerate would go on silently, with one
+    process (`--cpu --num_processes 2`) or with several that know nothing of each other (`--multi_gpu` on a CPU)."""
+    wanted = max(int(os.environ.get("WORLD_SIZE", "1")), _asked_of_launcher())
     if wanted != processes:
         raise UserError(
             f"launched for {wanted} processes but {processes} joined; on a CPU use: ACCELERATE_USE_CPU=true "
             f"accelerate launch --multi_gpu --num_processes {wanted} train.py recipe=NAME"
         )
+
+
+def _asked_of_launcher() -> int:
+    """What `accelerate launch --num_processes` was given, read off the parent process; 1 where there is none."""
+    try:
+        line = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return 1
+    if not any(os.path.basename(word).startswith("accelerate") for word in line[:3]):
+        return 1
+    text = " ".join(line).replace("=", " ").replace("--num-processes", "--num_processes")
+    found = re.search(r"--num_processes (\d+)", text)
+    return int(found.group(1)) if found else 1
 
 
 def shut_down(accelerator: Accelerator) -> None:

@@ -13,7 +13,7 @@ from torchvision.utils import save_image
 
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix, mix_batch
-from dfkd.runtime import Shard, rng
+from dfkd.runtime import Shard, full_precision, rng
 from dfkd.synthesis import draw_labels, draw_latents
 from dfkd.teachers import Teacher, zoo_logits
 from generators import ImageGenerator
@@ -27,7 +27,7 @@ def from_generator(generator: ImageGenerator) -> Source:
     def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
         labels = draw_labels(shard, count, generator.classes, *position)
         latents = draw_latents(shard, count, generator.latent, *position)
-        return generator(latents, labels).float(), labels
+        return full_precision(generator(latents, labels)), labels
 
     return draw
 
@@ -57,7 +57,7 @@ def from_images(images: Tensor, labels: Tensor) -> Source:
 
 def to_float(images: Tensor) -> Tensor:
     """Images in [0, 1] from uint8 or float ones."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return images.float() / 255 if images.dtype == torch.uint8 else full_precision(images)
 
 
 class Replay:
@@ -179,19 +179,28 @@ class SyntheticStream(IterableDataset):
         position = (self.seed, "stream", epoch, index)
         with self.autocast():
             images, labels = self._images(position)
-            images = augment(images, self.shard, round(self.shift * images.shape[-1]), self.flip, *position)
-            if self.mix is not None:
-                images = mix_batch(self.mix, images, labels, self.shard, *position).images
             images = images.contiguous(memory_format=self.memory_format)
             return images, zoo_logits(self.teachers, images) if self.teachers else labels
 
     def _images(self, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
         if self.replay is None:
-            return self.source(self.shard, self.batch_size, position)
-        fresh, labels = self.source(self.shard, self.batch_size // 2, position)
+            images, labels = self.source(self.shard, self.batch_size, position)
+            return self._augmented(images, labels, position), labels
+        fresh, labels = self.source(self.shard, self.batch_size - self.batch_size // 2, position)
         self.replay.push(fresh, labels)
         old, old_labels = self.replay.draw(self.shard, *position)
-        return torch.cat([fresh, old]), torch.cat([labels, old_labels])
+        # Each half is augmented by itself: rows then mean the same however the global batch is split over processes.
+        halves = [
+            self._augmented(fresh, labels, (*position, "fresh")),
+            self._augmented(old, old_labels, (*position, "old")),
+        ]
+        return torch.cat(halves)[: self.batch_size], torch.cat([labels, old_labels])[: self.batch_size]
+
+    def _augmented(self, images: Tensor, labels: Tensor, position: tuple[int | str, ...]) -> Tensor:
+        images = augment(images, self.shard, round(self.shift * images.shape[-1]), self.flip, *position)
+        if self.mix is None:
+            return images
+        return mix_batch(self.mix, images, labels, self.shard, *position).images
 
 
 def default_shard(source: object) -> Shard:
@@ -209,7 +218,7 @@ def as_dataloader(stream: SyntheticStream) -> DataLoader:
 
 
 class CalibrationReader:
-    """ONNX Runtime's calibration data reader of a stream: its first `batches` batches of images under an input's name."""
+    """ONNX Runtime's calibration data reader of a stream: its first `batches` batches of images, by input name."""
 
     def __init__(self, stream: SyntheticStream, input_name: str, batches: int) -> None:
         self.stream, self.input_name, self.batches, self.index = stream, input_name, batches, 0
@@ -218,7 +227,7 @@ class CalibrationReader:
         """The next feed of the session, float32 on the host; None past the last."""
         if self.index >= self.batches:
             return None
-        images, _ = self.stream.batch(self.index)
+        images, _ = self.stream.batch(self.index, self.stream.epoch)
         self.index += 1
         return {self.input_name: images.float().cpu().numpy()}
 
@@ -237,7 +246,7 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     targets: list[Tensor] = []
     index = 0
     while sum(len(each) for each in images) < count:
-        batch, target = stream.batch(index)
+        batch, target = stream.batch(index, stream.epoch)
         images.append(batch.float().cpu().contiguous())
         targets.append(target.cpu())
         index += 1
@@ -246,7 +255,7 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
         for number in range(count):
             image, target = data[number]
             label = int(target.argmax() if target.dim() else target)
-            path = Path(folder) / str(label) / f"{number:05d}.png"
+            path = Path(folder) / f"{label:05d}" / f"{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(image, path)
     return data

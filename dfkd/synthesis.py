@@ -14,11 +14,15 @@ from dfkd import losses as L
 from dfkd.collectives import all_reduce_mean, mean_over_processes, sync_batchnorm
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
-from dfkd.runtime import Shard, eval_mode, frozen, rng
+from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng
 from dfkd.teachers import Teacher, sample_teachers
 from generators import ImageGenerator
 
-LOSSES = ("ce", "bn", "adversary", "diversity", "tv", "l2", "one_hot", "activation", "information")
+# Larger than torch's 1e-8: the first steps divide each gradient by its own size, and one that is rounding noise would
+# become a full step in a random direction, different on one process and on two.
+ADAM_EPS = 1e-6
+TEACHER_LOSSES = ("ce", "bn", "adversary", "one_hot", "activation", "information")
+LOSSES = (*TEACHER_LOSSES, "diversity", "tv", "l2")
 
 
 def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, repeats: int = 1) -> Tensor:
@@ -85,6 +89,11 @@ class Synthesizer:
             raise UserError(f"unknown generator losses {unknown}; choose from {list(LOSSES)}")
         if losses.get("adversary") and student is None:
             raise UserError("the adversary needs a student to disagree with; give one or set its weight to 0")
+        if not any(losses.get(name) for name in TEACHER_LOSSES):
+            raise UserError(f"no loss asks a teacher anything; give one of {list(TEACHER_LOSSES)} some weight")
+        for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.STUDENT_LOSSES)):
+            if given not in table:
+                raise UserError(f"unknown distance {given!r}; choose from {sorted(table)}")
         self.shard = shard or Shard(next(generator.parameters()).device)
         self.generator = generator.train()
         sync_batchnorm(generator)
@@ -101,7 +110,7 @@ class Synthesizer:
         names = [name for name in ("ce", "bn") if name in self.weights] if learn_weights else []
         self.log_variance = {n: torch.zeros((), device=self.shard.device, requires_grad=True) for n in names}
         parameters = [*generator.parameters(), *self.log_variance.values()]
-        self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), fused=True)
+        self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), eps=ADAM_EPS, fused=True)
         self.last: dict[str, Tensor] = {}
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -110,19 +119,21 @@ class Synthesizer:
             self._redraw(step)
         if self.equalise and "bn" in self.weights and not self.bn_start:
             self._measure_start()
+        self.optimizer.zero_grad(set_to_none=True)
         images, latents, labels = self._draw(step)
         mixed = self._mix(images, labels, step)
         leaf = mixed.images.detach().requires_grad_()
         terms = self._teacher_terms(mixed, leaf, step)
         extra = self._image_terms(images, latents, labels)
         terms |= {name: value.detach() for name, value in extra.items()}
-        roots, gradients = [mixed.images], [leaf.grad]
+        roots: list[Tensor] = [mixed.images] if leaf.grad is not None else []
+        gradients: list[Tensor | None] = [leaf.grad] if leaf.grad is not None else []
         if extra or self.log_variance:
             total = [self.weights[name] * value for name, value in extra.items()]
             roots.append(torch.stack([*total, *self.log_variance.values()]).sum())
             gradients.append(None)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(roots, gradients)
+        if roots:
+            torch.autograd.backward(roots, gradients)
         self._update()
         self.last = terms
         return terms
@@ -132,7 +143,7 @@ class Synthesizer:
         labels = draw_labels(self.shard, self.batch_size, self.generator.classes, *position, repeats=2)
         latents = draw_latents(self.shard, self.batch_size, self.generator.latent, *position)
         with self.autocast():
-            return self.prepared(latents, labels).float(), latents, labels
+            return full_precision(self.prepared(latents, labels)), latents, labels
 
     def _mix(self, images: Tensor, labels: Tensor, step: int) -> Mixed:
         if self.mix is None:
@@ -141,8 +152,10 @@ class Synthesizer:
 
     def _teacher_terms(self, mixed: Mixed, leaf: Tensor, step: int) -> dict[str, Tensor]:
         """Backward every teacher's loss into the mixed images, one teacher at a time: peak memory is that of one."""
-        chosen = sample_teachers(self.zoo, self.sample, self.seed, step)
         ramp = self._ramp(step)
+        # Where the adversary is all that asks them anything, the teachers rest until its warm-up is over.
+        asked = any(name in self.weights for name in TEACHER_LOSSES if name != "adversary" or ramp)
+        chosen = sample_teachers(self.zoo, self.sample, self.seed, step) if asked else []
         seen: dict[str, list[Tensor]] = {}
         answer = answer_leaf = None
         if ramp and self.student is not None:
@@ -225,7 +238,7 @@ class Synthesizer:
         """Draw the generator's first layers anew and forget their optimiser state: images it had settled on give way
         to others, while the later layers keep what they learned (FastDFKD, Fang et al. 2022, section 3.3)."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng("cpu", self.seed, "redraw", step).initial_seed())
+            torch.default_generator.manual_seed(rng("cpu", self.seed, "redraw", step).initial_seed())
             for module in self.generator.first_layers():
                 device = next(module.parameters()).device
                 module.cpu().reset_parameters()  # type: ignore[operator]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.collectives import batch_moments, global_moments
+from dfkd.collectives import all_reduce_mean, batch_moments, global_moments
 from dfkd.errors import UserError
 from dfkd.models import build_model
-from dfkd.runtime import rng
+from dfkd.runtime import full_precision, rng
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Teacher(Classifier):
         def collect(name: str, norm: Any, x: Tensor) -> None:
             seen.names.append(name)
             seen.batch.append(batch_moments(x))
-            seen.stored.append((norm.running_mean.float(), norm.running_var.float()))
+            seen.stored.append((full_precision(norm.running_mean), full_precision(norm.running_var)))
 
         handles = [
             norm.register_forward_pre_hook(lambda module, inputs, name=name: collect(name, module, inputs[0]))
@@ -109,7 +109,7 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, n
     try:
         with torch.no_grad():
             logits = teacher(images)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a stranger's network may raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"teacher {name} does not take images [B, {channels}, {size}, {size}]: {reason}; "
@@ -129,11 +129,14 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, n
 
 
 def load_zoo(
-    specs: Mapping[str, Mapping[str, object]],
+    specs: Mapping[str, Mapping[str, Any]],
     *,
     classes: int,
     channels: int = 3,
     size: int = 32,
+    needs_bn: bool = False,
+    device: torch.device | str = "cpu",
+    channels_last: bool = False,
     trust_code: bool = False,
 ) -> list[Teacher]:
     """The teachers of `{name: {model, weights, mean, std, input_size, weight, kwargs}}`, checked and frozen.
@@ -143,16 +146,18 @@ def load_zoo(
     zoo = []
     for name, spec in specs.items():
         model = build_model(
-            str(spec["model"]),
+            spec["model"],
             classes=classes,
             channels=channels,
-            weights=str(spec.get("weights", "")),
-            kwargs=spec.get("kwargs") or {},  # type: ignore[arg-type]
+            weights=spec.get("weights", ""),
+            kwargs=spec.get("kwargs"),
             trust_code=trust_code,
         )
         options = {key: spec[key] for key in ("mean", "std", "input_size", "weight") if key in spec}
-        teacher = Teacher(model, name=name, **options)  # type: ignore[arg-type]
-        check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=False)
+        teacher = Teacher(model, name=name, **options).to(device)
+        if channels_last:
+            teacher.to(memory_format=torch.channels_last)
+        check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=needs_bn)
         zoo.append(teacher)
     return zoo
 
@@ -173,6 +178,6 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     total = sum(teacher.weight for teacher in zoo)
     shares = [teacher.weight / total for teacher in zoo]
     logits = [teacher(images) for teacher in zoo]
-    spreads = [each.std(dim=1, keepdim=True).mean() for each in logits]
-    spread = torch.stack([share * each for share, each in zip(shares, spreads)]).sum()
+    spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
+    spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread

@@ -28,6 +28,9 @@ class PixelHead(nn.Module):
     Standardised outputs learn far better than a sigmoid's (DAFL's generator ends in a batch norm without affine).
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
@@ -35,7 +38,7 @@ class PixelHead(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _StraightClamp.apply(self.norm(x.float()) * self.std + self.mean)
+        return _StraightClamp.apply(self.norm(x.to(self.mean.dtype)) * self.std + self.mean)
 
 
 class ConvGenerator(ImageGenerator):

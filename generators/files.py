@@ -50,13 +50,15 @@ def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
     try:
         description = json.loads((folder / "generator.json").read_text())
         weights = load_file(folder / "model.safetensors")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise GeneratorError(
             f"no generator in {folder}: {Path(str(error.filename or folder / 'model.safetensors')).name} is missing; "
             "give a folder with model.safetensors and generator.json, such as runs/NAME/generator"
         ) from None
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise GeneratorError(f"the generator in {folder} is torn ({error}); train it again or copy it anew") from None
+    if not isinstance(description, dict):
+        raise GeneratorError(f"{folder}/generator.json holds no description; train the generator again or copy it anew")
     generator = build_generator(description)
     try:
         generator.load_state_dict(weights)

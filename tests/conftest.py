@@ -30,7 +30,8 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 @pytest.fixture
 def make_teacher() -> Callable[..., Teacher]:
-    """Teachers of 8x8 images: untrained, with random batch-norm statistics; by name, model string and seed."""
+    """Teachers of 8x8 images by name, model string and seed: untrained, with random batch-norm statistics, and a last
+    layer such that they name every class."""
 
     def make(
         name: str = "plain",
@@ -46,20 +47,34 @@ def make_teacher() -> Callable[..., Teacher]:
             torch.manual_seed(seed)
             kwargs = {"width": 4, "depth": 1} if kwargs is None else kwargs
             network = build_model(model, classes=classes, channels=channels, kwargs=kwargs)
-        return Teacher(randomise(network, seed), name=name, **options)
+            teacher = Teacher(randomise(network, seed), name=name, **options)
+            if isinstance(getattr(network, "linear", None), nn.Linear):
+                with torch.no_grad():
+                    logits = teacher(nn.Upsample(scale_factor=2)(torch.rand(64, channels, 4, 4)))
+                    network.linear.weight /= logits.std(0).unsqueeze(1)
+                    network.linear.bias.copy_((network.linear.bias - logits.mean(0)) / logits.std(0))
+        return teacher
 
     return make
 
 
 @pytest.fixture
 def make_generator() -> Callable[..., ConvGenerator]:
-    """Generators of 8x8 images of three classes, untrained, by seed."""
+    """Generators of 8x8 images of three classes by seed: untrained, their batch norms' statistics those of a batch."""
 
     def make(seed: int = 0, **options: Any) -> ConvGenerator:
         sizes = {"latent": 6, "classes": 3, "channels": 1, "size": 8, "width": 4}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return ConvGenerator(**{**sizes, **options})
+            generator = ConvGenerator(**{**sizes, **options})
+            norms = [module for module in generator.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+            for norm in norms:
+                norm.momentum = 1.0
+            with torch.no_grad():
+                generator(torch.randn(64, generator.latent), torch.randint(generator.classes, (64,)))
+            for norm in norms:
+                norm.momentum = 0.1
+            return generator
 
     return make
 

@@ -3,13 +3,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dfkd.runtime import Shard
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "step.py"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -23,35 +26,67 @@ def bench() -> ModuleType:
     return module
 
 
-def test_naive_generator_step_computes_our_terms_and_gradients(bench: ModuleType) -> None:
-    case, shard = replace(bench.CASES["digits"], batch=16), Shard(torch.device("cpu"))
-    ours, naive = bench.Ours(case, 0, shard), bench.Naive(case, 0, shard)
-    terms = {"ours": ours.generator_step(1), "naive": naive.generator_step(1)}
-    assert set(terms["ours"]) == {"ce", "bn", "adversary", "diversity"}
-    assert terms["ours"]["adversary"] != 0
-    torch.testing.assert_close(terms["ours"], terms["naive"], rtol=1e-4, atol=1e-6)
+def contender(bench: ModuleType, name: str) -> Any:
+    return getattr(bench, name)(replace(bench.CASES["digits"], batch=16), 0, Shard(CPU))
+
+
+def trained(*modules: nn.Module) -> list[bool]:
+    return [p.grad is not None for module in modules for p in module.parameters()]
+
+
+@pytest.mark.parametrize("step", [1, 3])  # of other teachers
+def test_naive_generator_step_computes_our_terms_and_gradients(bench: ModuleType, step: int) -> None:
+    ours, naive = contender(bench, "Ours"), contender(bench, "Naive")
+    terms = ours.generator_step(step)
+    assert set(terms) == {"ce", "bn", "adversary", "diversity"}
+    assert terms["adversary"] != 0  # the mask leaves something to compare
+    expected = {name: value.detach() for name, value in naive.generator_step(step).items()}
+    torch.testing.assert_close(terms, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.synthesizer.bn_start, naive.start, rtol=1e-5, atol=0)
     gradients = [[p.grad for p in each.networks.generator.parameters()] for each in (ours, naive)]
-    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_naive_step_does_the_work_that_ours_leaves_out(bench: ModuleType) -> None:
-    case, shard = replace(bench.CASES["digits"], batch=16), Shard(torch.device("cpu"))
-    ours, naive = bench.Ours(case, 0, shard), bench.Naive(case, 0, shard)
-    for each in (ours, naive):
-        each.generator_step(1)
-    assert not any(p.grad is not None for teacher in ours.networks.zoo for p in teacher.parameters())
-    assert sum(p.grad is not None for teacher in naive.networks.zoo for p in teacher.parameters()) > 0
-    assert not any(p.grad is not None for p in ours.networks.student.parameters())
-    assert all(p.grad is not None for p in naive.networks.student.parameters())
+def test_naive_student_step_computes_our_loss_with_its_hooks_on(bench: ModuleType) -> None:
+    ours, naive = contender(bench, "Ours"), contender(bench, "Naive")
+    hooks = [hook for of_one in naive.hooks.values() for hook in of_one]
+    before = [hook.loss for hook in hooks]
+    expected = naive.student_step(0)["loss"]
+    torch.testing.assert_close(ours.student_step(0)["loss"], expected, rtol=1e-3, atol=1e-5)
+    assert not any(hook.loss is loss for hook, loss in zip(hooks, before))
 
 
-def test_naive_student_step_computes_our_loss(bench: ModuleType) -> None:
-    case, shard = replace(bench.CASES["digits"], batch=16), Shard(torch.device("cpu"))
-    ours, naive = bench.Ours(case, 0, shard), bench.Naive(case, 0, shard)
-    main = naive.networks.zoo[-1].name
-    before = [hook.loss for hook in naive.hooks[main]]
-    torch.testing.assert_close(ours.student_step(0)["loss"], naive.student_step(0)["loss"], rtol=1e-3, atol=1e-5)
-    assert all(hook.loss is not loss for hook, loss in zip(naive.hooks[main], before))  # still on
+def test_gradients_are_computed_where_each_way_says(bench: ModuleType) -> None:
+    ways = {name: contender(bench, name) for name in ("Ours", "Naive", "Floor")}
+    for name, way in ways.items():
+        generator, zoo, student = way.networks
+        way.generator_step(1)
+        assert all(trained(generator))
+        assert any(trained(*zoo)) == (name == "Naive")
+        assert all(trained(student)) == any(trained(student)) == (name == "Naive")
+        way.student_step(1)
+        assert all(trained(student))
+
+
+def test_contenders_take_turns_and_warm_up_is_not_counted(bench: ModuleType) -> None:
+    calls: list[str] = []
+
+    class Idle:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def generator_step(self, step: int) -> None:
+            calls.append(f"{self.name}{step}")
+
+        def student_step(self, step: int) -> None:
+            calls.append(f"{self.name}{step}")
+
+    seconds = bench.measure({name: Idle(name) for name in "ab"}, 4, CPU)
+    assert {kind: {n: len(v) for n, v in of.items()} for kind, of in seconds.items()} == {
+        kind: {"a": 4, "b": 4} for kind in ("generator", "student")
+    }
+    assert calls[::2][:4] == ["a0", "b0", "b1", "a1"]
+    assert len(calls) == 4 * (4 + bench.WARMUP)
 
 
 def test_row_gives_images_per_second_and_paired_ratios(bench: ModuleType) -> None:

@@ -70,9 +70,9 @@ def test_latents_and_labels_both_matter(make_generator: Callable[..., ConvGenera
     labels[:2] = 1
     generator = make_generator().eval()
     images = generator(latents, labels)
-    assert (images[0] - images[1]).abs().mean() > 0.01  # one class, two latents
+    assert (images[0] - images[1]).abs().mean() > 0.1 * images.std()  # one class, two latents
     relabelled = generator(latents, (labels + 1) % 3)
-    assert ((images - relabelled).abs().flatten(1).mean(1) > 0.01).all()
+    assert ((images - relabelled).abs().flatten(1).mean(1) > 0.1 * images.std()).all()
 
 
 def test_an_unconditional_generator_takes_no_notice_of_labels(make_generator: Callable[..., ConvGenerator]) -> None:

@@ -18,23 +18,37 @@ CORE: dict[str, set[str]] = {
     "collectives": set(),
     "curves": set(),
     "runtime": {"errors"},
-    "classifier": {"errors"},
+    "classifier": {"errors", "runtime"},
     "models": {"errors"},
     "mixing": {"errors", "runtime"},
-    "losses": {"collectives"},
+    "losses": {"collectives", "runtime"},
     "data": {"errors"},
     "report": {"curves", "errors"},
     "recipe": {"errors", "schema"},
     "evaluate": {"data", "errors", "runtime"},
     "teachers": {"classifier", "collectives", "errors", "models", "runtime"},
-    "synthesis": {"collectives", "errors", "losses", "mixing", "runtime", "teachers"},
+    "synthesis": {"collectives", "errors", "generators", "losses", "mixing", "runtime", "teachers"},
     "stream": {"classifier", "errors", "generators", "mixing", "runtime", "synthesis", "teachers"},
     "pretrain": {"classifier", "errors", "runtime", "stream"},
     "compress": {"classifier", "collectives", "errors", "losses", "runtime", "stream", "teachers"},
-    "export": {"errors", "models", "runtime"},
+    "checkpoints": {"errors", "runtime"},
+    "metrics": {"collectives", "errors"},
+    "training": {
+        *("checkpoints", "collectives", "compress", "errors", "evaluate", "generators", "metrics", "runtime"),
+        *("stream", "synthesis", "teachers"),
+    },
 }
-COMMAND_LINE = {"run", "assemble", "cli", "checkpoints", "metrics"}
-PUBLIC = {"classifier", "compress", "recipe", "schema", "stream", "synthesis", "teachers"}  # what `dfkd` hands out
+COMMAND_LINE = {"run", "assemble", "cli"}
+PUBLIC = {
+    "classifier",
+    "compress",
+    "errors",
+    "recipe",
+    "schema",
+    "stream",
+    "synthesis",
+    "teachers",
+}  # handed out by dfkd
 READS_RECIPES = COMMAND_LINE | {"recipe", "dfkd"}
 OPENS_IMAGES = COMMAND_LINE | {"evaluate"}
 IMAGE_FILES = {"PIL", "sklearn", "torchvision.datasets", "torchvision.io"}  # what real images are read with

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES
 from dfkd.stream import SyntheticStream
 
@@ -51,6 +52,8 @@ class Fit:
         self.student, self.stream, self.steps = student.train(), stream, steps
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.lr, self.warmup, self.temperature = lr, warmup, temperature
+        if loss not in STUDENT_LOSSES:
+            raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
         self.loss = STUDENT_LOSSES[loss]
         groups = no_decay_split(student, weight_decay)
         self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)

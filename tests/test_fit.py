@@ -1,0 +1,176 @@
+"""The one student loop: its update, schedule and weight decay against torch's own, and that a student learns."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd.compress.fit import Fit, cosine, fit, no_decay_split
+from dfkd.errors import UserError
+from dfkd.losses import STUDENT_LOSSES
+from dfkd.runtime import Shard
+from dfkd.stream import SyntheticStream
+from dfkd.teachers import Teacher
+from generators import ConvGenerator
+
+MakeTeacher = Callable[..., Teacher]
+MakeGenerator = Callable[..., ConvGenerator]
+
+
+def network(seed: int = 7) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)
+    )
+
+
+@pytest.fixture
+def make_stream(make_generator: MakeGenerator, make_teacher: MakeTeacher) -> Callable[..., SyntheticStream]:
+    def make(**options: Any) -> SyntheticStream:
+        defaults = {"batch_size": 16, "teacher": make_teacher(), "shard": Shard(torch.device("cpu"))}
+        return SyntheticStream(make_generator().eval(), **{**defaults, **options})
+
+    return make
+
+
+def written_out(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    if kind == "kl":
+        divergence = nn.KLDivLoss(reduction="batchmean", log_target=True)
+        student, teacher = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
+        return divergence(student, teacher) * temperature**2
+    student, teacher = (x - x.mean(1, keepdim=True) for x in (student, teacher))
+    return (student - teacher).abs().mean() / teacher.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("kind", sorted(STUDENT_LOSSES))
+def test_updates_are_those_of_torchs_sgd(make_stream: Callable[..., SyntheticStream], kind: str) -> None:
+    stream, student = make_stream(), network()
+    twin = copy.deepcopy(student).double()
+    kernels = [twin[k].weight for k in (0, 3, 6)]
+    others = [twin[k].bias for k in (0, 3, 6)] + list(twin[1].parameters())
+    sgd = torch.optim.SGD(
+        [{"params": kernels, "weight_decay": 0.01}, {"params": others}], lr=0.0, momentum=0.9, nesterov=True
+    )
+    training = Fit(student, stream, steps=30, lr=0.05, weight_decay=0.01, warmup=2, loss=kind, temperature=4.0)
+    factors = [1 / 3, 2 / 3, *((1 + math.cos(math.pi * k / 28)) / 2 for k in range(3))]
+    for step, factor in enumerate(factors):
+        images, logits = stream.batch(step)
+        answer = twin(images.double())
+        loss = written_out(kind, answer, logits.double(), 4.0)
+        terms = training.step(step)
+        assert float(terms["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+        agree = sum(int(a.argmax()) == int(b.argmax()) for a, b in zip(answer, logits)) / 16
+        assert float(terms["agreement"]) == pytest.approx(agree)
+        for group in sgd.param_groups:
+            group["lr"] = 0.05 * factor
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        for (name, value), wanted in zip(student.state_dict().items(), twin.state_dict().values()):
+            assert torch.allclose(value.double(), wanted.double(), rtol=1e-4, atol=1e-6), (step, name)
+
+
+def test_only_kernels_and_matrices_decay() -> None:
+    model = network()
+    model[6].bias.requires_grad_(False)
+    decaying, others = no_decay_split(model, 0.3)
+    assert decaying["weight_decay"] == 0.3
+    assert others["weight_decay"] == 0
+    assert [id(p) for p in decaying["params"]] == [id(model[k].weight) for k in (0, 3, 6)]
+    assert {id(p) for p in others["params"]} == {
+        id(p) for p in (model[0].bias, model[1].weight, model[1].bias, model[3].bias)
+    }
+
+
+@pytest.mark.parametrize(
+    ("step", "steps", "warmup", "factor"),
+    [
+        (0, 100, 0, 1.0),
+        (50, 100, 0, 0.5),
+        (25, 100, 0, (1 + math.sqrt(0.5)) / 2),
+        (100, 100, 0, 0.0),
+        (0, 100, 10, 1 / 11),
+        (9, 100, 10, 10 / 11),
+        (10, 100, 10, 1.0),
+        (55, 100, 10, 0.5),
+        (0, 20, 100, 1 / 3),  # a warm-up takes no more than a tenth of the steps
+        (11, 20, 100, 0.5),
+        (0, 1, 100, 1.0),
+    ],
+)
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(step: int, steps: int, warmup: int, factor: float) -> None:
+    assert cosine(step, steps, warmup) == pytest.approx(factor, abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", sorted(STUDENT_LOSSES))
+def test_a_student_learns_its_teacher(
+    make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher, kind: str
+) -> None:
+    with torch.random.fork_rng(devices=[]):
+        teacher = Teacher(network(seed=3))
+    stream = make_stream(teacher=teacher, replay=4, shift=0.125)
+    training = Fit(network(), stream, steps=120, lr=0.05, loss=kind, temperature=4.0)
+    losses = [float(training.step(step)["loss"]) for step in range(120)]
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_a_student_trains_in_training_mode_and_the_teacher_stays(
+    make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
+) -> None:
+    teacher = make_teacher()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    student = network().eval()
+    returned = fit(student, make_stream(teacher=teacher), steps=3)
+    assert returned is student
+    assert all(module.training for module in student.modules())
+    assert int(student[1].num_batches_tracked) == 3
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_run_taken_up_again_ends_bitwise_the_same(make_stream: Callable[..., SyntheticStream]) -> None:
+    def begin(seed: int) -> Fit:
+        return Fit(network(seed), make_stream(replay=3, shift=0.125), steps=9, warmup=0)
+
+    whole = begin(1)
+    whole.run()
+    half, resumed = begin(1), begin(2)
+    for step in range(5):
+        half.step(step)
+    resumed.load_state_dict(copy.deepcopy(half.state_dict()))
+    resumed.run(start=5)
+    state, wanted = resumed.student.state_dict(), whole.student.state_dict()
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
+
+
+def test_frozen_weights_stay(make_stream: Callable[..., SyntheticStream]) -> None:
+    student = network()
+    student[0].requires_grad_(False)
+    before = student[0].weight.clone()
+    fit(student, make_stream(), steps=2)
+    assert torch.equal(student[0].weight, before)
+
+
+def test_a_step_waits_for_no_value(make_stream: Callable[..., SyntheticStream], no_host_read: Any) -> None:
+    student, stream = network(), make_stream(replay=2, shift=0.125, flip=True, mix=1.0)
+    training = Fit(student, stream, steps=5)
+    drawn, targets = stream.batch(0)
+    roots = [*student.parameters(), drawn, targets]
+    with no_host_read(*roots):
+        terms = training.step(1)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            float(terms["loss"])
+
+
+def test_an_unknown_loss_is_refused_by_name(make_stream: Callable[..., SyntheticStream]) -> None:
+    with pytest.raises(UserError, match=r"'cosine'; choose from .*kl"):
+        Fit(network(), make_stream(), steps=1, loss="cosine")
+
+
+def test_a_student_asks_for_no_batch_past_the_end(make_stream: Callable[..., SyntheticStream]) -> None:
+    with pytest.raises(UserError, match="batch 2 is past the end of a stream of 2"):
+        fit(network(), make_stream(num_batches=2), steps=3)

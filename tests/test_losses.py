@@ -1,0 +1,226 @@
+"""Every loss against a formula written out here in float64, and what it promises at its edges."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from dfkd import losses as L
+
+BATCH, CLASSES = 6, 5
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(seed: int = 0, classes: int = CLASSES, batch: int = BATCH) -> Tensor:
+    return torch.randint(classes, (batch,), generator=torch.Generator().manual_seed(seed))
+
+
+def moments(seed: int) -> list[tuple[Tensor, Tensor]]:
+    """Mean and variance of three layers of 2, 3 and 7 channels."""
+    return [(draw(c, seed=seed + c), draw(c, seed=seed + 9 * c).exp()) for c in (2, 3, 7)]
+
+
+def close(value: Tensor, wanted: float | Tensor, rel: float = 1e-5) -> None:
+    assert value.dim() == 0
+    assert float(value) == pytest.approx(float(wanted), rel=rel)
+
+
+def softmax(logits: list[float], temperature: float = 1.0) -> list[float]:
+    top = max(logits)
+    powers = [math.exp((x - top) / temperature) for x in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def test_mixed_ce_is_cross_entropy_to_the_mixed_target() -> None:
+    logits, own, other = draw(BATCH, CLASSES, scale=3), labels(1), labels(2)
+    beta = torch.tensor([0.0, 1.0, 0.5, 0.25, 0.125, 0.9], dtype=torch.float64)
+    assert (own != other).any()
+    soft = torch.zeros(BATCH, CLASSES, dtype=torch.float64)
+    for row in range(BATCH):
+        soft[row, own[row]] += 1 - beta[row]
+        soft[row, other[row]] += beta[row]
+    close(L.mixed_ce(logits, own, other, beta), F.cross_entropy(logits, soft))
+    close(L.mixed_ce(logits, own, other, torch.zeros(BATCH)), F.cross_entropy(logits, own))
+
+
+def test_bn_l2_is_the_sum_of_distances_over_layers() -> None:
+    batch, stored = moments(1), moments(2)
+    wanted = 0.0
+    for pair, other in zip(batch, stored):
+        for x, y in zip(pair, other):
+            wanted += math.sqrt(sum((a - b) ** 2 for a, b in zip(x.tolist(), y.tolist())))
+    close(L.bn_l2(batch, stored), wanted)
+
+
+def test_bn_l2_at_the_minimum_is_zero_with_a_finite_gradient() -> None:
+    stored = moments(1)
+    batch = [(mean.clone().requires_grad_(), var.clone().requires_grad_()) for mean, var in stored]
+    value = L.bn_l2(batch, stored)
+    value.backward()
+    assert float(value.detach()) == 0
+    assert all(x.grad is not None and x.grad.isfinite().all() for pair in batch for x in pair)
+
+
+def test_bn_kl_is_the_divergence_of_two_normals_per_channel() -> None:
+    batch, stored = moments(1), moments(2)
+    wanted = sum(
+        kl_divergence(Normal(mean, var.sqrt()), Normal(mu, sigma2.sqrt())).sum()
+        for (mean, var), (mu, sigma2) in zip(batch, stored)
+    )
+    close(L.bn_kl(batch, stored, eps=0.0), wanted)
+    assert float(L.bn_kl(stored, stored)) == pytest.approx(0, abs=1e-12)
+    assert float(L.bn_kl(batch, stored)) != pytest.approx(float(L.bn_kl(stored, batch)), rel=0.01)
+
+
+def test_bn_kl_stays_finite_where_a_channel_is_dead() -> None:
+    zero, one = torch.zeros(3), torch.ones(3)
+    assert L.bn_kl([(zero, zero)], [(one, one)]).isfinite()
+    assert L.bn_kl([(one, one)], [(zero, zero)]).isfinite()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_kd_kl_is_hintons(temperature: float) -> None:
+    student, teacher = draw(BATCH, CLASSES, seed=1, scale=3), draw(BATCH, CLASSES, seed=2, scale=3)
+    divergence = torch.nn.KLDivLoss(reduction="batchmean")
+    wanted = divergence((student / temperature).log_softmax(1), (teacher / temperature).softmax(1)) * temperature**2
+    close(L.kd_kl(student, teacher, temperature), wanted)
+    each = L.kd_kl(student, teacher, temperature, reduction="none")
+    for row, value in enumerate(each.tolist()):
+        p = softmax(teacher[row].tolist(), temperature)
+        q = softmax(student[row].tolist(), temperature)
+        assert value == pytest.approx(temperature**2 * sum(a * math.log(a / b) for a, b in zip(p, q)), rel=1e-4)
+
+
+def test_kd_kl_stays_finite_for_certain_teachers() -> None:
+    student, teacher = torch.tensor([[0.0, 0, 500]], requires_grad=True), torch.tensor([[500.0, 0, 0]])
+    value = L.kd_kl(student, teacher)
+    value.backward()
+    assert float(value.detach()) == pytest.approx(500)
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+
+
+def test_kd_l1_is_the_distance_of_centred_logits_in_units_of_the_teachers_spread() -> None:
+    student, teacher = draw(BATCH, CLASSES, seed=1, scale=3), draw(BATCH, CLASSES, seed=2, scale=2)
+    rows = [(s.tolist(), t.tolist()) for s, t in zip(student, teacher)]
+    centred = [([x - sum(s) / CLASSES for x in s], [x - sum(t) / CLASSES for x in t]) for s, t in rows]
+    spread = math.sqrt(sum(x * x for _, t in centred for x in t) / (BATCH * CLASSES))
+    wanted = [sum(abs(a - b) for a, b in zip(s, t)) / CLASSES / spread for s, t in centred]
+    close(L.kd_l1(student, teacher), sum(wanted) / BATCH)
+    assert L.kd_l1(student, teacher, reduction="none").tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_kd_l1_is_free_of_scale_and_offset() -> None:
+    student, teacher = draw(BATCH, CLASSES, seed=1), draw(BATCH, CLASSES, seed=2)
+    value = L.kd_l1(student, teacher)
+    close(L.kd_l1(1000 * student, 1000 * teacher), value)
+    close(L.kd_l1(student + 7, teacher - draw(BATCH, 1, seed=3, scale=5)), value)
+    assert float(L.kd_l1(2 * student, teacher)) != pytest.approx(float(value), rel=0.05)
+    assert float(L.kd_l1(teacher + 3, teacher)) == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", sorted(L.STUDENT_LOSSES))
+def test_the_divergence_counts_only_where_both_agree(kind: str) -> None:
+    teacher = draw(BATCH, CLASSES, seed=2, scale=3)
+    student = teacher + draw(BATCH, CLASSES, seed=1, scale=1.5)
+    agree = [int(s.argmax()) == int(t.argmax()) for s, t in zip(student, teacher)]
+    assert any(agree)
+    assert not all(agree)
+    each = L.STUDENT_LOSSES[kind](student, teacher, reduction="none").tolist()
+    student.requires_grad_()
+    value = L.masked_divergence(student, teacher, kind)
+    value.backward()
+    close(value.detach(), sum(x for x, same in zip(each, agree) if same) / BATCH)
+    assert student.grad is not None
+    assert student.grad.any(1).tolist() == agree
+
+
+def test_total_variation_is_the_mean_step_between_neighbours() -> None:
+    images = draw(2, 3, 4, 6)
+    values = images.tolist()
+    across = [abs(row[x + 1] - row[x]) for image in values for plane in image for row in plane for x in range(5)]
+    down = [
+        abs(plane[y + 1][x] - plane[y][x]) for image in values for plane in image for y in range(3) for x in range(6)
+    ]
+    close(L.total_variation(images), sum(across) / len(across) + sum(down) / len(down))
+    assert L.total_variation(torch.full((2, 1, 4, 4), 0.3)) == 0
+
+
+def test_pixel_l2_is_the_mean_square_of_normalised_pixels() -> None:
+    images, mean, std = draw(2, 3, 4, 6), [0.1, 0.2, 0.3], [0.5, 1.0, 2.0]
+    wanted = [
+        ((x - mean[c]) / std[c]) ** 2 for image in images.tolist() for c in range(3) for row in image[c] for x in row
+    ]
+    shape = (1, 3, 1, 1)
+    close(L.pixel_l2(images, torch.tensor(mean).view(shape), torch.tensor(std).view(shape)), sum(wanted) / len(wanted))
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+def test_mode_seeking_goes_over_pairs_of_one_class(batch: int) -> None:
+    images, latents = draw(batch, 2, 3, 3), draw(batch, 4, seed=1)
+    names = torch.tensor([1, 1, 0, 2, 2, 2, 2])[:batch]  # the second pair is of two classes
+    wanted = []
+    for k in (0, 2, 4):
+        dx = float((images[k] - images[k + 1]).abs().mean())
+        dz = float((latents[k] - latents[k + 1]).abs().mean())
+        wanted.append(1 / (0.01 + dx / dz) if names[k] == names[k + 1] else 0.0)
+    assert wanted[1] == 0
+    close(L.mode_seeking(images, latents, names), sum(wanted) / 3)
+
+
+def test_mode_seeking_pushes_equal_images_of_one_class_apart() -> None:
+    images = (0.01 * draw(2, 1, 3, 3)).requires_grad_()
+    L.mode_seeking(images, draw(2, 4, seed=1), torch.tensor([1, 1])).backward()
+    assert images.grad is not None
+    moved = images.detach() - 1e-4 * images.grad
+    assert (moved[0] - moved[1]).abs().mean() > (images[0] - images[1]).abs().mean()
+    same = torch.full((2, 1, 3, 3), 0.5)
+    close(L.mode_seeking(same, draw(2, 4, seed=1), torch.tensor([1, 1])), 100)
+
+
+def test_one_hot_is_minus_the_log_of_the_largest_probability() -> None:
+    logits = draw(BATCH, CLASSES, scale=2)
+    close(L.one_hot(logits), sum(-math.log(max(softmax(row))) for row in logits.tolist()) / BATCH)
+
+
+def test_activation_is_minus_the_mean_size_of_features() -> None:
+    features = draw(BATCH, 4)
+    close(L.activation(features), -sum(abs(x) for row in features.tolist() for x in row) / (4 * BATCH))
+
+
+def test_information_is_lowest_where_classes_are_balanced() -> None:
+    p = [0.5, 0.25, 0.125, 0.125]
+    close(L.information(torch.tensor(p)), sum(x * math.log(x) for x in p))
+    close(L.information(torch.full((8,), 1 / 8)), -math.log(8))
+    assert float(L.information(torch.tensor([0.0, 1.0, 0.0]))) == pytest.approx(0, abs=1e-6)
+
+
+def test_information_has_a_gradient_where_a_class_is_never_predicted() -> None:
+    logits = torch.tensor([[0.0, 0.0, -300.0]] * 4, requires_grad=True)  # the third probability is exactly 0
+    assert logits.softmax(1)[:, 2].eq(0).all()
+    L.information(logits.softmax(1).mean(0)).backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+GRADIENTS = {
+    "mixed_ce": lambda x, y: L.mixed_ce(x, labels(1), labels(2), torch.linspace(0, 1, BATCH, dtype=torch.float64)),
+    "bn_l2": lambda x, y: L.bn_l2([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
+    "bn_kl": lambda x, y: L.bn_kl([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
+    "mode_seeking": lambda x, y: L.mode_seeking(x.view(BATCH, 1, 1, CLASSES), y, torch.zeros(BATCH)),
+    "total_variation": lambda x, y: L.total_variation(x.view(1, 1, BATCH, CLASSES)),
+    "one_hot": lambda x, y: L.one_hot(x),
+    "information": lambda x, y: L.information(x.softmax(1).mean(0)),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_finite_differences(name: str) -> None:
+    x, y = draw(BATCH, CLASSES, seed=1).requires_grad_(), draw(BATCH, CLASSES, seed=2)
+    assert torch.autograd.gradcheck(lambda x: GRADIENTS[name](x, y), (x,))

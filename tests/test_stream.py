@@ -1,0 +1,396 @@
+"""The stream: batches by position, replay, augmentation, controls, and its ways out to other tools."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+
+from dfkd.errors import UserError
+from dfkd.runtime import Shard
+from dfkd.stream import (
+    CalibrationReader,
+    Replay,
+    SyntheticStream,
+    as_dataloader,
+    augment,
+    from_images,
+    from_noise,
+    materialize,
+    to_float,
+)
+from dfkd.teachers import Teacher
+from generators import ConvGenerator
+
+CPU = Shard(torch.device("cpu"))
+Batch = tuple[Tensor, Tensor]
+MakeStream = Callable[..., SyntheticStream]
+
+
+@pytest.fixture
+def make_stream(make_generator: Callable[..., ConvGenerator]) -> MakeStream:
+    def make(batch_size: int = 8, **options: object) -> SyntheticStream:
+        return SyntheticStream(make_generator().eval(), batch_size=batch_size, shard=CPU, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def alike(a: list[Batch], b: list[Batch]) -> bool:
+    return len(a) == len(b) > 0 and all(same(x, y) for x, y in zip(a, b))
+
+
+def numbered(count: int, start: int = 0, channels: int = 1, size: int = 4) -> Tensor:
+    """Images of random pixels that are whole 255ths, all different."""
+    rng = torch.Generator().manual_seed(start + 1)
+    return torch.randint(256, (count, channels, size, size), generator=rng).float() / 255
+
+
+# --- by position ---
+
+
+def test_a_batch_is_images_in_range_with_labels_or_logits(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher]
+) -> None:
+    images, labels = make_stream().batch(0)
+    assert images.shape == (8, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+    assert not images.requires_grad
+    assert sorted(labels.bincount(minlength=3).tolist()) == [2, 3, 3]
+    teacher = make_teacher()
+    again, logits = make_stream(teacher=teacher).batch(0)
+    assert torch.equal(images, again)
+    assert torch.equal(logits, teacher(images))
+
+
+def test_batches_depend_on_seed_epoch_and_index_alone(make_stream: MakeStream) -> None:
+    options = {"num_batches": 4, "seed": 3, "shift": 0.2, "flip": True, "mix": 0.5}
+    stream = make_stream(**options)
+    torch.manual_seed(1)
+    first = list(stream)
+    torch.manual_seed(2)
+    assert alike(first, list(stream))  # iterated again
+    assert alike(first, list(make_stream(**options)))
+    assert alike(first, [stream.batch(k) for k in (0, 1, 2, 3)])
+    assert same(first[2], stream.batch(2))  # out of order
+    others = [*first[1:], make_stream(**options | {"seed": 4}).batch(0), stream.batch(0, epoch=1)]
+    assert not any(torch.equal(first[0][0], images) for images, _ in others)
+
+
+def test_epochs_differ_and_come_back(make_stream: MakeStream) -> None:
+    stream = make_stream(num_batches=3)
+    first = list(stream)
+    stream.set_epoch(1)
+    second = list(stream)
+    assert not any(same(a, b) for a, b in zip(first, second))
+    assert same(second[1], stream.batch(1, epoch=1))
+    stream.set_epoch(0)
+    assert alike(first, list(stream))
+
+
+def test_two_iterators_do_not_disturb_each_other(make_stream: MakeStream) -> None:
+    stream = make_stream(num_batches=4)
+    alone = list(stream)
+    one, two = iter(stream), iter(stream)
+    seen: dict[str, list[Batch]] = {"one": [next(one)], "two": []}
+    for _ in range(4):
+        seen["two"].append(next(two))
+        seen["one"].extend(islice(one, 1))
+    assert alike(seen["one"], alone)
+    assert alike(seen["two"], alone)
+
+
+@pytest.mark.parametrize("replay", [0, 3])
+def test_two_shards_draw_the_images_of_their_global_batch(
+    make_generator: Callable[..., ConvGenerator], make_teacher: Callable[..., Teacher], replay: int
+) -> None:
+    def draw(rank: int, world: int) -> list[Batch]:
+        shard = Shard(CPU.device, rank, world)
+        stream = SyntheticStream(
+            make_generator().eval(),
+            batch_size=16 // world,
+            num_batches=5,
+            teacher=make_teacher(),
+            replay=replay,
+            shift=0.25,
+            flip=True,
+            mix=1.0,
+            shard=shard,
+        )
+        return list(stream)
+
+    def rows(batch: Batch) -> Tensor:
+        table = torch.cat([batch[0].flatten(1), batch[1]], dim=1)
+        return table[table[:, :3].sum(1).argsort()]
+
+    for whole, one, two in zip(draw(0, 1), draw(0, 2), draw(1, 2)):
+        parts = torch.cat([one[0], two[0]]), torch.cat([one[1], two[1]])
+        assert torch.allclose(rows(whole), rows(parts), atol=1e-5)
+
+
+def test_a_counted_stream_ends_and_says_so(make_stream: MakeStream) -> None:
+    stream = make_stream(num_batches=2)
+    assert len(stream) == len(list(stream)) == 2
+    with pytest.raises(UserError, match=r"batch 2 is past the end of a stream of 2; give a larger num_batches"):
+        stream.batch(2)
+    with pytest.raises(UserError, match="past the end"):
+        materialize(stream, 17)
+    endless = make_stream()
+    assert len(list(islice(endless, 5))) == 5
+    with pytest.raises(TypeError, match="endless; give num_batches"):
+        len(endless)
+
+
+@pytest.mark.parametrize(("batch_size", "num_batches"), [(1, 5), (8, 0)])
+def test_an_empty_stream_is_refused(make_stream: MakeStream, batch_size: int, num_batches: int) -> None:
+    with pytest.raises(UserError, match="batch_size >= 2 and num_batches >= 1, got"):
+        make_stream(batch_size, num_batches=num_batches)
+
+
+def test_channels_last_changes_the_layout_alone(make_generator: Callable[..., ConvGenerator]) -> None:
+    generator = make_generator(channels=3).eval()
+    plain, last = (
+        SyntheticStream(generator, batch_size=8, channels_last=flag, shard=CPU).batch(0)[0] for flag in (False, True)
+    )
+    assert plain.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain, last)
+
+
+# --- replay ---
+
+
+def test_the_ring_holds_the_latest_batches() -> None:
+    ring, kept = Replay(3), deque[Batch](maxlen=3)
+    found = set()
+    for step in range(8):
+        images, labels = numbered(4, start=step), torch.full((4,), step)
+        ring.push(images, labels)
+        kept.append((images, labels))
+        for draw in range(20):
+            drawn, names = ring.draw(CPU, step, draw)
+            for row in range(4):
+                source = [k for k, (_, one) in enumerate(kept) if int(one[row]) == int(names[row])]
+                assert len(source) == 1, "not one of the latest batches"
+                assert torch.equal(drawn[row], kept[source[0]][0][row])
+                found.add((step, int(names[row])))
+    assert found == {(step, old) for step in range(8) for old in range(max(0, step - 2), step + 1)}
+
+
+def test_the_ring_rounds_to_the_nearest_level() -> None:
+    ring, images = Replay(1), torch.rand(64, 1, 5, 5, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
+    ring.push(images, torch.zeros(64, dtype=torch.int64))
+    drawn, _ = ring.draw(CPU, 0)
+    assert ring.images.dtype == torch.uint8
+    assert (drawn - images).abs().max() <= 0.5 / 255 + 1e-6
+    assert torch.equal(drawn[0, 0, 0, :2], torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("pushed", [2, 3, 5])
+def test_a_ring_taken_up_again_goes_on_as_if_never_stopped(tmp_path: Path, pushed: int) -> None:
+    ring, other = Replay(3), Replay(3)
+    for step in range(pushed):
+        ring.push(numbered(4, step), torch.full((4,), step))
+    torch.save(ring.state_dict(), tmp_path / "ring.pt")
+    other.load_state_dict(torch.load(tmp_path / "ring.pt"))
+    for step in range(pushed, pushed + 5):
+        for each in (ring, other):
+            each.push(numbered(4, step), torch.full((4,), step))
+        assert same(ring.draw(CPU, step), other.draw(CPU, step))
+
+
+def test_an_empty_ring_can_be_taken_up() -> None:
+    ring = Replay(2)
+    ring.load_state_dict(Replay(2).state_dict())
+    ring.push(numbered(4), torch.arange(4))
+    assert torch.equal(ring.draw(CPU, 0)[1], torch.arange(4))
+
+
+@pytest.mark.parametrize("batch_size", [8, 9])
+def test_half_of_a_replayed_batch_is_fresh(make_stream: MakeStream, batch_size: int) -> None:
+    stream, seen = make_stream(batch_size, replay=4), []
+    for index in range(6):
+        images, labels = stream.batch(index)
+        assert len(images) == len(labels) == batch_size
+        half = batch_size // 2
+        fresh, old = images[: batch_size - half], images[batch_size - half :]
+        seen.append(fresh)
+        distances = torch.stack([(torch.cat(seen) - image).abs().flatten(1).amax(1).min() for image in old])
+        assert distances.max() <= 0.5 / 255 + 1e-6
+    again = make_stream(batch_size, replay=4)
+    assert torch.equal(images, [again.batch(index)[0] for index in range(6)][-1])
+
+
+# --- augmentation ---
+
+
+def moved(image: Tensor, shift: int, flip: bool) -> Iterator[Tensor]:
+    """Every place an image [C, H, W] can be shifted to, edges repeated; and these flipped."""
+    height, width = image.shape[-2:]
+    padded = F.pad(image[None], (shift,) * 4, mode="replicate")[0]
+    for y in range(2 * shift + 1):
+        for x in range(2 * shift + 1):
+            crop = padded[:, y : y + height, x : x + width]
+            yield crop
+            if flip:
+                yield crop.flip(2)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_each_image_is_shifted_with_its_edges_and_flipped(shift: int, flip: bool) -> None:
+    images = torch.rand(600, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    result = augment(images, CPU, shift, flip, 1, "stream", 0)
+    counts = torch.zeros((2 * shift + 1) ** 2 * (1 + flip))
+    for image, found in zip(images, result):
+        hits = [k for k, candidate in enumerate(moved(image, shift, flip)) if torch.equal(candidate, found)]
+        assert len(hits) == 1
+        counts[hits[0]] += 1
+    expected = 600 / len(counts)
+    assert (counts - expected).abs().max() < 4.5 * expected**0.5 + (len(counts) == 1)
+    assert torch.equal(result, augment(images, CPU, shift, flip, 1, "stream", 0))
+    if len(counts) > 1:
+        assert not torch.equal(result, augment(images, CPU, shift, flip, 1, "stream", 1))
+    halves = [Shard(CPU.device, rank, 2) for rank in (0, 1)]
+    parts = [augment(half.take(images), half, shift, flip, 1, "stream", 0) for half in halves]
+    assert torch.equal(torch.cat(parts), result)
+
+
+def test_targets_are_the_teachers_on_the_augmented_images(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher]
+) -> None:
+    teacher = make_teacher()
+    stream = make_stream(teacher=teacher, shift=0.25, flip=True, mix=1.0, replay=2)
+    for index in range(3):
+        images, logits = stream.batch(index)
+        assert torch.allclose(logits, teacher(images), atol=1e-6)
+
+
+# --- controls ---
+
+
+def test_noise_is_clamped_normal_with_balanced_labels() -> None:
+    stream = SyntheticStream(from_noise(2, 5, 4, mean=0.4, std=0.05), batch_size=800, shard=CPU)
+    images, labels = stream.batch(0)
+    assert images.shape == (800, 2, 5, 5)
+    assert float(images.mean()) == pytest.approx(0.4, abs=0.002)
+    assert float(images.std()) == pytest.approx(0.05, abs=0.002)
+    assert labels.bincount().tolist() == [200] * 4
+    wide = SyntheticStream(from_noise(2, 5, 4, std=5.0), batch_size=8, shard=CPU).batch(0)[0]
+    assert wide.min() == 0
+    assert wide.max() == 1
+    assert same(stream.batch(3), stream.batch(3))
+    assert not torch.equal(images, stream.batch(1)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_given_images_come_with_their_own_labels(dtype: torch.dtype) -> None:
+    images, labels = numbered(20), torch.arange(20) % 7
+    given = (images * 255).round().to(torch.uint8) if dtype == torch.uint8 else images
+    stream = SyntheticStream(from_images(given, labels), batch_size=16, num_batches=20, shard=CPU)
+    seen = set()
+    for drawn, names in stream:
+        for image, name in zip(drawn, names):
+            rows = [k for k in range(20) if torch.equal(images[k], image)]
+            assert len(rows) == 1
+            assert labels[rows[0]] == name
+            seen.add(rows[0])
+    assert seen == set(range(20))
+    assert alike(list(stream), list(stream))
+    halves = [from_images(given, labels)(Shard(CPU.device, rank, 2), 8, (0, "stream", 0, 0)) for rank in (0, 1)]
+    assert same((torch.cat([h[0] for h in halves]), torch.cat([h[1] for h in halves])), stream.batch(0))
+
+
+def test_bytes_become_images_in_range() -> None:
+    assert torch.equal(to_float(torch.tensor([0, 51, 255], dtype=torch.uint8)), torch.tensor([0.0, 0.2, 1.0]))
+    assert torch.equal(to_float(torch.tensor([0.25], dtype=torch.float64)), torch.tensor([0.25]))
+
+
+# --- ways out ---
+
+
+def test_a_loader_keeps_the_stream_also_when_prepared(make_stream: MakeStream, accelerator: Accelerator) -> None:
+    stream = make_stream(num_batches=3)
+    own = list(stream)
+    loader = as_dataloader(stream)
+    assert isinstance(loader, DataLoader)
+    assert len(loader) == 3
+    prepared = accelerator.prepare(loader)
+    for each in (loader, prepared):
+        assert alike([tuple(batch) for batch in each], own)
+    stream.set_epoch(2)
+    assert same(next(iter(prepared)), stream.batch(0, epoch=2))
+
+
+def test_calibration_reads_the_first_batches_once_until_rewound(make_stream: MakeStream) -> None:
+    """What ONNX Runtime's quantize_static asks of a reader: get_next gives feeds by input name, then None."""
+    stream = make_stream()
+    reader = CalibrationReader(stream, "images", batches=3)
+    for _ in range(2):
+        feeds = list(iter(reader.get_next, None))
+        assert len(feeds) == 3
+        for index, feed in enumerate(feeds):
+            assert list(feed) == ["images"]
+            assert feed["images"].dtype == np.float32
+            assert np.array_equal(feed["images"], stream.batch(index)[0].numpy())
+        assert reader.get_next() is None
+        reader.rewind()
+
+
+def test_a_stream_is_kept_as_tensors(make_stream: MakeStream, make_teacher: Callable[..., Teacher]) -> None:
+    stream = make_stream(teacher=make_teacher(), num_batches=3)
+    images, logits = materialize(stream, 20).tensors
+    own = list(stream)
+    assert torch.equal(images, torch.cat([batch for batch, _ in own])[:20])
+    assert torch.equal(logits, torch.cat([target for _, target in own])[:20])
+
+
+def test_what_is_kept_or_calibrated_with_is_of_the_streams_epoch(make_stream: MakeStream) -> None:
+    stream = make_stream(num_batches=2)
+    stream.set_epoch(3)
+    wanted = torch.cat([images for images, _ in stream])
+    assert torch.equal(materialize(stream, 16).tensors[0], wanted)
+    feed = CalibrationReader(stream, "x", 1).get_next()
+    assert feed is not None
+    assert np.array_equal(feed["x"], wanted[:8].numpy())
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_folder_reads_back_the_same_images_and_labels(
+    make_generator: Callable[..., ConvGenerator], tmp_path: Path, channels: int, classes: int
+) -> None:
+    generator = make_generator(channels=channels, classes=classes).eval()
+    data = materialize(SyntheticStream(generator, batch_size=24, shard=CPU), 30, tmp_path / "images")
+    folder = ImageFolder(str(tmp_path / "images"))
+    assert len(folder) == len(data) == 30
+    found = {Path(path).stem: (path, label) for path, label in folder.samples}
+    for number, (image, label) in enumerate(data):
+        path, read_label = found[f"{number:05d}"]
+        assert read_label == int(label)
+        pixels = pil_to_tensor(folder.loader(path)).float() / 255
+        assert (pixels - image).abs().max() <= 0.5 / 255 + 1e-6  # a grey image is read as three equal channels
+
+
+def test_an_image_folder_of_logits_goes_by_their_argmax(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher], tmp_path: Path
+) -> None:
+    data = materialize(make_stream(teacher=make_teacher()), 10, tmp_path)
+    for number, (_, logits) in enumerate(data):
+        (path,) = tmp_path.rglob(f"{number:05d}.png")
+        assert int(path.parent.name) == int(logits.argmax())

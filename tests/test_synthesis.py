@@ -1,0 +1,509 @@
+"""One generator update against the same update written naively in float64, and what it must leave alone."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd import losses
+from dfkd.errors import UserError
+from dfkd.mixing import make_mix
+from dfkd.runtime import Shard
+from dfkd.synthesis import LOSSES, Synthesizer, draw_labels, draw_latents, redraw_steps
+from dfkd.teachers import Teacher
+from generators import ConvGenerator
+
+MakeTeacher = Callable[..., Teacher]
+MakeGenerator = Callable[..., ConvGenerator]
+BATCH = 8
+CPU = torch.device("cpu")
+MIXMIX = {"ce": 1.0, "bn": 0.5}
+IMAGE = {"diversity": 0.3, "tv": 0.7, "l2": 0.2}
+DAFL = {"one_hot": 0.6, "activation": 0.4, "information": 0.8}
+
+
+@pytest.fixture
+def zoo(make_teacher: MakeTeacher) -> list[Teacher]:
+    """Three families with normalisations and sizes of their own."""
+    return [
+        make_teacher("plain", seed=1, mean=[0.4], std=[0.3]),
+        make_teacher("residual", "dfkd:tiny_residual", seed=2, mean=[0.5], std=[0.2], input_size=12),
+        make_teacher("inverted", "dfkd:tiny_inverted", seed=3),
+    ]
+
+
+@pytest.fixture
+def student(make_teacher: MakeTeacher) -> nn.Module:
+    """An adversary in training, with dropout and one frozen weight, that often agrees with the first teacher."""
+    model = nn.Sequential(copy.deepcopy(make_teacher(seed=1).model), nn.Dropout(0.5)).requires_grad_(True).train()
+    for parameter in model[0].linear.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4))
+    model[0].linear.bias.requires_grad_(False)
+    return model
+
+
+def build(generator: ConvGenerator, zoo: list[Teacher], weights: Mapping[str, float], **options: Any) -> Synthesizer:
+    defaults: dict[str, Any] = {"steps": 10, "batch_size": BATCH, "sample": len(zoo), "clip": 0.0, "seed": 5}
+    return Synthesizer(generator, zoo, losses=weights, **{**defaults, "equalise": False, **options})
+
+
+class Seen:
+    """What an update drew: latents and labels of every generator forward, the teachers it asked."""
+
+    def __init__(self, synthesizer: Synthesizer) -> None:
+        self.inputs: list[tuple[Tensor, Tensor]] = []
+        self.asked: list[Teacher] = []
+        synthesizer.generator.register_forward_pre_hook(lambda module, inputs: self.inputs.append(inputs))
+        for teacher in synthesizer.zoo:
+            teacher.register_forward_pre_hook(lambda module, inputs: self.asked.append(module))
+
+
+def look(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor, list[tuple[Tensor, ...]]]:
+    """Logits, features and per batch norm (mean, variance, running mean, running variance), all in float64."""
+    network = copy.deepcopy(teacher.model).double()
+    if teacher.input_size:
+        images = F.interpolate(images, size=(teacher.input_size,) * 2, mode="bilinear", antialias=True)
+    features: list[Tensor] = []
+    norms: list[tuple[Tensor, ...]] = []
+    network.linear.register_forward_hook(lambda module, x, y: features.append(x[0]))
+    for norm in (module for module in network.modules() if isinstance(module, _BatchNorm)):
+        norm.register_forward_hook(
+            lambda m, x, y: norms.append(
+                (x[0].mean((0, 2, 3)), x[0].var((0, 2, 3), correction=0), m.running_mean, m.running_var)
+            )
+        )
+    logits = network((images - teacher.mean.double()) / teacher.std.double())
+    return logits, features[0], norms
+
+
+def bn_distance(norms: list[tuple[Tensor, ...]], kind: str) -> Tensor:
+    if kind == "l2":
+        return sum(((m - mu) ** 2).sum().sqrt() + ((v - s) ** 2).sum().sqrt() for m, v, mu, s in norms)  # type: ignore[return-value]
+    eps = 1e-5  # of each variance, as the networks have it
+    normal = torch.distributions.Normal
+    return sum(  # type: ignore[return-value]
+        torch.distributions.kl_divergence(normal(m, (v + eps).sqrt()), normal(mu, (s + eps).sqrt())).sum()
+        for m, v, mu, s in norms
+    )
+
+
+def naive(
+    generator: ConvGenerator,
+    asked: list[Teacher],
+    inputs: tuple[Tensor, Tensor],
+    weights: Mapping[str, float],
+    *,
+    box: Tensor | None = None,
+    kind: str = "l2",
+    start: Mapping[str, Tensor] | None = None,
+    student: nn.Module | None = None,
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Terms and generator gradients of one joint backward, straight from the formulas; box: Data Mixing's boxes."""
+    latents, labels = inputs
+    images = generator(latents, labels).double()
+    targets = F.one_hot(labels, generator.classes).double()
+    mixed = images
+    if box is not None:
+        rows, mixed_targets = [], []
+        for k, (x, y, w, h) in enumerate(box.tolist()):
+            whole, other = images[k].clone(), images[k ^ 2]
+            whole[:, y : y + h, x : x + w] = F.interpolate(other[None], size=(h, w), mode="bilinear")[0]
+            beta = w * h / (generator.size**2)
+            rows.append(whole)
+            mixed_targets.append((1 - beta) * targets[k] + beta * targets[k ^ 2])
+        mixed, targets = torch.stack(rows), torch.stack(mixed_targets)
+    each: dict[str, list[Tensor]] = defaultdict(list)
+    for teacher in asked:
+        logits, features, norms = look(teacher, mixed)
+        p = logits.softmax(1)
+        each["ce"].append(-(targets * logits.log_softmax(1)).sum(1).mean())
+        each["bn"].append(bn_distance(norms, kind) / (start[teacher.name] if start else 1))
+        each["one_hot"].append(-p.max(1).values.log().mean())
+        each["activation"].append(-features.abs().mean())
+        each["information"].append((p.mean(0) * p.mean(0).log()).sum())
+        if student is not None:
+            answer = copy.deepcopy(student).double().eval()(mixed)
+            agree = answer.argmax(1) == logits.argmax(1)
+            answer, target = answer - answer.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
+            spread = target.detach().square().mean().sqrt()
+            each["adversary"].append(-(agree * (answer - target).abs().mean(1)).mean() / spread)
+    terms = {name: torch.stack(values).mean() for name, values in each.items() if name in weights}
+    assert terms.get("adversary", 1.0) != 0
+    if "diversity" in weights:
+        pairs = range(0, len(images), 2)
+        dx = [(images[k] - images[k + 1]).abs().mean() / (latents[k] - latents[k + 1]).abs().mean() for k in pairs]
+        terms["diversity"] = sum((labels[k] == labels[k + 1]) / (0.01 + d) for k, d in zip(pairs, dx)) / len(dx)  # type: ignore[assignment]
+    if "tv" in weights:
+        terms["tv"] = images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()
+    if "l2" in weights:
+        terms["l2"] = ((images - 0.4) / 0.3).square().mean()  # the first teacher's normalisation
+    gradients = torch.autograd.grad(sum(weights[name] * terms[name] for name in weights), list(generator.parameters()))
+    return {name: value.detach() for name, value in terms.items()}, list(gradients)
+
+
+def same_update(synthesizer: Synthesizer, before: ConvGenerator, terms: dict[str, Tensor], wanted: Any) -> None:
+    wanted_terms, wanted_gradients = wanted
+    assert set(terms) == set(wanted_terms)
+    for name, value in wanted_terms.items():
+        assert float(terms[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+        assert not terms[name].requires_grad
+    for (name, parameter), gradient in zip(synthesizer.generator.named_parameters(), wanted_gradients):
+        assert parameter.grad is not None
+        assert gradient.any()
+        error = (parameter.grad - gradient).abs().max() / gradient.abs().max()
+        assert error < 1e-3, f"{name}: {error}"
+
+
+CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
+    "MixMix": (MIXMIX, {"mix": make_mix("resize")}),
+    "two of three teachers": (MIXMIX, {"mix": make_mix("resize"), "sample": 2}),
+    "without mixing": (MIXMIX, {}),
+    "kl": ({"bn": 1.0}, {"bn_distance": "kl"}),
+    "image prior and diversity": (MIXMIX | IMAGE, {"mix": make_mix("resize")}),
+    "DAFL": (DAFL, {}),
+    "everything": (MIXMIX | IMAGE | DAFL | {"adversary": 2.0}, {"mix": make_mix("resize"), "warmup": 0.0}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_is_that_of_the_formulas(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, case: str
+) -> None:
+    weights, options = CASES[case]
+    adversary = student if "adversary" in weights else None
+    synthesizer = build(make_generator(), zoo, weights, student=adversary, **options)
+    before, seen = copy.deepcopy(synthesizer.generator), Seen(synthesizer)
+    terms = synthesizer.step(3)
+    assert len(seen.asked) == len(set(seen.asked)) == options.get("sample", 3)
+    box = options["mix"]._params["box"] if "mix" in options else None
+    kind = options.get("bn_distance", "l2")
+    wanted = naive(before, seen.asked, seen.inputs[-1], weights, box=box, kind=kind, student=adversary)
+    same_update(synthesizer, before, terms, wanted)
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), synthesizer.generator.parameters())]
+    assert all(changed)
+
+
+@pytest.mark.parametrize("kind", ["l2", "kl"])
+def test_teachers_are_equalised_by_their_loss_at_the_start(
+    zoo: list[Teacher], make_generator: MakeGenerator, kind: str
+) -> None:
+    synthesizer = build(make_generator(), zoo, {"bn": 1.0}, equalise=True, bn_distance=kind)
+    before, seen = copy.deepcopy(synthesizer.generator), Seen(synthesizer)
+    first = synthesizer.step(0)
+    images = before(*seen.inputs[0]).double()
+    start = {teacher.name: bn_distance(look(teacher, images)[2], kind).detach() for teacher in zoo}
+    assert max(start.values()) > 1.2 * min(start.values())
+    assert float(first["bn"]) == pytest.approx(1, rel=1e-4)
+    before, seen.asked = copy.deepcopy(synthesizer.generator), []
+    terms = synthesizer.step(1)
+    same_update(synthesizer, before, terms, naive(before, zoo, seen.inputs[-1], {"bn": 1.0}, kind=kind, start=start))
+    assert seen.asked == zoo
+
+
+def test_learned_weights_follow_the_uncertainty_weighting(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
+    """Kendall et al. 2018: sum of w exp(-s) L + s, whose derivative by s is 1 - w exp(-s) L."""
+    synthesizer = build(make_generator(), zoo, MIXMIX, learn_weights=True)
+    start = {"ce": 0.7, "bn": -0.4}
+    for name, value in start.items():
+        synthesizer.log_variance[name].data.fill_(value)
+    before, seen = copy.deepcopy(synthesizer.generator), Seen(synthesizer)
+    terms = synthesizer.step(2)
+    now = {name: MIXMIX[name] * torch.tensor(-value).exp().item() for name, value in start.items()}
+    same_update(synthesizer, before, terms, naive(before, zoo, seen.inputs[-1], now))
+    for name, s in synthesizer.log_variance.items():
+        assert s.grad is not None
+        assert float(s.grad) == pytest.approx(1 - now[name] * float(terms[name]), rel=1e-4)
+        assert float(s.detach()) != start[name]
+
+
+def test_gradients_are_clipped(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
+    free, clipped = (build(make_generator(), zoo, MIXMIX, clip=clip) for clip in (0.0, 0.01))
+    norms = []
+    for synthesizer in (free, clipped):
+        synthesizer.step(0)
+        gradients = [parameter.grad for parameter in synthesizer.generator.parameters()]
+        norms.append(float(torch.cat([g.flatten() for g in gradients if g is not None]).norm()))
+    assert norms[0] > 0.02
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+# --- the adversary ---
+
+
+def test_the_adversary_starts_after_warm_up_and_ramps_up(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
+) -> None:
+    ramp = {0: 0.0, 4: 0.0, 5: 0.2, 7: 0.6, 9: 1.0, 15: 1.0}  # a quarter of 20 steps, and as many again
+    for step, factor in ramp.items():
+        ramped = build(make_generator(), zoo, {"ce": 1.0, "adversary": 3.0}, student=student, steps=20, warmup=0.25)
+        plain = build(make_generator(), zoo, {"ce": 1.0, "adversary": 3 * factor}, student=student, warmup=0.0)
+        terms, wanted = ramped.step(step), plain.step(step)
+        assert ("adversary" in terms) == ("adversary" in wanted) == (factor > 0)
+        for a, b in zip(ramped.generator.parameters(), plain.generator.parameters()):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-7)  # type: ignore[arg-type]
+
+
+def test_the_student_is_left_as_it_was(zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module) -> None:
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    modes, wanted = [m.training for m in student.modules()], [p.requires_grad for p in student.parameters()]
+    assert any(modes)
+    assert len(set(wanted)) == 2
+    synthesizer = build(make_generator(), zoo, MIXMIX | {"adversary": 1.0}, student=student, warmup=0.0)
+    for step in range(2):
+        assert "adversary" in synthesizer.step(step)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert [m.training for m in student.modules()] == modes
+    assert [p.requires_grad for p in student.parameters()] == wanted
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_teachers_are_left_as_they_were(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
+    before = [{name: value.clone() for name, value in teacher.state_dict().items()} for teacher in zoo]
+    synthesizer = build(make_generator(), zoo, MIXMIX | DAFL, equalise=True, mix=make_mix("resize"))
+    for step in range(2):
+        synthesizer.step(step)
+    for teacher, state in zip(zoo, before):
+        assert all(torch.equal(value, state[name]) for name, value in teacher.state_dict().items())
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+        assert not any(module._forward_pre_hooks for module in teacher.model.modules())
+
+
+# --- weight zero is not computed ---
+
+COMPUTED_BY = {
+    "ce": "mixed_ce",
+    "adversary": "masked_divergence",
+    "diversity": "mode_seeking",
+    "tv": "total_variation",
+    "l2": "pixel_l2",
+    "one_hot": "one_hot",
+    "activation": "activation",
+    "information": "information",
+}
+
+
+class Asked(Exception):
+    """Raised by what must not be asked for."""
+
+
+def fail(*args: Any, **options: Any) -> Tensor:
+    raise Asked
+
+
+def test_a_loss_of_weight_zero_is_not_computed(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert set(COMPUTED_BY) | {"bn"} == set(LOSSES)
+    for name in set(COMPUTED_BY) - {"ce"}:
+        monkeypatch.setattr(losses, COMPUTED_BY[name], fail)
+    monkeypatch.setitem(losses.BN_DISTANCES, "l2", fail)
+    monkeypatch.setattr(Teacher, "tap", fail)
+    monkeypatch.setattr(Teacher, "tap_features", fail)
+    student.register_forward_pre_hook(fail)
+    weights = dict.fromkeys(LOSSES, 0.0) | {"ce": 1.0}
+    options: dict[str, Any] = {"student": student, "warmup": 0.0, "equalise": True}
+    assert set(build(make_generator(), zoo, weights, **options).step(0)) == {"ce"}
+    for name in set(LOSSES) - {"ce"}:  # and with weight it is
+        with pytest.raises(Asked):
+            build(make_generator(), zoo, weights | {name: 1.0}, **options).step(0)
+
+
+def test_an_adversary_alone_waits_out_its_warm_up(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
+) -> None:
+    synthesizer = build(make_generator(), zoo, {"adversary": 1.0}, student=student, warmup=0.5)
+    assert "adversary" not in synthesizer.step(0)
+    assert "adversary" in synthesizer.step(9)
+
+
+# --- redrawing ---
+
+
+def test_redrawing_changes_the_first_layers_alone_and_forgets_their_adam_state(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    synthesizer = build(make_generator(), zoo, MIXMIX, redraw=1, lr=0.0)  # at lr 0 nothing else moves a weight
+    first = {id(p) for module in synthesizer.generator.first_layers() for p in module.parameters()}
+    assert 0 < len(first) < len(list(synthesizer.generator.parameters()))
+    changed_at = []
+    for step in range(10):
+        before = {name: p.detach().clone() for name, p in synthesizer.generator.named_parameters()}
+        synthesizer.step(step)
+        changed = {n for n, p in synthesizer.generator.named_parameters() if not torch.equal(p, before[n])}
+        if changed:
+            changed_at.append(step)
+            assert {"embed.weight", "project.weight"} <= changed  # a fresh norm's weights are the ones it had at lr 0
+            assert all(id(p) in first for n, p in synthesizer.generator.named_parameters() if n in changed)
+    assert changed_at == [8]
+    for parameter in synthesizer.generator.parameters():
+        updates = int(synthesizer.optimizer.state[parameter]["step"])
+        assert updates == (2 if id(parameter) in first else 10)
+
+
+def test_redrawing_depends_on_seed_and_step_and_leaves_the_global_generators(
+    zoo: list[Teacher], make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded: list[int] = []
+
+    def embedding(seed: int) -> Tensor:
+        torch.default_generator.manual_seed(seed + 100)
+        state = torch.get_rng_state()
+        synthesizer = build(make_generator(), zoo, {"ce": 1.0}, redraw=10, lr=0.0, seed=seed)
+        monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+        synthesizer.step(1)
+        assert torch.equal(torch.get_rng_state(), state)
+        monkeypatch.undo()
+        return synthesizer.generator.embed.weight.detach()  # type: ignore[union-attr]
+
+    assert torch.equal(embedding(1), embedding(1))
+    assert not torch.equal(embedding(1), embedding(2))
+    assert not seeded, "the generators of the accelerators were seeded anew"
+
+
+@pytest.mark.parametrize(("steps", "times"), [(1000, 6), (10, 3), (4, 9), (100, 0), (0, 3)])
+def test_redraws_are_even_and_over_after_four_fifths(steps: int, times: int) -> None:
+    when = sorted(redraw_steps(steps, times))
+    assert 0 not in when
+    assert all(0 < step <= 0.8 * steps + 0.5 for step in when)
+    assert len(when) == times or steps < 2 * times
+    gaps = {b - a for a, b in pairwise(when)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+# --- the finished generator, resume, position ---
+
+
+def test_settling_takes_the_mean_of_what_the_batch_norms_see(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
+    synthesizer = build(make_generator(), zoo, MIXMIX, lr=0.01)
+    for step in range(3):
+        synthesizer.step(step)
+    norms = {n: m for n, m in synthesizer.generator.named_modules() if isinstance(m, _BatchNorm)}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    handles = [
+        norm.register_forward_pre_hook(lambda m, x, name=name: seen[name].append(x[0].double()))
+        for name, norm in norms.items()
+    ]
+    before = {name: p.detach().clone() for name, p in synthesizer.generator.named_parameters()}
+    generator = synthesizer.settle(5)
+    for handle in handles:
+        handle.remove()
+    for name, norm in norms.items():
+        dims = [d for d in range(seen[name][0].dim()) if d != 1]
+        assert len(seen[name]) == 5
+        mean = torch.stack([x.mean(dims) for x in seen[name]]).mean(0)
+        var = torch.stack([x.var(dims) for x in seen[name]]).mean(0)
+        assert torch.allclose(norm.running_mean.double(), mean, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+        assert torch.allclose(norm.running_var.double(), var, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+        assert norm.momentum == momenta[name]
+    assert all(torch.equal(p, before[name]) for name, p in generator.named_parameters())
+    assert not generator.training
+    assert not any(parameter.requires_grad for parameter in generator.parameters())
+
+
+def run(zoo: list[Teacher], generator: ConvGenerator, student: nn.Module, start: int, stop: int, state: Any) -> Any:
+    weights = MIXMIX | IMAGE | {"adversary": 1.0}
+    options: dict[str, Any] = {"equalise": True, "learn_weights": True, "redraw": 2, "sample": 2, "warmup": 0.2}
+    synthesizer = build(generator, zoo, weights, student=student, mix=make_mix("resize"), **options)
+    if state is not None:
+        generator.load_state_dict(state["generator"])
+        synthesizer.load_state_dict(state["synthesizer"])
+    for step in range(start, stop):
+        synthesizer.step(step)
+    return copy.deepcopy({"generator": generator.state_dict(), "synthesizer": synthesizer.state_dict()})
+
+
+def leaves(state: Any) -> list[Any]:
+    return torch.utils._pytree.tree_leaves(state)
+
+
+def test_resumed_training_ends_bitwise_where_uninterrupted_does(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
+) -> None:
+    torch.manual_seed(1)
+    whole = run(zoo, make_generator(), student, 0, 7, None)
+    torch.manual_seed(2)
+    half = run(zoo, make_generator(), student, 0, 3, None)
+    resumed = run(zoo, make_generator(seed=9), student, 3, 7, half)
+    assert len(leaves(whole)) == len(leaves(resumed)) > 20
+    for a, b in zip(leaves(whole), leaves(resumed)):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+def test_an_update_waits_for_no_value(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, no_host_read: Any
+) -> None:
+    weights = MIXMIX | IMAGE | DAFL | {"adversary": 1.0}
+    synthesizer = build(
+        make_generator(), zoo, weights, student=student, mix=make_mix("resize"), warmup=0.0, clip=5.0, equalise=True
+    )
+    with no_host_read(*synthesizer.generator.parameters(), *student.parameters()):
+        terms = synthesizer.step(0)
+        with pytest.raises(AssertionError, match="waits for the device"):
+            float(terms["ce"])
+
+
+# --- labels and latents ---
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("batch", [4, 8, 30, 256])
+def test_labels_are_balanced_over_the_global_batch(batch: int, classes: int, repeats: int) -> None:
+    drawn = set()
+    for step in range(20):
+        shards = [draw_labels(Shard(CPU, rank, 2), batch, classes, "p", step, repeats=repeats) for rank in (0, 1)]
+        labels = torch.cat(shards)
+        assert torch.equal(labels, draw_labels(Shard(CPU), 2 * batch, classes, "p", step, repeats=repeats))
+        assert labels.dtype == torch.int64
+        counts = labels.bincount(minlength=classes)
+        present = min(classes, 2 * batch // repeats)
+        assert len(counts) == classes
+        assert (counts > 0).sum() == present
+        assert counts.max() - counts[counts > 0].min() <= 1
+        unequal = (labels[0::2] != labels[1::2]).sum()
+        if repeats == 2:
+            assert unequal < present
+            assert unequal == 0 or 2 * batch % (2 * present)
+        drawn.add(tuple(labels.tolist()))
+    assert len(drawn) > 1
+    seen = {label for labels in drawn for label in labels}
+    assert len(seen) > 0.9 * classes if present * 20 > 3 * classes else len(seen) > present
+
+
+def test_latents_are_standard_normal_and_two_shards_draw_those_of_one() -> None:
+    whole = draw_latents(Shard(CPU), 4000, 5, 3, "synthesis", 1)
+    assert whole.mean(0).abs().max() < 4 / 4000**0.5
+    assert (whole.var(0) - 1).abs().max() < 4 * (2 / 4000) ** 0.5
+    assert (torch.corrcoef(whole.T) - torch.eye(5)).abs().max() < 4 / 4000**0.5
+    parts = [draw_latents(Shard(CPU, rank, 2), 2000, 5, 3, "synthesis", 1) for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts), whole)
+    for other in ((3, "synthesis", 2), (4, "synthesis", 1), (3, "stream", 1)):
+        assert not torch.equal(draw_latents(Shard(CPU), 4000, 5, *other), whole)
+
+
+# --- what is refused ---
+
+
+def test_bad_losses_are_refused_by_name(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
+    with pytest.raises(UserError, match=r"unknown generator losses \['adversery'\]; choose from \['ce', 'bn', 'adv"):
+        build(make_generator(), zoo, {"ce": 1.0, "adversery": 1.0})
+    with pytest.raises(UserError, match="the adversary needs a student to disagree with"):
+        build(make_generator(), zoo, {"ce": 1.0, "adversary": 1.0})
+    with pytest.raises(UserError, match=r"no loss asks a teacher anything; give one of \['ce', 'bn', .* some weight"):
+        build(make_generator(), zoo, {"ce": 0.0, "tv": 1.0})
+
+
+@pytest.mark.parametrize(("key", "choices"), [("bn_distance", "l2"), ("adversary_loss", "l1")])
+def test_bad_distances_are_refused_by_name(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, key: str, choices: str
+) -> None:
+    with pytest.raises(UserError, match=f"'cosine'; choose from .*{choices}"):
+        build(make_generator(), zoo, {"adversary": 1.0}, student=student, **{key: "cosine"})

@@ -1,0 +1,287 @@
+"""Teachers: frozen, with their own normalisation; what their batch norms see; the zoo and who is sampled from it."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dfkd.errors import UserError
+from dfkd.models import build_model
+from dfkd.runtime import eval_mode, frozen
+from dfkd.teachers import Teacher, batch_norms, check_teacher, load_zoo, sample_teachers, zoo_logits
+
+MakeTeacher = Callable[..., Teacher]
+
+NETWORKS = {
+    "plain": ("dfkd:tiny_plain", 1, 8, {"width": 4}),
+    "pre-activation": ("dfkd:wrn_16_1", 1, 8, {}),
+    "timm, BatchNormAct2d": ("timm:test_efficientnet", 3, 32, {}),
+    "torchvision": ("torchvision:resnet18", 3, 32, {}),
+}
+
+
+def images(batch: int = 6, channels: int = 1, size: int = 8, seed: int = 1) -> Tensor:
+    return torch.rand(batch, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+class Fixed(nn.Module):
+    """Gives the same logits for every image."""
+
+    def __init__(self, logits: list[float]) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.tensor(logits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.expand(len(x), -1) + 0 * x.mean()
+
+
+# --- the tap on batch norms ---
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_the_tap_sees_mean_and_biased_variance_of_every_batch_norms_input(make_teacher: MakeTeacher, case: str) -> None:
+    spec, channels, size, kwargs = NETWORKS[case]
+    teacher = make_teacher("t", spec, channels=channels, kwargs=kwargs)
+    seen: list[Tensor] = []
+    norms = [module for module in teacher.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 3
+    handles = [
+        norm.register_forward_hook(lambda m, x, y: seen.append(x[0].detach().double().clone())) for norm in norms
+    ]
+    with teacher.tap() as statistics:
+        teacher(images(6, channels, size))
+    for handle in handles:
+        handle.remove()
+    assert len(statistics.batch) == len(statistics.stored) == len(statistics.names) == len(norms)
+    modules = dict(teacher.model.named_modules())
+    for name, (mean, var), (mu, sigma2), x in zip(statistics.names, statistics.gather(), statistics.stored, seen):
+        assert mean.dtype == var.dtype == torch.float32
+        assert torch.allclose(mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(var.double(), x.var((0, 2, 3), unbiased=False), rtol=1e-5, atol=1e-7)
+        assert torch.equal(mu, modules[name].running_mean)
+        assert torch.equal(sigma2, modules[name].running_var)
+
+
+def test_tapping_changes_neither_logits_nor_buffers_and_leaves_no_hook(make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    plain = teacher(images())
+    with teacher.tap() as statistics, teacher.tap_features() as features:
+        assert hooks(teacher) > 0
+        tapped = teacher(images())
+    assert torch.equal(plain, tapped)
+    assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
+    assert hooks(teacher) == 0
+    layers = len(statistics.batch)
+    teacher(images())
+    assert len(statistics.batch) == layers
+    assert len(features) == 1
+
+
+def test_no_hook_outlives_an_error(make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher()
+    with pytest.raises(RuntimeError), teacher.tap(), teacher.tap_features():  # noqa: PT012
+        assert hooks(teacher) > 0
+        teacher(images(channels=5))
+    assert hooks(teacher) == 0
+
+
+def test_features_are_what_the_last_linear_layer_reads(make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher()
+    with teacher.tap_features() as features:
+        logits = teacher(images())
+    weight, bias = teacher.model.linear.weight, teacher.model.linear.bias
+    assert torch.allclose(features[0] @ weight.T + bias, logits, atol=1e-6)
+
+
+def test_gradient_reaches_images_and_no_weight(make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher()
+    x = images().requires_grad_()
+    with teacher.tap() as statistics:
+        logits = teacher(x)
+    (logits.square().sum() + sum(mean.sum() + var.sum() for mean, var in statistics.gather())).backward()
+    assert x.grad is not None
+    assert x.grad.flatten(1).any(1).all()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+
+
+# --- frozen, normalised, resized ---
+
+
+def test_a_teacher_stays_in_eval_mode_also_inside_a_training_module(make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher()
+    nn.ModuleList([teacher]).train()
+    teacher.train()
+    assert not any(module.training for module in teacher.modules())
+
+
+def test_borrowed_modes_and_gradients_are_given_back_also_after_an_error() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Sequential(nn.Conv2d(2, 2, 1)))
+    model[0].eval()
+    model[1][0].weight.requires_grad_(False)
+    modes = [module.training for module in model.modules()]
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    assert len(set(modes)) == len(set(wanted)) == 2
+    with pytest.raises(ZeroDivisionError), eval_mode(model), frozen(model):  # noqa: PT012
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        raise ZeroDivisionError
+    assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+
+
+def test_images_are_resized_and_normalised_for_the_network() -> None:
+    taken: list[Tensor] = []
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 5 * 5, 4))
+    network.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    mean, std = [0.1, 0.2, 0.3], [0.5, 1.0, 2.0]
+    x = images(2, 3, 12)
+    logits = Teacher(network, mean=mean, std=std, input_size=5)(x)
+    small = F.interpolate(x, size=(5, 5), mode="bilinear", align_corners=False, antialias=True)
+    for channel in range(3):
+        assert torch.allclose(taken[0][:, channel], (small[:, channel] - mean[channel]) / std[channel], atol=1e-6)
+    assert logits.dtype == torch.float32
+    Teacher(network, input_size=5)(x[:, :, :5, :5])
+    assert torch.equal(taken[1], x[:, :, :5, :5])
+
+
+@pytest.mark.parametrize(("mean", "std"), [([0.5], []), ([0.5, 0.5], [1.0]), ([0.5], [0.0]), ([0.5], [-1.0])])
+def test_a_bad_normalisation_is_refused(mean: list[float], std: list[float]) -> None:
+    with pytest.raises(UserError, match=r"teacher digits: mean .* and std .* must be one value per channel"):
+        Teacher(nn.Identity(), name="digits", mean=mean, std=std)
+
+
+def test_batch_norms_are_found_by_their_statistics() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.BatchNorm2d(2, track_running_stats=False), nn.GroupNorm(1, 2)
+    )
+    assert list(batch_norms(model)) == ["0", "1"]
+
+
+# --- what is refused ---
+
+
+def nan_weight() -> nn.Module:
+    model = build_model("dfkd:tiny_plain", classes=3, channels=1, kwargs={"width": 4, "depth": 1})
+    with torch.no_grad():
+        model.features[1].running_var[1] = float("nan")
+    return model
+
+
+class InPair(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.flatten(1)[:, :3], x
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "NaN": (nan_weight, r"teacher t: features\.1\.running_var holds NaN or infinity; give a sound checkpoint"),
+    "size": (
+        lambda: nn.Linear(5, 3),
+        r"teacher t does not take images \[B, 1, 8, 8\]: .*; set teachers\.t\.input_size",
+    ),
+    "channels": (lambda: nn.Conv2d(3, 3, 8), r"teacher t does not take images \[B, 1, 8, 8\]"),
+    "assertion inside": (
+        lambda: build_model("timm:test_vit", classes=3, channels=1),
+        r"teacher t does not take images \[B, 1, 8, 8\]: .*Input height",
+    ),
+    "several outputs": (InPair, "teacher t .*tuple"),
+    "classes": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5)),
+        r"teacher t gives \(5,\) outputs where classes=3; make them agree",
+    ),
+    "map of outputs": (lambda: nn.Conv2d(1, 3, 3), r"teacher t gives \(3, 6, 6\) outputs where classes=3"),
+    "softmax": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Softmax(1)),
+        r"teacher t ends in a softmax \(its outputs sum to one\); give the network without it",
+    ),
+    "no batch norm": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
+        r"teacher t has no batch norm while synthesis\.losses\.bn has weight; set synthesis\.losses\.bn=0 and use",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_unfit_teacher_is_refused_in_one_line(case: str) -> None:
+    build, message = REFUSED[case]
+    teacher = Teacher(build(), name="t")
+    with pytest.raises(UserError, match=message) as caught:
+        check_teacher(teacher, classes=3, channels=1, size=8, needs_bn=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_sound_teachers_pass(make_teacher: MakeTeacher) -> None:
+    check_teacher(make_teacher(), classes=3, channels=1, size=8, needs_bn=True)
+    plain = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    check_teacher(plain, classes=3, channels=1, size=8, needs_bn=False)
+
+
+# --- the zoo ---
+
+
+def test_a_zoo_is_built_from_its_description(tmp_path: Path) -> None:
+    trained = build_model("dfkd:tiny_plain", classes=4, channels=1, kwargs={"width": 2})
+    save_file(trained.state_dict(), tmp_path / "plain.safetensors")
+    plain = {
+        "model": "dfkd:tiny_plain",
+        "weights": str(tmp_path / "plain.safetensors"),
+        "kwargs": {"width": 2},
+        "mean": [0.4],
+        "std": [0.3],
+    }
+    residual = {"model": "dfkd:tiny_residual", "kwargs": {"width": 2}, "input_size": 16, "weight": 2.0}
+    zoo = load_zoo({"a": plain, "b": residual}, classes=4, channels=1, size=8)
+    assert [(teacher.name, teacher.weight, teacher.input_size) for teacher in zoo] == [("a", 1.0, None), ("b", 2.0, 16)]
+    x = images()
+    assert torch.allclose(zoo[0](x), trained.eval()((x - 0.4) / 0.3), atol=1e-5)
+    assert zoo[1](x).shape == (6, 4)
+    with pytest.raises(UserError, match="unknown model 'dfkd:tiny_plane'"):
+        load_zoo({"a": plain | {"model": "dfkd:tiny_plane"}}, classes=4, channels=1, size=8)
+
+
+def test_the_same_teachers_are_sampled_at_one_step_and_all_subsets_in_time() -> None:
+    zoo = [Teacher(nn.Identity(), name=str(k)) for k in range(4)]
+    chosen = [tuple(t.name for t in sample_teachers(zoo, 2, 7, step)) for step in range(600)]
+    assert chosen == [tuple(t.name for t in sample_teachers(zoo, 2, 7, step)) for step in range(600)]
+    assert chosen != [tuple(t.name for t in sample_teachers(zoo, 2, 8, step)) for step in range(600)]
+    counts = Counter(chosen)
+    assert set(counts) == set(itertools.combinations("0123", 2))
+    assert min(counts.values()) > 65  # 100 expected, standard deviation 9
+    assert max(counts.values()) < 135
+    assert sample_teachers(zoo, 4, 0, 0) == sample_teachers(zoo, 9, 0, 0) == zoo
+
+
+def test_the_zoos_logits_are_weighted_means() -> None:
+    rows = [[1.5, -0.5, 0.5, -1.5], [-0.3, 0.2, 1.1, 0.4]]
+    a, b = (((x := torch.tensor(row)) - x.mean()) / x.std() for row in rows)  # unit spread each
+    x = images(3)
+    for first, second in ((1.0, 1.0), (3.0, 1.0), (0.25, 0.5)):
+        zoo = [Teacher(Fixed(a.tolist()), weight=first), Teacher(Fixed(b.tolist()), weight=second)]
+        wanted = (first * a + second * b) / (first + second)
+        assert torch.allclose(zoo_logits(zoo, x), wanted.expand(3, -1), atol=1e-5)
+    assert torch.equal(zoo_logits(zoo[:1], x), zoo[0](x))
+
+
+def test_a_loud_teacher_counts_no_more_than_a_quiet_one() -> None:
+    a, b = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.0, 3.0, 1.0])
+
+    def direction(loudness: float) -> Tensor:
+        zoo = [Teacher(Fixed(a.tolist())), Teacher(Fixed((loudness * b).tolist()))]
+        return F.normalize(zoo_logits(zoo, images(3)), dim=1)
+
+    assert torch.allclose(direction(1), direction(50), atol=1e-5)
+
+
+def test_a_teacher_of_weight_zero_has_no_say() -> None:
+    loud, mute = Teacher(Fixed([1.0, 0.0, -1.0])), Teacher(Fixed([9.0, 9.0, 0.0]), weight=0.0)
+    assert torch.allclose(zoo_logits([loud, mute], images(2)), loud(images(2)), atol=1e-6)
