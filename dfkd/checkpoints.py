@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from dfkd.errors import UserError
 
 KEEP = 2
+FOREIGN = "is of another recipe or number of processes"
 
 
 class Resumed(NamedTuple):
@@ -81,17 +82,20 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             self._point_latest_at(final)
-            for old in self._found()[KEEP:]:
+            # A newer one was torn when this run resumed: kept, it would push whole ones out.
+            found = self._found()
+            at = found.index(final)
+            for old in found[:at] + found[at + KEEP :]:
                 shutil.rmtree(old, ignore_errors=True)
         self.state.wait_for_everyone()
 
     def load(self, device: torch.device) -> Resumed | None:
         """The newest whole checkpoint of this owner, or None where there is none; torn ones are passed over by name.
 
-        Raises UserError where checkpoints exist but all belong to another recipe or number of processes.
+        Raises UserError where none can be used and one belongs to another recipe or number of processes.
         """
         warnings: list[str] = []
-        foreign = 0
+        foreign: list[Path] = []
         for folder in self._found():
             problem = self._problem(folder)
             if not problem:
@@ -99,11 +103,12 @@ class Checkpoints:
                     folder / f"rank{self.state.process_index}.pt", map_location=device, weights_only=True
                 )
                 return Resumed(int(folder.name.split("-")[1]), state, warnings)
-            foreign += "another" in problem
+            if problem == FOREIGN:
+                foreign.append(folder)
             warnings.append(f"checkpoint {folder} {problem}; using the one before it")
-        if foreign and foreign == len(warnings):
+        if foreign:
             raise UserError(
-                f"the checkpoints of {self.folder} are of another recipe or process count; run the command and "
+                f"checkpoint {foreign[0]} is of another recipe or number of processes; run the command and "
                 "the launcher options that began this run, choose another output=..., or overwrite=true to start over"
             )
         return Resumed(0, {}, warnings) if warnings else None
@@ -116,7 +121,7 @@ class Checkpoints:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             if manifest["owner"] != self.owner:
-                return "is of another recipe or number of processes"
+                return FOREIGN
             torn = [name for name, digest in manifest["files"].items() if _digest(folder / name) != digest]
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"is torn ({' '.join(str(error).split())})"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -34,7 +35,9 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = _lines_until(path, resumed_after)
-        path.write_text("".join(kept))
+        partial = path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, path)  # a kill between must not lose the lines
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_after + 1)
 
@@ -106,11 +109,11 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_text().splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue  # the write that a kill cut off
         if entry.get("step", 0) <= step:
-            kept.append(line)
+            kept.append(f"{line}\n")
     return kept

@@ -160,13 +160,14 @@ def run(loaded: Loaded, command: str) -> None:
     started = time.perf_counter()
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     folder = Path(recipe.folder)
-    if open_folder(loaded, folder, accelerator):
+    if may_run(loaded, folder):
         phases = plans(recipe)
-        build(recipe, shard.device, train=False)  # whatever is wrong shows before anything is trained
-        begun = time.perf_counter()
-        parts = build(recipe, shard.device, train=True)
-        spent = {"teachers": time.perf_counter() - begun}
+        build(recipe, shard.device, train=False)  # whatever is wrong shows before anything is written or trained
         try:
+            open_folder(loaded, folder, accelerator)
+            begun = time.perf_counter()
+            parts = build(recipe, shard.device, train=True)
+            spent = {"teachers": time.perf_counter() - begun}
             train(loaded, parts, phases, accelerator, shard, spent)
             spent["total"] = sum(spent.values()) + begun - started
             finish(loaded, parts, accelerator, shard, spent, command)
@@ -181,17 +182,10 @@ def run(loaded: Loaded, command: str) -> None:
     shut_down(accelerator)
 
 
-def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> bool:
-    """Make the run's folder or take it up; False where it holds this very run, finished.
-
-    Raises UserError where it holds another one.
-    """
+def may_run(loaded: Loaded, folder: Path) -> bool:
+    """False where the folder holds this very run, finished. Raises UserError where it holds another one."""
     config = folder / "config.yaml"
-    if loaded.recipe.overwrite and accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    go_on = True
-    if config.exists():
+    if config.exists() and not loaded.recipe.overwrite:
         changed = _differences(loaded.recipe, config)
         if changed:
             raise UserError(
@@ -200,12 +194,19 @@ def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> bool:
             )
         if (folder / "results.json").exists():
             say(f"the run in {folder} is finished; overwrite=true starts it over")
-            go_on = False
-    accelerator.wait_for_everyone()
-    if go_on and accelerator.is_main_process:
+            return False
+    return True
+
+
+def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> None:
+    """Make the run's folder, empty where the recipe says overwrite, or take it up (collective)."""
+    accelerator.wait_for_everyone()  # all have looked into it
+    if accelerator.is_main_process:
+        if loaded.recipe.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(config, loaded.yaml())
-    return go_on
+        write_atomically(folder / "config.yaml", loaded.yaml())
+    accelerator.wait_for_everyone()
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +258,7 @@ def train(
     for plan in phases:
         if state and state["phase"] != plan.name:  # finished before the checkpoint was written
             parts.generator = load_generator(folder / "generator").to(shard.device)
+            parts.bn = parts.generator.description["bn_loss"]
         else:
             loop = make_loop(recipe, plan, parts, accelerator, shard, metrics, checkpoints)
             loop.offset, loop.spent = offset, spent

@@ -75,8 +75,8 @@ class GeneratorSpec:
     """The network from latents and labels to images."""
 
     arch: str = key("conv", "name in generators.GENERATORS")
-    latent: int = key(256, "length of the latent vector", 1)
-    width: int = key(64, "channels of the last stage; earlier stages have twice as many", 1)
+    latent: int = key(128, "length of the latent vector", 1)
+    width: int = key(32, "channels of the last stage; earlier stages have twice as many", 1)
     conditional: bool = key(True, "draw an image of a given class (labels are exact and balanced)")
     checkpoint: str | None = key(None, "folder of a trained generator: it is frozen and nothing trains a generator")
 
@@ -86,7 +86,7 @@ class Mix:
     """Data Mixing (MixMix section 4.2)."""
 
     kind: Literal["resize", "cutmix", "mixup"] = key("resize", "resize: MixMix eq. 7-9; cutmix and mixup are Kornia's")
-    probability: float = key(1.0, "share of generator steps with mixed images; 0 switches Data Mixing off", 0, 1)
+    probability: float = key(0.5, "share of generator steps with mixed images; 0 switches Data Mixing off", 0, 1)
     antialias: bool = key(False, "low-pass the image before shrinking it into its box, so every pixel gets gradient")
 
 
@@ -94,10 +94,10 @@ class Mix:
 class Losses:
     """Loss weights of the generator by name; weight 0 is not computed."""
 
-    ce: float = key(1.0, "cross-entropy to the (mixed) labels, MixMix eq. 9", 0)
-    bn: float = key(1.0, "batch-norm statistics, MixMix eq. 2 and 6", 0)
-    adversary: float = key(0.0, "student-teacher divergence, masked where they disagree already", 0)
-    diversity: float = key(0.0, "mode-seeking term over same-class pairs (MSGAN eq. 3)", 0)
+    ce: float = key(0.5, "cross-entropy to the (mixed) labels, MixMix eq. 9", 0)
+    bn: float = key(40.0, "batch-norm statistics, MixMix eq. 2 and 6; in units of their value at the start", 0)
+    adversary: float = key(1.0, "student-teacher divergence, masked where they disagree already", 0)
+    diversity: float = key(1.0, "mode-seeking term over same-class pairs (MSGAN eq. 3)", 0)
     tv: float = key(0.0, "total variation of the images (DeepInversion eq. 3)", 0)
     l2: float = key(0.0, "mean square of the normalised images (DeepInversion eq. 3)", 0)
     one_hot: float = key(0.0, "DAFL eq. 2: cross-entropy to the teacher's own argmax", 0)
@@ -109,10 +109,10 @@ class Losses:
 class Synthesis:
     """Training of the generator."""
 
-    steps: int = key(2000, "generator updates", 0)
-    student_steps: int = key(5, "student updates after each generator update, where a student trains alongside", 0)
-    batch_size: int = key(256, "images per process and generator update", 4)
-    lr: float = key(1e-3, "learning rate of Adam", 0)
+    steps: int = key(600, "generator updates", 0)
+    student_steps: int = key(4, "student updates after each generator update, where a student trains alongside", 0)
+    batch_size: int = key(128, "images per process and generator update", 4)
+    lr: float = key(3e-3, "learning rate of Adam", 0)
     betas: list[float] = key([0.5, 0.999], "Adam's decay rates")
     clip: float = key(5.0, "largest gradient norm of the generator; 0: no clipping", 0)
     losses: Losses = key(Losses, "loss weights by name")
@@ -139,7 +139,7 @@ class Distill:
     """Training of the student on streamed images."""
 
     steps: int = key(0, "student updates on the frozen generator, after the alternating phase", 0)
-    batch_size: int = key(256, "images per process and student update", 2)
+    batch_size: int = key(128, "images per process and student update", 2)
     lr: float = key(0.1, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
     weight_decay: float = key(5e-4, "weight decay", 0)
     warmup: int = key(100, "steps of linear learning-rate warm-up", 0)
@@ -148,7 +148,7 @@ class Distill:
     replay: int = key(200, "batches kept of what the generator drew; 0: fresh images only", 0)
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
     flip: bool = key(False, "augmentation: random horizontal flip")
-    mix: float = key(0.5, "augmentation: share of student batches that are mixed (images only)", 0, 1)
+    mix: float = key(0.0, "augmentation: share of student batches that are mixed (images only)", 0, 1)
 
 
 @dataclass

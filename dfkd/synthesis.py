@@ -15,7 +15,7 @@ from dfkd.collectives import all_reduce_mean, mean_over_processes, sync_batchnor
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng
-from dfkd.teachers import Teacher, sample_teachers
+from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from generators import ImageGenerator
 
 # Larger than torch's 1e-8: the first steps divide each gradient by its own size, and one that is rounding noise would
@@ -91,6 +91,15 @@ class Synthesizer:
             raise UserError("the adversary needs a student to disagree with; give one or set its weight to 0")
         if not any(losses.get(name) for name in TEACHER_LOSSES):
             raise UserError(f"no loss asks a teacher anything; give one of {list(TEACHER_LOSSES)} some weight")
+        if len({teacher.name for teacher in zoo}) < len(zoo):
+            raise UserError(f"teachers need names of their own, got {[teacher.name for teacher in zoo]}")
+        for teacher in zoo:
+            if losses.get("bn") and not batch_norms(teacher.model):
+                raise UserError(f"teacher {teacher.name} has no batch norm; set the weight of bn to 0")
+            if losses.get("activation") and not any(isinstance(module, nn.Linear) for module in teacher.modules()):
+                raise UserError(
+                    f"teacher {teacher.name} has no linear layer to read features from; set activation to 0"
+                )
         for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.STUDENT_LOSSES)):
             if given not in table:
                 raise UserError(f"unknown distance {given!r}; choose from {sorted(table)}")
@@ -183,9 +192,9 @@ class Synthesizer:
         if "ce" in wanted:
             terms["ce"] = L.mixed_ce(logits, mixed.labels, mixed.other, mixed.beta)
         if statistics is not None:
-            terms["bn"] = self.bn_distance(statistics.gather(), statistics.stored) / self.bn_start.get(
-                teacher.name, 1.0
-            )
+            distance = self.bn_distance(statistics.gather(), statistics.stored)
+            self.bn_last[teacher.name] = distance.detach()
+            terms["bn"] = distance / self.bn_start.get(teacher.name, 1.0)
         if answer is not None:
             terms["adversary"] = -L.masked_divergence(answer, logits, self.adversary_loss)
         if "one_hot" in wanted:

@@ -85,16 +85,18 @@ class Teacher(Classifier):
 
     @contextmanager
     def tap_features(self) -> Iterator[list[Tensor]]:
-        """Collect the input [B, D] of the last linear layer (the features) of the forwards in its scope."""
+        """Collect the features of the forwards in its scope: the input [B, D] of the last linear layer, if any."""
         seen: list[Tensor] = []
-        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
-        if not linear:
-            raise UserError(f"teacher {self.name} has no linear layer to read features from")
-        handle = linear[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].flatten(1).float()))
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1:]
+        handles = [
+            module.register_forward_pre_hook(lambda _, inputs: seen.append(full_precision(inputs[0].flatten(1))))
+            for module in linear
+        ]
         try:
             yield seen
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
 
 def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:

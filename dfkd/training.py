@@ -13,6 +13,7 @@ from torch import Tensor
 from dfkd.checkpoints import Checkpoints
 from dfkd.collectives import batch_norm_buffers, mean_over_processes
 from dfkd.compress.fit import Fit
+from dfkd.errors import UserError
 from dfkd.evaluate import diversity
 from dfkd.metrics import Metrics
 from dfkd.runtime import Shard, eval_mode
@@ -83,6 +84,7 @@ class Loop:
             if done % self.grid_every < self.log_every or done == plan.total:
                 self.snapshot(done)
             if done == plan.total or self._time_to_save(saved):
+                self._refuse_broken(done)
                 self.checkpoints.save(self.offset + done, self.state_dict(done))
                 saved = time.perf_counter()
         if self.synthesizer is not None and plan.frozen == 0:
@@ -98,6 +100,17 @@ class Loop:
     def _time_to_save(self, saved: float) -> bool:
         due = torch.tensor(time.perf_counter() - saved >= self.checkpoint_every, device=self.shard.device)
         return bool(broadcast(due.int()).item())
+
+    def _refuse_broken(self, done: int) -> None:
+        """Raise UserError where a weight or statistic is NaN or infinite: no checkpoint may hold it."""
+        learners = {"generator": self.generator if self.synthesizer else None, "student": self.fit and self.fit.student}
+        for name, module in learners.items():
+            for key, value in module.state_dict().items() if module is not None else ():
+                if not torch.isfinite(value).all():
+                    raise UserError(
+                        f"step {self.offset + done}: {key} of the {name} holds NaN or infinity; the checkpoint before "
+                        "is kept: lower a learning rate (synthesis.lr, distill.lr) or a loss weight"
+                    )
 
     def _log(self, done: int, terms: dict[str, Tensor]) -> None:
         figures: dict[str, float] = {}
@@ -159,7 +172,7 @@ def look(
             with teacher.tap_features() as features:
                 logits = teacher(images)
             agreement[f"class_agreement_{teacher.name}"] = (logits.argmax(1) == labels).float().mean() * 100
-    figures = diversity(images, features[-1], labels, classes=classes) | agreement
+    figures = diversity(images, features[-1] if features else logits, labels, classes=classes) | agreement
     shown = torch.arange(min(classes, GRID_ROWS), device=device).unsqueeze(1) * each
     grid = images[(shown + torch.arange(GRID_COLUMNS, device=device)).flatten()]
     return {name: float(value) for name, value in figures.items()}, grid

@@ -35,7 +35,10 @@ def save_generator(folder: str | os.PathLike[str], generator: ImageGenerator, de
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
-    save_file(weights, folder / "model.safetensors.tmp")
+    try:
+        save_file(weights, folder / "model.safetensors.tmp")
+    except SafetensorError as error:  # of a full disk too
+        raise OSError(" ".join(str(error).split())) from error
     (folder / "generator.json.tmp").write_text(json.dumps(description, indent=2) + "\n")
     for name in ("model.safetensors", "generator.json"):
         os.replace(folder / f"{name}.tmp", folder / name)

@@ -1,6 +1,8 @@
 """What several test files share: one thread, the smallest networks that have every part, a watch on host reads."""
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from dfkd.teachers import Teacher, batch_norms
 from generators import ConvGenerator
 
 torch.set_num_threads(1)
+multiprocessing.set_forkserver_preload(["dfkd.cli", "sklearn.model_selection"])  # slow: once is enough
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
@@ -86,6 +89,12 @@ def accelerator() -> Iterator[Accelerator]:
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def teacher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of a session keep their teachers: trained by the first that needs them."""
+    return tmp_path_factory.mktemp("teachers")
 
 
 READS = {"tolist", "numpy", "__array__", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__repr__"}

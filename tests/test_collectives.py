@@ -1,6 +1,5 @@
 """Sums over processes: batch moments, their gradients, and two processes of batch B against one of batch 2B."""
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
@@ -172,9 +171,6 @@ def free_port() -> int:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes found; they must also end cleanly."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(
-        ["torch", "accelerate", "kornia.augmentation", "timm"]
-    )  # slow: once is enough
     mp.start_processes(process, args=(str(folder), free_port()), nprocs=2, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
