@@ -13,9 +13,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.data import RealImages, load_images
+from dfkd.data import RealImages, load_images, opened
 from dfkd.errors import UserError
 from dfkd.models import build_model, load_model, save_model
+from dfkd.models.checkpoints import read_description
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import resolve_precision, rng
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
@@ -84,8 +85,8 @@ def load_recipe_zoo(recipe: Recipe, device: torch.device, say: Say, *, train: bo
     )
 
 
-def trained_teacher(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, say: Say) -> Path:
-    """The folder of a teacher trained from real images by the main process, or found trained alike before."""
+def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
+    """Where a teacher trained from real images is kept: its name, and a digest of all that it was trained from."""
     trained_from = {
         "data": dataclasses.asdict(recipe.data),
         "image": dataclasses.asdict(recipe.image),
@@ -96,7 +97,18 @@ def trained_teacher(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.
         "name": name,
     }
     digest = hashlib.sha256(json.dumps(trained_from, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(recipe.training.cache) / f"{name}-{digest}"
+    return Path(recipe.training.cache) / f"{name}-{digest}"
+
+
+def training_images(recipe: Recipe) -> list[dict[str, Any]]:
+    """What real images the teachers without weights were trained on, in this run or in the one that cached them."""
+    untrained = {name: spec for name, spec in recipe.zoo_specs.items() if not spec.weights}
+    return [read_description(teacher_folder(recipe, name, spec))["trained_on"] for name, spec in untrained.items()]
+
+
+def trained_teacher(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, say: Say) -> Path:
+    """The folder of a teacher trained from real images by the main process, or found trained alike before."""
+    folder = teacher_folder(recipe, name, spec)
     state = PartialState()
     if state.is_main_process and not (folder / "model.json").exists():
         _train(recipe, name, spec, device, folder, say)
@@ -130,7 +142,9 @@ def _train(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, f
         ),
     )
     save_model(
-        folder, classifier.model, {**_description(recipe, spec.model, spec.kwargs, classifier), "source": real.source}
+        folder,
+        classifier.model,
+        {**_description(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]},
     )
 
 

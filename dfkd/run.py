@@ -76,6 +76,8 @@ def plans(recipe: Recipe) -> list[Plan]:
             phases.append(Plan("distill", synthesis, per, frozen))
         else:
             phases.append(Plan("distill", 0, 0, frozen))
+    if recipe.generator.checkpoint is None and adversary and not per:
+        raise UserError("synthesis.losses.adversary needs a student that learns: set synthesis.student_steps above 0")
     for phase in phases:
         if phase.total == 0:
             wanted = "distill.steps" if phase.name == "distill" else "synthesis.steps"
@@ -83,13 +85,13 @@ def plans(recipe: Recipe) -> list[Plan]:
     return phases
 
 
-def build(recipe: Recipe, device: torch.device, *, train: bool) -> Parts:
-    """Build and check all networks and data; with train=False no teacher is trained."""
+def build(recipe: Recipe, device: torch.device) -> Parts:
+    """Build and check all networks and data; no teacher is trained yet."""
     test = None
     if recipe.data.dataset != "none":
         with PartialState().local_main_process_first():  # the first one downloads
             test = assemble.real_images(recipe, train=False, purpose="evaluate")
-    zoo = assemble.load_recipe_zoo(recipe, device, say, train=train)
+    zoo = assemble.load_recipe_zoo(recipe, device, say, train=False)
     generator, description = assemble.make_generator(recipe, zoo, device)
     student = assemble.make_student(recipe, zoo, device) if recipe.student.model else None
     if recipe.synthesis.losses.adversary and student is None and recipe.generator.checkpoint is None:
@@ -105,7 +107,7 @@ def dry_run(loaded: Loaded) -> None:
     recipe = loaded.recipe
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     phases = plans(recipe)
-    parts = build(recipe, shard.device, train=False)
+    parts = build(recipe, shard.device)
     say(f"{recipe.name}: {shard.world} process(es) on {shard.device}, precision {accelerator.mixed_precision}")
     for teacher in parts.zoo:
         spec = recipe.teachers[teacher.name]
@@ -162,11 +164,11 @@ def run(loaded: Loaded, command: str) -> None:
     folder = Path(recipe.folder)
     if may_run(loaded, folder):
         phases = plans(recipe)
-        build(recipe, shard.device, train=False)  # whatever is wrong shows before anything is written or trained
+        parts = build(recipe, shard.device)  # whatever is wrong shows before anything is written or trained
         try:
             open_folder(loaded, folder, accelerator)
             begun = time.perf_counter()
-            parts = build(recipe, shard.device, train=True)
+            parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say)
             spent = {"teachers": time.perf_counter() - begun}
             train(loaded, parts, phases, accelerator, shard, spent)
             spent["total"] = sum(spent.values()) + begun - started
@@ -404,7 +406,7 @@ def finish(
         "tasks": {},
     }
     results["verdict"] = verdict(results)
-    results["data_free"] = opened()
+    results["data_free"] = assemble.training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
     phases = {"evaluation": time.perf_counter() - begun, **spent}
     results["seconds"] = {name: round(value, 1) for name, value in phases.items()}
     if shard.rank == 0:

@@ -40,6 +40,11 @@ class Plan:
         return self.synthesis * max(1, self.per)
 
     @property
+    def first_student(self) -> int:
+        """The loop step of the first student update."""
+        return 0 if self.per else self.alternating
+
+    @property
     def total(self) -> int:
         """Loop steps in all."""
         return self.alternating + self.frozen
@@ -74,8 +79,8 @@ class Loop:
                     self.synthesizer.step(k // max(1, plan.per))
                 elif k == plan.alternating:
                     self.synthesizer.settle()
-            if self.fit is not None:
-                terms = self.fit.step(k)
+            if self.fit is not None and k >= plan.first_student:
+                terms = self.fit.step(k - plan.first_student)
             done = k + 1
             if done % self.log_every and done != plan.total:
                 continue

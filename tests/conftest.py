@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from runs_fixture import RECIPE, Runs
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,6 +96,14 @@ def accelerator() -> Iterator[Accelerator]:
 def teacher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs of a session keep their teachers: trained by the first that needs them."""
     return tmp_path_factory.mktemp("teachers")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, teacher_cache: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """A folder to run the tiny recipe in, and it is the working directory."""
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return Runs(tmp_path, teacher_cache, capfd)
 
 
 READS = {"tolist", "numpy", "__array__", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__repr__"}

@@ -6,12 +6,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
@@ -105,13 +104,6 @@ class Runs:
     def run(self, name: str, *given: str) -> Called:
         """A run in this process, in folder/name."""
         return self.call(*self.arguments(name, *given))
-
-
-@pytest.fixture
-def runs(tmp_path: Path, teacher_cache: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
-    (tmp_path / "tiny.yaml").write_text(RECIPE)
-    monkeypatch.chdir(tmp_path)
-    yield Runs(tmp_path, teacher_cache, capfd)
 
 
 # --- processes of their own, which may be killed ---
