@@ -54,7 +54,8 @@ class Checkpoints:
         """Write every rank's state for `step` (collective). Raises UserError where the disk is full."""
         partial, final = self.folder / f"step-{step:08d}.partial", self.folder / f"step-{step:08d}"
         if self.state.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
+            for stale in self.folder.glob("step-*.partial"):  # what a kill or a full disk left
+                shutil.rmtree(stale, ignore_errors=True)
             partial.mkdir(parents=True)
         self.state.wait_for_everyone()
         name = f"rank{self.state.process_index}.pt"
@@ -99,9 +100,9 @@ class Checkpoints:
         for folder in self._found():
             problem = self._problem(folder)
             if not problem:
-                state = torch.load(
-                    folder / f"rank{self.state.process_index}.pt", map_location=device, weights_only=True
-                )
+                path = folder / f"rank{self.state.process_index}.pt"
+                where = "cpu" if device.type == "cpu" else device  # torch.load does not know Accelerate's `cpu:0`
+                state = torch.load(path, map_location=where, weights_only=True)
                 return Resumed(int(folder.name.split("-")[1]), state, warnings)
             if problem == FOREIGN:
                 foreign.append(folder)

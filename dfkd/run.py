@@ -32,7 +32,7 @@ from dfkd.report import closing_table, write_report
 from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
-from dfkd.synthesis import Synthesizer
+from dfkd.synthesis import TEACHER_LOSSES, Synthesizer
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Loop, Plan, look
 from generators import ImageGenerator, load_generator, save_generator
@@ -98,6 +98,9 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
         raise UserError(
             "synthesis.losses.adversary needs a student to disagree with; set student.model or the weight to 0"
         )
+    asking = [name for name in TEACHER_LOSSES if getattr(recipe.synthesis.losses, name)]
+    if not asking and recipe.generator.checkpoint is None:
+        raise UserError(f"no loss asks a teacher anything; give synthesis.losses.{' or .'.join(TEACHER_LOSSES)} weight")
     make_mix(recipe.synthesis.mix.kind)
     return Parts(zoo, generator, description, student, test)
 
@@ -194,7 +197,7 @@ def may_run(loaded: Loaded, folder: Path) -> bool:
                 f"{folder} holds a run with other keys ({'; '.join(changed[:3])}); choose output=... for a new run, "
                 "or overwrite=true to start this one over"
             )
-        if (folder / "results.json").exists():
+        if all((folder / name).exists() for name in ("results.json", "report.html")):  # the last two that are written
             say(f"the run in {folder} is finished; overwrite=true starts it over")
             return False
     return True

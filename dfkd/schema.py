@@ -120,7 +120,7 @@ class Synthesis:
     bn_distance: Literal["l2", "kl"] = key("l2", "distance of batch-norm statistics; kl: The Knowledge Within")
     equalise: bool = key(True, "divide each teacher's batch-norm loss by its value at the start")
     learn_weights: bool = key(False, "learn the weights of ce and bn (uncertainty weights, Kendall et al. 2018)")
-    adversary_loss: Literal["kl", "l1"] = key("l1", "divergence of the adversary")
+    adversary_loss: Literal["kl", "l1"] = key("kl", "divergence of the adversary")
     warmup: float = key(0.1, "share of the steps before the adversary starts; it ramps up over as many again", 0, 0.5)
     redraw: int = key(6, "times the generator's first layers are drawn anew, evenly over the first 80 % of steps", 0)
 
@@ -143,7 +143,7 @@ class Distill:
     lr: float = key(0.1, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
     weight_decay: float = key(5e-4, "weight decay", 0)
     warmup: int = key(100, "steps of linear learning-rate warm-up", 0)
-    loss: Literal["kl", "l1"] = key("l1", "kl: Hinton et al. 2015 at `temperature`; l1: on standardised logits")
+    loss: Literal["kl", "l1"] = key("kl", "kl: Hinton et al. 2015 at `temperature`; l1: on standardised logits")
     temperature: float = key(20.0, "temperature of kl", 0.1)
     replay: int = key(200, "batches kept of what the generator drew; 0: fresh images only", 0)
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)

@@ -23,22 +23,20 @@ class _StraightClamp(torch.autograd.Function):
 
 
 class PixelHead(nn.Module):
-    """Standardise each channel over the batch, de-normalise with mean and std, clamp to [0, 1].
+    """Standardise each channel over the batch, scale and shift it, clamp to [0, 1].
 
     Standardised outputs learn far better than a sigmoid's (DAFL's generator ends in a batch norm without affine).
+    Scale and shift start at the teachers' std and mean and are learned: those need not be the data's own statistics.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        self.shift = nn.Parameter(torch.tensor(mean).view(1, -1, 1, 1))
+        self.scale = nn.Parameter(torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _StraightClamp.apply(self.norm(x.to(self.mean.dtype)) * self.std + self.mean)
+        return _StraightClamp.apply(self.norm(x.to(self.shift.dtype)) * self.scale + self.shift)
 
 
 class ConvGenerator(ImageGenerator):

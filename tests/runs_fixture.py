@@ -109,8 +109,26 @@ class Runs:
 # --- processes of their own, which may be killed ---
 
 
-def _act(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+def _kill_at_write(number: int) -> None:
+    """SIGKILL this process as its `number`th write of a file that must be whole goes to the disk."""
+    fsync, calls = os.fsync, 0
+
+    def counted(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = counted
+
+
+def _act(arguments: list[str], log: str, environment: dict[str, str], kill_at_write: int) -> None:
+    if kill_at_write:
+        _kill_at_write(kill_at_write)
     os.environ |= environment
+    for name in [name for name, value in environment.items() if not value]:
+        del os.environ[name]
     torch.set_num_threads(1)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -145,16 +163,25 @@ class Job:
         return [rank.exitcode for rank in self.ranks]
 
 
-def start(arguments: list[str], log: Path, world: int = 1) -> Job:
-    """Start a command line in `world` processes forked from one that has imported everything: no launcher."""
+def start(
+    arguments: list[str],
+    log: Path,
+    world: int = 1,
+    environment: dict[str, str] | None = None,
+    kill_at_write: int = 0,
+) -> Job:
+    """Start a command line in `world` processes forked from one that has imported everything: no launcher.
+
+    An empty value unsets a variable.
+    """
     context = multiprocessing.get_context("forkserver")
-    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    shared = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **(environment or {})}
     if world > 1:
         shared |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
-        ranks.append(context.Process(target=_act, args=(arguments, str(log), shared | own), daemon=True))
+        ranks.append(context.Process(target=_act, args=(arguments, str(log), shared | own, kill_at_write), daemon=True))
         ranks[-1].start()
     return Job(ranks, log)
 

@@ -1,0 +1,250 @@
+"""Killed at any moment and started again by the same command, a run ends with the same bits."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from runs_fixture import RECIPE, ROOT, STEPS, Job, Runs, start, wait_for
+
+KILLS = 4
+# One process and two, and what is computed in: every one has its own uninterrupted run to compare with.
+SETTINGS = {"fp32": (1, "fp32"), "bf16": (1, "bf16"), "two": (2, "fp32")}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name / "model.safetensors").read_bytes() for name in ("generator", "student")}
+
+
+def logged(folder: Path) -> list[tuple[str, int]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(line["phase"], line["step"]) for line in lines]
+
+
+class Place:
+    """Where the runs of this file go: their recipe, their teachers, and the uninterrupted runs, each made once."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.runs = Runs(folder, cache, None)
+        self.recipe = self.runs.recipe
+        self.recipe.write_text(RECIPE)
+        self.whole: dict[str, Path] = {}
+
+    def arguments(self, setting: str, name: str, *given: str) -> list[str]:
+        return self.runs.arguments(name, f"runtime.precision={SETTINGS[setting][1]}", *given)
+
+    def start(self, setting: str, name: str, *given: str) -> Job:
+        return start(self.arguments(setting, name, *given), self.log(name), SETTINGS[setting][0])
+
+    def log(self, name: str) -> Path:
+        return self.runs.folder / f"{name}.log"
+
+    def finish(self, setting: str, name: str, *given: str) -> None:
+        job = self.start(setting, name, *given)
+        assert job.join() == [0] * len(job.ranks), self.log(name).read_text()
+
+    def uninterrupted(self, setting: str) -> Path:
+        if setting not in self.whole:
+            self.finish(setting, f"{setting}-whole")
+            self.whole[setting] = self.runs.folder / f"{setting}-whole"
+        return self.whole[setting]
+
+    def same(self, setting: str, name: str) -> None:
+        """The run of this name ended as the uninterrupted one."""
+        folder, wanted = self.runs.folder / name, self.uninterrupted(setting)
+        assert weights(folder) == weights(wanted)
+        assert logged(folder) == logged(wanted)
+        assert len(set(logged(folder))) == len(logged(folder))
+        found, whole = (json.loads((path / "results.json").read_text()) for path in (folder, wanted))
+        for figure in ("student", "teachers", "generator", "diversity"):
+            assert found[figure] == whole[figure]
+        assert found["seconds"]["distill"] > 0
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, teacher_cache: Path) -> Place:
+    return Place(tmp_path_factory.mktemp("resume"), teacher_cache)
+
+
+def kill_at_random(job: Job, folder: Path, rng: random.Random) -> bool:
+    """SIGKILL some time after the next checkpoint; whether the run was still going."""
+    latest = folder / "checkpoints" / "latest"
+    before = os.readlink(latest) if latest.is_symlink() else ""
+    wait_for(lambda: latest.is_symlink() and os.readlink(latest) != before, job.alive)
+    time.sleep(rng.random() * 0.04)  # about two steps
+    return job.kill()
+
+
+def kill_while_saving(job: Job, folder: Path, times: int) -> bool:
+    """SIGKILL the moment the `times`th checkpoint's folder is there and not whole yet."""
+    seen: set[str] = set()
+
+    def saving() -> bool:
+        found = (folder / "checkpoints").glob("step-*.partial")
+        seen.update(path.name for path in found)
+        return len(seen) >= times
+
+    wait_for(saving, job.alive)
+    return job.kill()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_killed_again_and_again_it_ends_with_the_same_bits(place: Place, setting: str) -> None:
+    rng, name = random.Random(setting), f"{setting}-killed"
+    folder = place.runs.folder / name
+    place.uninterrupted(setting)
+    killed = 0
+    for k in range(KILLS):
+        job = place.start(setting, name)
+        if k % 2:
+            killed += kill_while_saving(job, folder, times=1 + k)
+        else:
+            killed += kill_at_random(job, folder, rng)
+    place.finish(setting, name)
+    place.same(setting, name)
+    said = place.log(name).read_text()
+    assert killed >= 3, said  # at least these were in the middle of it
+    assert said.count("resuming") >= 2, said
+    assert "Traceback" not in said
+
+
+def test_killed_within_its_writes(place: Place) -> None:
+    """At the 4th write of a life (a rank's file), the 9th (a manifest), the 2nd, the 5th: each within a checkpoint."""
+    folder = place.runs.folder / "writes"
+    place.uninterrupted("fp32")  # first, so that it trains the teachers
+    for write in (4, 9, 2, 5):
+        job = start(place.arguments("fp32", "writes"), place.log("writes"), kill_at_write=write)
+        assert job.join() == [-signal.SIGKILL]
+        assert list(folder.glob("checkpoints/step-*.partial")), write
+        latest = folder / "checkpoints" / "latest"
+        assert torch.load(latest / "rank0.pt")["done"] == int(os.readlink(latest)[5:])
+    place.finish("fp32", "writes")
+    place.same("fp32", "writes")
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_killed_at_the_end_of_a_phase_and_between_phases(place: Place) -> None:
+    tasks = "tasks=[generator,distill]"
+    place.finish("fp32", "phases-whole", tasks)
+    folder = place.runs.folder / "phases"
+    for condition in (
+        lambda: (folder / "checkpoints" / "step-00000020").exists(),  # the generator is done, maybe not yet saved
+        lambda: (folder / "checkpoints" / "step-00000024").exists(),  # within the second phase
+        lambda: (folder / "student" / "model.safetensors").exists(),  # trained, not yet measured
+    ):
+        job = place.start("fp32", "phases", tasks)
+        wait_for(condition, job.alive)
+        job.kill()
+    place.finish("fp32", "phases", tasks)
+    wanted = place.runs.folder / "phases-whole"
+    assert weights(folder) == weights(wanted)
+    assert logged(folder) == logged(wanted)
+    found, whole = (json.loads((path / "results.json").read_text()) for path in (folder, wanted))
+    assert found["generator"] == whole["generator"]
+    assert found["generator"]["bn_loss"] is not None
+
+
+def stopped(place: Place, setting: str, name: str) -> Path:
+    """A run that was killed somewhere past its second checkpoint; its folder of checkpoints."""
+    checkpoints = place.runs.folder / name / "checkpoints"
+    job = place.start(setting, name)
+    assert wait_for(lambda: (checkpoints / "step-00000008").exists(), job.alive)
+    assert job.kill()
+    return checkpoints
+
+
+@pytest.mark.parametrize("setting", ["fp32", "two"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_used(place: Place, setting: str) -> None:
+    name = f"{setting}-torn"
+    checkpoints = stopped(place, setting, name)
+    found = sorted(path for path in checkpoints.glob("step-*") if path.suffix != ".partial")
+    newest, before = found[-1], found[-2]
+    last = newest / f"rank{SETTINGS[setting][0] - 1}.pt"
+    last.write_bytes(last.read_bytes()[:-100])
+    place.log(name).unlink()
+    place.finish(setting, name)
+    said = place.log(name).read_text()
+    assert f"checkpoint {newest} is torn ({last.name}); using the one before it" in said
+    assert f"after step {int(before.name[5:])}" in said
+    place.same(setting, name)
+
+
+def test_anothers_checkpoint_is_refused_by_name(place: Place) -> None:
+    checkpoints = stopped(place, "fp32", "foreign")
+    kept = sorted(path.name for path in checkpoints.iterdir())
+    job = place.start("fp32", "foreign", "distill.lr=0.07")
+    assert job.join() == [2]
+    assert "holds a run with other keys (distill.lr: 0.05 there, 0.07 here)" in place.log("foreign").read_text()
+    # the same keys in another number of processes, or a checkpoint that was copied here
+    job = place.start("two", "foreign")
+    assert 2 in job.join()
+    said = place.log("foreign").read_text()
+    assert "is of another recipe or number of processes" in said
+    assert str(checkpoints / "step-0") in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in checkpoints.iterdir()) == kept
+    shutil.rmtree(checkpoints)
+    shutil.copytree(place.uninterrupted("bf16") / "checkpoints", checkpoints, symlinks=True)
+    job = place.start("fp32", "foreign")
+    assert job.join() == [2]
+
+
+# --- the real command lines ---
+
+
+def wait_for_step(checkpoints: Path, running: Callable[[], bool]) -> None:
+    latest = checkpoints / "latest"
+    assert wait_for(lambda: latest.is_symlink() and int(os.readlink(latest)[5:]) >= 8, running, 120)
+
+
+def test_python_train_py_resumes(place: Place) -> None:
+    name = "command"
+    command = [sys.executable, str(ROOT / "train.py"), *place.arguments("fp32", name)]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    wait_for_step(place.runs.folder / name / "checkpoints", lambda: running.poll() is None)
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "resuming" in ended.stdout
+    place.same("fp32", name)
+
+
+def ranks(launcher: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(launcher).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
+
+
+def test_a_rank_that_dies_ends_the_job_and_the_same_launch_resumes_it(place: Place) -> None:
+    name = "launched"
+    folder = place.runs.folder / name
+    place.uninterrupted("two")  # first, so that it trains the teachers
+    command = [sys.executable, *LAUNCH, str(ROOT / "train.py"), *place.arguments("two", name)]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(folder / "checkpoints", lambda: running.poll() is None)
+    rank = ranks(running.pid)[1]
+    rank.kill()
+    assert running.wait(120) != 0
+    assert not rank.is_running()
+    assert not (folder / "results.json").exists()
+    latest = folder / "checkpoints" / "latest"
+    manifest: dict[str, Any] = json.loads((latest / "manifest.json").read_text())
+    assert manifest["files"].keys() == {"rank0.pt", "rank1.pt"}
+    for file in manifest["files"]:
+        assert torch.load(latest / file)["done"] == manifest["step"] < STEPS
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("resuming") == 1  # rank 0 alone speaks
+    place.same("two", name)

@@ -1,0 +1,280 @@
+"""Whole runs through the command line: their files, what is trained and what is not, teachers of all kinds."""
+
+import ast
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from runs_fixture import STEPS, Runs
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dfkd.assemble import load_classifier
+from dfkd.cli import main
+from dfkd.data import opened
+from dfkd.models import build_model, save_model
+from generators import load_generator
+
+SHORT = ("synthesis.steps=3", "distill.steps=2", "runtime.log_every=1")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def teacher_file(
+    path: Path, classes: int = 10, model: str = "dfkd:tiny_plain", channels: int = 1, **kwargs: Any
+) -> str:
+    """A checkpoint of an untrained teacher."""
+    torch.manual_seed(0)
+    kwargs = {"width": 4, "depth": 1} | kwargs
+    save_file(build_model(model, classes=classes, channels=channels, kwargs=kwargs).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture
+def no_data(runs: Runs) -> tuple[str, ...]:
+    """Arguments of a run that has two teachers' files and not one real image."""
+    plain = teacher_file(runs.folder / "plain.safetensors")
+    residual = teacher_file(runs.folder / "residual.safetensors", model="dfkd:tiny_residual")
+    weights = (f"teachers.plain.weights={plain}", f"teachers.residual.weights={residual}")
+    return ("data.dataset=none", *weights, "teachers.residual.kwargs={width: 4, depth: 1}", *SHORT)
+
+
+def test_a_run_leaves_its_files(runs: Runs) -> None:
+    called = runs.run("first")
+    assert (called.code, called.err) == (0, "")
+    folder = runs.folder / "first"
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    expected = {"config.yaml", "metrics.jsonl", "results.json", "report.html", "tensorboard", "checkpoints/latest"}
+    expected |= {"generator/model.safetensors", "generator/generator.json"}
+    assert expected | {"student/model.safetensors", "student/model.json", "images/generator-000010.png"} <= found
+    assert not [name for name in found if "partial" in name or "tmp" in name]
+    assert (folder / "checkpoints" / "latest").resolve().name == f"step-{STEPS:08d}"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["synthesis"]["steps"] == 20
+    assert config["teachers"]["residual"]["model"] == "dfkd:tiny_residual"
+    for phase, last in (("generator", 20), ("student", STEPS)):
+        assert [line["step"] for line in lines(folder) if line["phase"] == phase] == list(range(2, last + 1, 2))
+    assert {"bn_plain", "bn_residual"} <= {name for line in lines(folder) for name in line}
+    images = [line for line in lines(folder) if line["phase"] == "images"]
+    assert {"pixel_within", "pixel_between", "class_agreement_plain"} <= set(images[0])
+    report = (folder / "report.html").read_text()
+    assert "http://" not in report.replace("http://www.w3.org", "")
+    assert "<script src" not in report
+    for word in ("teacher plain", "student", "95 % interval", "report.html"):  # of the closing table
+        assert word in called.out
+    # both come back from their folders alone
+    generator, student = load_generator(folder / "generator"), load_classifier(folder / "student")
+    images_, labels = generator(torch.randn(4, 8), torch.arange(4)), torch.arange(4)
+    assert images_.shape == (4, 1, 8, 8)
+    assert student(images_).shape == (len(labels), 10)
+    assert student.normalisation == ([0.3], [0.33])
+    about = json.loads((folder / "generator" / "generator.json").read_text())
+    assert about["teachers"].keys() == {"plain", "residual"}
+    assert about["bn_loss"]["plain"]["end"] != about["bn_loss"]["plain"]["start"]
+
+
+def test_results_hold_every_figure_of_the_contract(runs: Runs) -> None:
+    assert runs.run("figures", *SHORT).code == 0
+    found = results(runs.folder / "figures")
+    for name in ("teachers", "student", "tasks", "verdict", "seconds", "data_free", "versions", "device", "seed"):
+        assert name in found
+    assert "recipe=" in found["command"]
+    for measured in (*found["teachers"].values(), found["student"]):
+        assert 0 <= measured["interval"][0] <= measured["accuracy"] <= measured["interval"][1] <= 100
+        assert measured["n"] == 540
+    assert found["student"]["parameters"] < found["teachers"]["plain"]["parameters"]
+    assert 0 <= found["student"]["agreement"]["percent"] <= 100
+    assert {"total", "teachers", "distill", "evaluation"} <= found["seconds"].keys()
+    assert {entry["purpose"] for entry in found["data_free"]} <= {"evaluate", "train teacher"}
+    assert found["verdict"].keys() == {"ok", "notes"}
+
+
+def test_without_real_images_accuracies_are_null(runs: Runs, no_data: tuple[str, ...]) -> None:
+    before = len(opened())
+    assert runs.run("dark", *no_data).code == 0
+    found = results(runs.folder / "dark")
+    for measured in (*found["teachers"].values(), found["student"]):
+        assert [measured[key] for key in ("accuracy", "n", "interval")] == [None, None, None]
+    assert found["student"]["agreement"]["n"] == 2048
+    assert not found["teachers"]["plain"]["trained_here"]
+    assert len(opened()) == before  # the ledger is the process's
+
+
+def test_a_finished_run_says_so_and_stops(runs: Runs) -> None:
+    assert runs.run("done", *SHORT).code == 0
+    before = files(runs.folder / "done")
+    called = runs.run("done", *SHORT)
+    assert called.code == 0
+    assert "is finished; overwrite=true starts it over" in called.out
+    assert "student" in called.out  # its table again
+    assert files(runs.folder / "done") == before
+    # keys that change how it runs but not what comes out are free
+    assert "is finished" in runs.run("done", *SHORT, "runtime.checkpoint_every=9").out
+    assert "holds a run with other keys (seed: 0 there, 1 here)" in runs.run("done", *SHORT, "seed=1").refused()
+    assert files(runs.folder / "done") == before
+    called = runs.run("done", *SHORT, "seed=1", "overwrite=true")
+    assert "is finished" not in called.out
+    assert results(runs.folder / "done")["seed"] == 1
+
+
+def test_a_generator_is_reused_without_one_update(runs: Runs) -> None:
+    assert runs.run("first", *SHORT).code == 0
+    source = runs.folder / "first" / "generator"
+    before = files(source)
+    reuse = (f"generator.checkpoint={source}", "distill.steps=4", "runtime.log_every=1")
+    called = runs.run("second", *reuse, "student.kwargs={width: 3, depth: 1}")
+    assert called.code == 0, called.err
+    folder = runs.folder / "second"
+    assert files(source) == before
+    assert not (folder / "generator" / "model.safetensors").exists()
+    assert (folder / "student" / "model.safetensors").exists()
+    assert [line["step"] for line in lines(folder) if line["phase"] == "student"] == [1, 2, 3, 4]
+    assert not [line for line in lines(folder) if line["phase"] == "generator"]
+    assert set(torch.load(folder / "checkpoints" / "latest" / "rank0.pt")) == {"phase", "done", "spent", "fit"}
+
+
+def test_a_generator_alone_and_then_a_student(runs: Runs) -> None:
+    assert runs.run("alone", *SHORT, "tasks=[generator]").code == 0
+    alone = runs.folder / "alone"
+    assert (alone / "generator" / "model.safetensors").exists()
+    assert not (alone / "student").exists()
+    assert results(alone)["student"] is None
+    assert runs.run("both", *SHORT, "tasks=[generator,distill]").code == 0
+    both = runs.folder / "both"
+    # the throw-away student of the adversary leaves nothing behind: the task after starts from a fresh one
+    assert files(both / "generator") == files(alone / "generator")
+    assert [line["step"] for line in lines(both) if line["phase"] == "student"] == [1, 2, 3, 4, 5]
+    reused = f"generator.checkpoint={alone / 'generator'}"
+    assert runs.run("later", *SHORT, reused).code == 0
+    assert files(runs.folder / "later" / "student") == files(both / "student")
+
+
+def test_a_dry_run_trains_and_writes_nothing(runs: Runs) -> None:
+    before = sorted(runs.folder.rglob("*"))
+    called = runs.run("dry", "--dry-run", "teachers.plain.kwargs={width: 5}", f"training.cache={runs.folder / 'cache'}")
+    assert called.code == 2  # a key given twice
+    called = runs.call(f"recipe={runs.recipe}", "output=dry", "training.cache=cache", "--dry-run")
+    assert (called.code, called.err) == (0, "")
+    assert sorted(runs.folder.rglob("*")) == before
+    for words in ("teacher plain: dfkd:tiny_plain, 1,702 parameters, to be trained on digits", "generator: conv"):
+        assert words in called.out
+    for words in ("20 generator updates, 30 student updates", "estimated memory", "nothing was trained (--dry-run)"):
+        assert words in called.out
+
+
+def test_flags_that_only_print(runs: Runs) -> None:
+    listed = runs.call("--list")
+    assert listed.code == 0
+    assert all(word in listed.out for word in ("digits", "tiny_inverted", "generator.arch="))
+    shown = runs.call("--help")
+    assert shown.code == 0
+    assert all(word in shown.out for word in ("recipe=digits", "synthesis.losses.bn=", "zoo.sample="))
+    printed = runs.call(f"recipe={runs.recipe}", "seed=5", "--print-config")
+    assert printed.code == 0
+    config = yaml.safe_load(printed.out)
+    assert (config["seed"], config["synthesis"]["redraw"]) == (5, 2)
+    assert sorted(path.name for path in runs.folder.iterdir()) == ["tiny.yaml"]
+
+
+FACTORY = '''
+import torch
+from torch import nn
+
+def odd(classes, channels, hidden=6):
+    """Nobody's architecture."""
+    return nn.Sequential(
+        nn.Conv2d(channels, hidden, 5, 2), nn.BatchNorm2d(hidden), nn.SiLU(), nn.Conv2d(hidden, hidden, 3),
+        nn.BatchNorm2d(hidden), nn.SiLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * hidden, classes),
+    )
+'''
+
+
+def image_folder(folder: Path, classes: int, each: int, size: int) -> None:
+    for label in range(classes):
+        (folder / f"kind-{label}").mkdir(parents=True)
+        for number in range(each):
+            grey = torch.randint(0, 256, (size, size), dtype=torch.uint8)
+            Image.fromarray(grey.numpy()).save(folder / f"kind-{label}" / f"{number}.png")
+
+
+def test_anyones_teachers_of_other_sizes_and_normalisations(runs: Runs) -> None:
+    """28x28 grey images of five classes, architectures and checkpoints from elsewhere, one teacher at 20x20."""
+    (runs.folder / "theirs.py").write_text(FACTORY)
+    space: dict[str, Any] = {}
+    exec(compile(ast.parse(FACTORY), "theirs", "exec"), space)
+    for name, hidden in (("big", 6), ("small", 4)):
+        torch.manual_seed(hidden)
+        network: nn.Module = space["odd"](5, 1, hidden)
+        torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, f"{name}.pth")
+    image_folder(runs.folder / "images", 5, 3, 28)
+    given = ["classes=5", "image.size=28", "data.dataset=imagefolder", "data.root=images", *SHORT, "zoo.sample=2"]
+    for name in ("plain", "residual"):
+        given += [f"teachers.{name}.enabled=false"]
+    for name, hidden in (("big", 6), ("small", 4)):
+        given += [f"teachers.{name}.model=python:theirs.py:odd", f"teachers.{name}.weights={name}.pth"]
+        given += [f"teachers.{name}.kwargs={{hidden: {hidden}}}"]
+    given += ["teachers.small.input_size=20", "teachers.small.mean=[0.1]", "teachers.small.std=[0.5]"]
+    assert "trust_code=true" in runs.run("theirs", *given).refused()
+    assert not (runs.folder / "theirs").exists()
+    called = runs.run("theirs", *given, "trust_code=true")
+    assert (called.code, called.err) == (0, "")
+    found = results(runs.folder / "theirs")
+    assert found["teachers"].keys() == {"big", "small"}
+    assert found["student"]["n"] == 15
+    assert load_generator(runs.folder / "theirs" / "generator")(torch.randn(2, 8), torch.arange(2)).shape[-1] == 28
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        ("zoo.main=plain", "teachers.residual.enabled=false"),  # a zoo of one, zoo.sample=1
+        ("distill.loss=kl", "distill.temperature=4", "synthesis.adversary_loss=kl", "synthesis.bn_distance=kl"),
+        ("synthesis.learn_weights=false", "synthesis.mix.kind=cutmix", "synthesis.equalise=false"),
+        ("synthesis.mix.kind=mixup", "zoo.sample=2", "generator.conditional=false", "synthesis.losses.diversity=0"),
+        ("synthesis.mix.antialias=true", "synthesis.mix.probability=1", "distill.replay=0", "distill.mix=0"),
+        ("synthesis.losses.tv=0.1", "synthesis.losses.l2=0.1", "synthesis.losses.one_hot=0.1"),
+        ("synthesis.losses.activation=0.1", "synthesis.losses.information=1", "runtime.channels_last=false"),
+        ("synthesis.student_steps=2", "synthesis.redraw=0", "synthesis.warmup=0", "synthesis.clip=0"),
+        ("synthesis.mix.probability=0", "runtime.sync_batchnorm=false", "synthesis.losses.adversary=0"),
+    ],
+)
+def test_variants_run(runs: Runs, no_data: tuple[str, ...], variant: tuple[str, ...]) -> None:
+    given = [argument for argument in no_data if argument.partition("=")[0] not in str(variant)]
+    called = runs.run("variant", *given, *variant)
+    assert (called.code, called.err) == (0, "")
+    weights = load_file(runs.folder / "variant" / "student" / "model.safetensors")
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert results(runs.folder / "variant")["student"]["agreement"]["percent"] is not None
+
+
+def test_three_channels_and_a_saved_teacher_folder(runs: Runs) -> None:
+    """Colour, another size, a teacher given as a folder of this project; its class count from the file."""
+    torch.manual_seed(0)
+    network = build_model("dfkd:tiny_inverted", classes=100, channels=3, kwargs={"width": 4, "depth": 1})
+    about = {"model": "dfkd:tiny_inverted", "kwargs": {"width": 4, "depth": 1}, "classes": 100, "channels": 3}
+    save_model(runs.folder / "given", network, about)
+    given = ["teachers.plain.enabled=false", "teachers.residual.enabled=false", "data.dataset=none", *SHORT]
+    given += ["teachers.mine.model=dfkd:tiny_inverted", "teachers.mine.weights=given", "image.size=13", "classes=100"]
+    given += ["teachers.mine.kwargs={width: 4, depth: 1}", "image.channels=3"]
+    called = runs.run("colour", *given)
+    assert (called.code, called.err) == (0, "")
+
+
+def test_the_module_is_the_same_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--list"])
+    assert main() == 0
+    assert "recipe=" in capsys.readouterr().out
