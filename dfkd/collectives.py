@@ -33,6 +33,16 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     return _AllReduceMean.apply(x) if world_size() > 1 else x
 
 
+def per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * x + shift with scale and shift [C] in float32, x [B, C, ...]; without gradient.
+
+    It is the eval-mode batch norm of mean 0 and variance 1: one kernel that keeps x's dtype and layout, where addcmul
+    with operands broadcast over the pixels takes 2 (32 channels) to 11 times (16 channels) as long in bfloat16.
+    """
+    zero = torch.zeros_like(scale)
+    return torch.native_batch_norm(x, scale, shift, zero, torch.ones_like(scale), False, 0.0, 0.0)[0]
+
+
 class _BatchMoments(torch.autograd.Function):
     """Mean and biased variance per channel in one read of x forward and one fused pass backward."""
 
@@ -53,10 +63,9 @@ class _BatchMoments(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_mean, grad_var = grads
-        shape = (1, -1, *[1] * (x.dim() - 2))
         scale = grad_var * (2 / ctx.count)  # type: ignore[attr-defined]
         shift = grad_mean / ctx.count - scale * mean  # type: ignore[attr-defined]
-        return torch.addcmul(shift.to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+        return per_channel(x, scale, shift)
 
 
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:

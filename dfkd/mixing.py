@@ -140,6 +140,8 @@ def mix_batch(mix: MixAugmentationBaseV2, images: Tensor, labels: Tensor, shard:
     for name, axis in BATCH_AXIS.items():
         if name in params:
             params[name] = params[name].narrow(axis, shard.rank * batch, batch)
+    # Batches are mixed whole or not at all; given one flag per image, Kornia adds them up one by one in Python.
+    params["batch_prob"] = params["batch_prob"][:1]
     for name in ("mix_pairs", "mixup_pairs"):
         if name in params:
             params[name] = partners(batch).expand_as(params[name])

@@ -94,7 +94,7 @@ class Mix:
 class Losses:
     """Loss weights of the generator by name; weight 0 is not computed."""
 
-    ce: float = key(0.5, "cross-entropy to the (mixed) labels, MixMix eq. 9", 0)
+    ce: float = key(1.0, "cross-entropy to the (mixed) labels, MixMix eq. 9", 0)
     bn: float = key(40.0, "batch-norm statistics, MixMix eq. 2 and 6; in units of their value at the start", 0)
     adversary: float = key(1.0, "student-teacher divergence, masked where they disagree already", 0)
     diversity: float = key(1.0, "mode-seeking term over same-class pairs (MSGAN eq. 3)", 0)
