@@ -178,7 +178,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> Cl
     try:
         with torch.no_grad():
             logits = student.eval()(torch.rand(2, recipe.image.channels, size, size, device=device))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever a stranger's network may raise
         raise UserError(
             f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "
             f"{' '.join(str(error).split())[:300]}; choose another student.model"
@@ -213,11 +213,19 @@ def pixel_statistics(zoo: list[Teacher], channels: int) -> tuple[list[float], li
     return mean, std
 
 
+def reload_generator(recipe: Recipe, folder: str | os.PathLike[str], device: torch.device) -> ImageGenerator:
+    """A trained generator on the device, frozen, in the recipe's memory format."""
+    generator = load_generator(folder).to(device)
+    if recipe.runtime.channels_last:
+        generator.to(memory_format=torch.channels_last)
+    return generator
+
+
 def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tuple[ImageGenerator, dict[str, Any]]:
     """The generator and its description: new, or out of generator.checkpoint (frozen, and checked to suit the run)."""
     spec = recipe.generator
     if spec.checkpoint is not None:
-        generator = load_generator(spec.checkpoint).to(device)
+        generator = reload_generator(recipe, spec.checkpoint, device)
         description = generator.description
         for key, wanted in {
             "classes": recipe.classes,

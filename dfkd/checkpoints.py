@@ -72,9 +72,10 @@ class Checkpoints:
         if failures:
             if self.state.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
+            reason = next(text for text in failures[0].values() if isinstance(text, str))
             raise UserError(
-                f"could not write the checkpoint of step {step} in {self.folder} ({failures[0]}); free some space and "
-                "run the same command again: the previous checkpoint is whole"
+                f"could not write the checkpoint of step {step} in {self.folder} ({reason}); free some space and run "
+                "the same command again: the previous checkpoint is whole"
             )
         if self.state.is_main_process:
             files = {key: value for entry in digests for key, value in entry.items() if key != "failed"}

@@ -5,6 +5,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dfkd.errors import UserError
+
 
 def world_size() -> int:
     """The number of processes; 1 outside a process group."""
@@ -126,6 +128,8 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
     for child in module.children():
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             child.__class__ = SyncBatchNorm
+        elif isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm) and world_size() > 1:
+            raise UserError(f"{type(child).__name__} cannot be synchronised; set runtime.sync_batchnorm=false")
         sync_batchnorm(child)
     return module
 

@@ -46,6 +46,8 @@ class Metrics:
 
         Raises UserError naming the first term that is NaN or infinite.
         """
+        if not terms:
+            return {}
         values = torch.stack([value.float() for value in terms.values()])
         mean_over_processes([values])
         figures = dict(zip(terms, values.tolist()))
@@ -77,6 +79,12 @@ class Metrics:
         path.parent.mkdir(exist_ok=True)
         save_image(picture, path)
         self.board.add_image(phase, picture, step)
+
+    def new_phase(self) -> None:
+        """Start the progress anew."""
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = self.first = None
 
     def progress(self, done: int, total: int, text: str) -> None:
         """Show progress on rank 0: a bar with ETA on a terminal, else a plain line now and then."""

@@ -43,6 +43,7 @@ def train_teacher(
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(images))
     batches = len(images) // batch_size
+    torch.manual_seed(rng("cpu", seed, "dropout").initial_seed())
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=rng("cpu", seed, "epoch", epoch)).to(device)
         for k, rows in enumerate(order[: batches * batch_size].view(batches, batch_size)):

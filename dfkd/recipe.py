@@ -406,7 +406,15 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield "student.model is empty, and tasks has distill; --list names the models"
     if "generator" in tasks and checkpoint:
         yield f"tasks has generator, and generator.checkpoint={_show(checkpoint)} is frozen; leave one out"
-    if not recipe.synthesis.steps + recipe.distill.steps:
-        yield "synthesis.steps and distill.steps are both 0: nothing would be trained"
+    if tasks == ["distill", "generator"]:
+        yield "tasks=[distill, generator] is not allowed: the generator comes first, tasks=[generator, distill]"
+    if not recipe.synthesis.steps and not checkpoint:
+        yield "synthesis.steps=0 leaves the generator untrained; set it above 0, or give generator.checkpoint"
+    weights = recipe.synthesis.losses
+    if not (recipe.generator.conditional or checkpoint) and weights.ce + weights.diversity > 0:
+        yield (
+            "generator.conditional=false draws no class on request; set synthesis.losses.ce=0 and .diversity=0, and "
+            "give synthesis.losses.one_hot and .information some weight (DAFL)"
+        )
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         yield f"synthesis.betas={betas} is not allowed; it takes two numbers from 0 to below 1"

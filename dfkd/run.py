@@ -32,10 +32,10 @@ from dfkd.report import closing_table, write_report
 from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
-from dfkd.synthesis import TEACHER_LOSSES, Synthesizer
+from dfkd.synthesis import Synthesizer, check_losses
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Loop, Plan, look
-from generators import ImageGenerator, load_generator, save_generator
+from generators import ImageGenerator, save_generator
 
 HELD_OUT_EPOCH = 1_000_003  # an epoch that no student ever trains on
 HELD_OUT_BATCHES, HELD_OUT_SIZE = 8, 256
@@ -94,13 +94,8 @@ def build(recipe: Recipe, device: torch.device) -> Parts:
     zoo = assemble.load_recipe_zoo(recipe, device, say, train=False)
     generator, description = assemble.make_generator(recipe, zoo, device)
     student = assemble.make_student(recipe, zoo, device) if recipe.student.model else None
-    if recipe.synthesis.losses.adversary and student is None and recipe.generator.checkpoint is None:
-        raise UserError(
-            "synthesis.losses.adversary needs a student to disagree with; set student.model or the weight to 0"
-        )
-    asking = [name for name in TEACHER_LOSSES if getattr(recipe.synthesis.losses, name)]
-    if not asking and recipe.generator.checkpoint is None:
-        raise UserError(f"no loss asks a teacher anything; give synthesis.losses.{' or .'.join(TEACHER_LOSSES)} weight")
+    if recipe.generator.checkpoint is None:
+        check_losses(dataclasses.asdict(recipe.synthesis.losses), zoo, student)
     make_mix(recipe.synthesis.mix.kind)
     return Parts(zoo, generator, description, student, test)
 
@@ -129,8 +124,8 @@ def dry_run(loaded: Loaded) -> None:
 
 @torch.no_grad()
 def estimated_memory(recipe: Recipe, parts: Parts) -> float:
-    """Bytes per process: weights with gradients and optimiser states, and the activations of the largest teacher,
-    the generator and the student at the batch size, kept for backward."""
+    """A rough figure in bytes per process: weights with gradients and optimiser states, twice the activations of the
+    largest teacher or student at the batch size (the generator's are of that order), the replay ring."""
     weights = sum(assemble.parameters(t) for t in parts.zoo) + 4 * assemble.parameters(parts.generator)
     weights += 3 * assemble.parameters(parts.student) if parts.student is not None else 0
     shape = (2, recipe.image.channels, recipe.image.size, recipe.image.size)
@@ -174,7 +169,7 @@ def run(loaded: Loaded, command: str) -> None:
             parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say)
             spent = {"teachers": time.perf_counter() - begun}
             train(loaded, parts, phases, accelerator, shard, spent)
-            spent["total"] = sum(spent.values()) + begun - started
+            spent["before"] = begun - started
             finish(loaded, parts, accelerator, shard, spent, command)
         except OSError as error:
             raise UserError(
@@ -190,7 +185,9 @@ def run(loaded: Loaded, command: str) -> None:
 def may_run(loaded: Loaded, folder: Path) -> bool:
     """False where the folder holds this very run, finished. Raises UserError where it holds another one."""
     config = folder / "config.yaml"
-    if config.exists() and not loaded.recipe.overwrite:
+    if loaded.recipe.overwrite:
+        _may_remove(loaded.recipe, folder)
+    elif config.exists():
         changed = _differences(loaded.recipe, config)
         if changed:
             raise UserError(
@@ -201,6 +198,17 @@ def may_run(loaded: Loaded, folder: Path) -> bool:
             say(f"the run in {folder} is finished; overwrite=true starts it over")
             return False
     return True
+
+
+def _may_remove(recipe: Recipe, folder: Path) -> None:
+    """Raise UserError where overwrite=true would remove anything but a run of ours, or what this run needs."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds no run (no config.yaml) and is not removed; choose another output=...")
+    weights = [recipe.student.weights, *(spec.weights for spec in recipe.teachers.values())]
+    needed = [recipe.generator.checkpoint, recipe.data.root, recipe.data.train_root, recipe.training.cache, *weights]
+    for path in filter(None, needed):
+        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")
 
 
 def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> None:
@@ -262,7 +270,7 @@ def train(
     offset = 0
     for plan in phases:
         if state and state["phase"] != plan.name:  # finished before the checkpoint was written
-            parts.generator = load_generator(folder / "generator").to(shard.device)
+            parts.generator = assemble.reload_generator(recipe, folder / "generator", shard.device)
             parts.bn = parts.generator.description["bn_loss"]
         else:
             loop = make_loop(recipe, plan, parts, accelerator, shard, metrics, checkpoints)
@@ -371,8 +379,7 @@ def save_phase(recipe: Recipe, plan: Plan, parts: Parts, loop: Loop, shard: Shar
     synthesizer = loop.synthesizer
     if synthesizer is not None:
         for name, value in synthesizer.bn_start.items():
-            last = synthesizer.bn_last.get(name, value)
-            parts.bn[name] = {"start": float(value), "end": float(last)}
+            parts.bn[name] = {"start": float(value), "end": float(synthesizer.bn_end[name])}
         if shard.rank == 0:
             about = {**parts.description, "steps": plan.synthesis, "bn_loss": parts.bn}
             save_generator(folder / "generator", parts.generator, about)
@@ -403,15 +410,18 @@ def finish(
         "generator": {
             "parameters": assemble.parameters(parts.generator),
             "bn_loss": parts.bn or None,
-            "class_agreement": {t.name: figures[f"class_agreement_{t.name}"] for t in parts.zoo},
+            "class_agreement": {t.name: figures[f"class_agreement_{t.name}"] for t in parts.zoo}
+            if parts.description["conditional"]
+            else None,
         },
         "diversity": {name: value for name, value in figures.items() if not name.startswith("class_agreement")},
         "tasks": {},
     }
     results["verdict"] = verdict(results)
     results["data_free"] = assemble.training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
-    phases = {"evaluation": time.perf_counter() - begun, **spent}
-    results["seconds"] = {name: round(value, 1) for name, value in phases.items()}
+    spent["evaluation"] = time.perf_counter() - begun
+    spent["total"] = sum(spent.values())
+    results["seconds"] = {name: round(value, 1) for name, value in spent.items()}
     if shard.rank == 0:
         write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
         write_report(folder)
@@ -465,7 +475,7 @@ def _student_results(recipe: Recipe, parts: Parts, accelerator: Accelerator, sha
 def verdict(results: dict[str, Any]) -> dict[str, Any]:
     """Whether the run looks sound, and for each thing that does not what to do."""
     notes = []
-    for name, percent in results["generator"]["class_agreement"].items():
+    for name, percent in (results["generator"]["class_agreement"] or {}).items():
         if percent < 50:
             notes.append(
                 f"teacher {name} sees the asked class in {percent:.0f} % of the images: raise synthesis.losses.ce or "

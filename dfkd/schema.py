@@ -158,9 +158,9 @@ class Runtime:
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 where the device is fast at it")
     channels_last: bool = key(True, "memory format of images and convolutions")
     sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
-    checkpoint_every: float = key(60.0, "seconds between checkpoints for resume", 0)
-    log_every: int = key(50, "generator (or student) steps between logged lines", 1)
-    grid_every: int = key(500, "generator (or student) steps between image grids", 1)
+    checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)
+    log_every: int = key(50, "student steps (without a student: generator steps) between logged lines", 1)
+    grid_every: int = key(500, "student steps (without a student: generator steps) between image grids", 1)
 
 
 @dataclass

@@ -52,6 +52,29 @@ def redraw_steps(steps: int, times: int) -> set[int]:
     return {round(0.8 * steps * k / times) for k in range(1, times + 1)} - {0} if times else set()
 
 
+def check_losses(losses: Mapping[str, float], zoo: Sequence[Teacher], student: nn.Module | None) -> None:
+    """Raise UserError for loss weights by name (LOSSES) that are unknown, or that these teachers cannot serve."""
+    unknown = sorted(set(losses) - set(LOSSES))
+    if unknown:
+        raise UserError(f"unknown generator losses {unknown}; choose from {list(LOSSES)}")
+    if losses.get("adversary") and student is None:
+        raise UserError(
+            "synthesis.losses.adversary needs a student to disagree with; set student.model or its weight to 0"
+        )
+    if not any(losses.get(name) for name in TEACHER_LOSSES):
+        wanted = ", ".join(f"synthesis.losses.{name}" for name in TEACHER_LOSSES)
+        raise UserError(f"no loss asks a teacher anything; give one of {wanted} some weight")
+    if len({teacher.name for teacher in zoo}) < len(zoo):
+        raise UserError(f"teachers need names of their own, got {[teacher.name for teacher in zoo]}")
+    for teacher in zoo:
+        if losses.get("bn") and not batch_norms(teacher.model):
+            raise UserError(f"teacher {teacher.name} has no batch norm; set synthesis.losses.bn=0")
+        if losses.get("activation") and not any(isinstance(module, nn.Linear) for module in teacher.modules()):
+            raise UserError(
+                f"teacher {teacher.name} has no linear layer to read features from; set synthesis.losses.activation=0"
+            )
+
+
 class Synthesizer:
     """Trains a generator against a zoo: MixMix's Data and Feature Mixing, an image prior, an adversary (see losses.py).
 
@@ -84,22 +107,7 @@ class Synthesizer:
         accelerator: Accelerator | None = None,
         shard: Shard | None = None,
     ) -> None:
-        unknown = sorted(set(losses) - set(LOSSES))
-        if unknown:
-            raise UserError(f"unknown generator losses {unknown}; choose from {list(LOSSES)}")
-        if losses.get("adversary") and student is None:
-            raise UserError("the adversary needs a student to disagree with; give one or set its weight to 0")
-        if not any(losses.get(name) for name in TEACHER_LOSSES):
-            raise UserError(f"no loss asks a teacher anything; give one of {list(TEACHER_LOSSES)} some weight")
-        if len({teacher.name for teacher in zoo}) < len(zoo):
-            raise UserError(f"teachers need names of their own, got {[teacher.name for teacher in zoo]}")
-        for teacher in zoo:
-            if losses.get("bn") and not batch_norms(teacher.model):
-                raise UserError(f"teacher {teacher.name} has no batch norm; set the weight of bn to 0")
-            if losses.get("activation") and not any(isinstance(module, nn.Linear) for module in teacher.modules()):
-                raise UserError(
-                    f"teacher {teacher.name} has no linear layer to read features from; set activation to 0"
-                )
+        check_losses(losses, zoo, student)
         for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.STUDENT_LOSSES)):
             if given not in table:
                 raise UserError(f"unknown distance {given!r}; choose from {sorted(table)}")
@@ -116,6 +124,7 @@ class Synthesizer:
         self.redraws = redraw_steps(steps, redraw)
         self.bn_start: dict[str, Tensor] = {}
         self.bn_last: dict[str, Tensor] = {}
+        self.bn_end: dict[str, Tensor] = {}
         names = [name for name in ("ce", "bn") if name in self.weights] if learn_weights else []
         self.log_variance = {n: torch.zeros((), device=self.shard.device, requires_grad=True) for n in names}
         parameters = [*generator.parameters(), *self.log_variance.values()]
@@ -127,7 +136,7 @@ class Synthesizer:
         if step in self.redraws:
             self._redraw(step)
         if self.equalise and "bn" in self.weights and not self.bn_start:
-            self._measure_start()
+            self.bn_start = self._bn_losses(0)
         self.optimizer.zero_grad(set_to_none=True)
         images, latents, labels = self._draw(step)
         mixed = self._mix(images, labels, step)
@@ -234,14 +243,17 @@ class Synthesizer:
             torch.nn.utils.clip_grad_norm_(self.generator.parameters(), self.clip)
         self.optimizer.step()
 
-    def _measure_start(self) -> None:
-        """Each teacher's batch-norm loss on the untrained generator's images: what it is divided by from then on."""
-        images, _, _ = self._draw(0)
-        with torch.no_grad():
-            for teacher in self.zoo:
-                with teacher.tap() as statistics, self.autocast():
-                    teacher(images)
-                self.bn_start[teacher.name] = self.bn_distance(statistics.gather(), statistics.stored).detach()
+    @torch.no_grad()
+    def _bn_losses(self, step: int) -> dict[str, Tensor]:
+        """Each teacher's batch-norm loss on the images of a step, unmixed. At the start it is what the loss is divided
+        by from then on."""
+        images, _, _ = self._draw(step)
+        losses = {}
+        for teacher in self.zoo:
+            with teacher.tap() as statistics, self.autocast():
+                teacher(images)
+            losses[teacher.name] = self.bn_distance(statistics.gather(), statistics.stored)
+        return losses
 
     def _redraw(self, step: int) -> None:
         """Draw the generator's first layers anew and forget their optimiser state: images it had settled on give way
@@ -267,6 +279,8 @@ class Synthesizer:
             self._draw(self.steps + k)
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
+        if self.bn_start:
+            self.bn_end = self._bn_losses(self.steps + batches)
         return self.generator.eval().requires_grad_(False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -275,6 +289,8 @@ class Synthesizer:
             "optimizer": self.optimizer.state_dict(),
             "bn_start": self.bn_start,
             "bn_last": self.bn_last,
+            "bn_end": self.bn_end,
+            "last": self.last,
             "log_variance": {name: value.detach() for name, value in self.log_variance.items()},
         }
 
@@ -282,6 +298,7 @@ class Synthesizer:
         """Take up a state_dict of the same recipe."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.bn_start, self.bn_last = dict(state["bn_start"]), dict(state["bn_last"])
+        self.bn_end, self.last = dict(state["bn_end"]), dict(state["last"])
         for name, value in state["log_variance"].items():
             with torch.no_grad():
                 self.log_variance[name].copy_(value)

@@ -73,6 +73,7 @@ class Loop:
         """Go from loop step `start` to the end. Raises UserError where a term is NaN or the disk is full."""
         plan, saved, begun = self.plan, time.perf_counter(), time.perf_counter()
         terms: dict[str, Tensor] = {}
+        self.metrics.new_phase()
         for k in range(start, plan.total):
             if self.synthesizer is not None:
                 if k < plan.alternating and k % max(1, plan.per) == 0:
@@ -96,6 +97,7 @@ class Loop:
             self.synthesizer.settle()
         if self.fit is not None:
             mean_over_processes(batch_norm_buffers(self.fit.student))
+        self._account(begun)
 
     def _account(self, begun: float) -> float:
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Networks from latents and labels to images in [0, 1], a table of them, and their files. Needs torch alone."""
+"""Networks from latents and labels to images in [0, 1], a table of them, their files. Needs torch, safetensors."""
 
 from generators.base import ImageGenerator
 from generators.conv import ConvGenerator

@@ -41,6 +41,9 @@ def save_generator(folder: str | os.PathLike[str], generator: ImageGenerator, de
         raise OSError(" ".join(str(error).split())) from error
     (folder / "generator.json.tmp").write_text(json.dumps(description, indent=2) + "\n")
     for name in ("model.safetensors", "generator.json"):
+        with open(folder / f"{name}.tmp", "rb") as file:
+            os.fsync(file.fileno())
+    for name in ("model.safetensors", "generator.json"):
         os.replace(folder / f"{name}.tmp", folder / name)
 
 

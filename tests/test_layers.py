@@ -15,7 +15,7 @@ CORE: dict[str, set[str]] = {
     "generators": set(),
     "errors": set(),
     "schema": set(),
-    "collectives": set(),
+    "collectives": {"errors"},
     "curves": set(),
     "runtime": {"errors"},
     "classifier": {"errors", "runtime"},

@@ -270,7 +270,7 @@ def test_trust_code_on_the_command_line(folder: Path) -> None:
         (["tasks=[]"], "tasks=[]"),
         (["tasks=[distill, distill]"], 'tasks=["distill", "distill"]'),
         (["tasks=[generator]", "generator.checkpoint=runs/a"], 'generator.checkpoint="runs/a"'),
-        (["synthesis.steps=0", "distill.steps=0"], "synthesis.steps and distill.steps"),
+        (["synthesis.steps=0", "distill.steps=0"], "synthesis.steps=0 leaves the generator untrained"),
         (["synthesis.betas=[0.5]"], "synthesis.betas=[0.5]"),
         (["synthesis.betas=[0.5, 1]"], "synthesis.betas=[0.5, 1.0]"),
     ],

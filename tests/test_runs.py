@@ -244,7 +244,13 @@ def test_anyones_teachers_of_other_sizes_and_normalisations(runs: Runs) -> None:
         ("zoo.main=plain", "teachers.residual.enabled=false"),  # a zoo of one, zoo.sample=1
         ("distill.loss=kl", "distill.temperature=4", "synthesis.adversary_loss=kl", "synthesis.bn_distance=kl"),
         ("synthesis.learn_weights=false", "synthesis.mix.kind=cutmix", "synthesis.equalise=false"),
-        ("synthesis.mix.kind=mixup", "zoo.sample=2", "generator.conditional=false", "synthesis.losses.diversity=0"),
+        (
+            "synthesis.mix.kind=mixup",
+            "zoo.sample=2",
+            "generator.conditional=false",
+            "synthesis.losses.diversity=0",
+            "synthesis.losses.ce=0",
+        ),
         ("synthesis.mix.antialias=true", "synthesis.mix.probability=1", "distill.replay=0", "distill.mix=0"),
         ("synthesis.losses.tv=0.1", "synthesis.losses.l2=0.1", "synthesis.losses.one_hot=0.1"),
         ("synthesis.losses.activation=0.1", "synthesis.losses.information=1", "runtime.channels_last=false"),

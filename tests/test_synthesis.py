@@ -495,9 +495,11 @@ def test_latents_are_standard_normal_and_two_shards_draw_those_of_one() -> None:
 def test_bad_losses_are_refused_by_name(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
     with pytest.raises(UserError, match=r"unknown generator losses \['adversery'\]; choose from \['ce', 'bn', 'adv"):
         build(make_generator(), zoo, {"ce": 1.0, "adversery": 1.0})
-    with pytest.raises(UserError, match="the adversary needs a student to disagree with"):
+    with pytest.raises(UserError, match="adversary needs a student to disagree with"):
         build(make_generator(), zoo, {"ce": 1.0, "adversary": 1.0})
-    with pytest.raises(UserError, match=r"no loss asks a teacher anything; give one of \['ce', 'bn', .* some weight"):
+    with pytest.raises(
+        UserError, match=r"no loss asks a teacher anything; give one of synthesis.losses.ce, .* some weight"
+    ):
         build(make_generator(), zoo, {"ce": 0.0, "tv": 1.0})
 
 

@@ -1,7 +1,6 @@
 """The one student loop: whatever is to be trained from a stream is trained here."""
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,9 +10,8 @@ from torch import Tensor, nn
 
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES
+from dfkd.runtime import rng
 from dfkd.stream import SyntheticStream
-
-Step = Callable[[int, dict[str, Tensor]], None]
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -45,7 +43,7 @@ class Fit:
         lr: float = 0.1,
         weight_decay: float = 5e-4,
         warmup: int = 100,
-        loss: str = "l1",
+        loss: str = "kl",
         temperature: float = 20.0,
         accelerator: Accelerator | None = None,
     ) -> None:
@@ -62,6 +60,9 @@ class Fit:
     def step(self, step: int) -> dict[str, Tensor]:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
         images, targets = self.stream.batch(step)
+        # Dropout and its like draw from torch's global generators: by position they are the same after a resume.
+        position = (self.stream.seed, "student", self.stream.shard.rank, step)
+        torch.manual_seed(rng("cpu", *position).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
         with self.autocast():
