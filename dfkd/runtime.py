@@ -92,12 +92,23 @@ def make_accelerator(precision: str) -> tuple[Accelerator, Shard]:
     # The main process trains missing teachers while the others wait; a dead process ends the job without this.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
     check_launch(state.num_processes)
+    if state.device.type == "cpu":
+        share_cores()
     bf16 = resolve_precision(precision, state.device) == "bf16"
     # SyncBatchNorm of ours keeps buffers equal; broadcasting them in DDP breaks two forwards in one step on CUDA.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[ddp])
     return accelerator, Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
+
+
+def share_cores() -> None:
+    """Divide the cores among this machine's processes: `accelerate launch` gives each one thread unless the user set
+    OMP_NUM_THREADS."""
+    launcher = _launcher()
+    if launcher is not None and "OMP_NUM_THREADS" not in launcher.environ():
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def check_launch(processes: int) -> None:
@@ -111,16 +122,21 @@ def check_launch(processes: int) -> None:
         )
 
 
-def _asked_of_launcher() -> int:
-    """What `accelerate launch --num_processes` was given, read off the parent process; 1 where there is none."""
+def _launcher() -> psutil.Process | None:
+    """The `accelerate launch` that started this process, if one did."""
     try:
-        line = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
-        return 1
-    if not any(os.path.basename(word).startswith("accelerate") for word in line[:3]):
-        return 1
-    text = " ".join(line).replace("=", " ").replace("--num-processes", "--num_processes")
-    found = re.search(r"--num_processes (\d+)", text)
+        parent = psutil.Process().parent()
+        words = parent.cmdline()[:3] if parent is not None else []
+    except psutil.Error:
+        return None
+    return parent if any(os.path.basename(word).startswith("accelerate") for word in words) else None
+
+
+def _asked_of_launcher() -> int:
+    """What `accelerate launch --num_processes` was given; 1 where it was not, or did not start this process."""
+    launcher = _launcher()
+    text = " ".join(launcher.cmdline()) if launcher is not None else ""
+    found = re.search(r"--num_processes (\d+)", text.replace("=", " ").replace("--num-processes", "--num_processes"))
     return int(found.group(1)) if found else 1
 
 
