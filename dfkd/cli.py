@@ -54,7 +54,9 @@ def _act(given: list[str]) -> int:
 def _tell(text: str) -> None:
     """An error on the main process, or on this one where it is not known yet which that is."""
     rank = int(os.environ.get("RANK", "0"))
-    print(f"error: {text}" if not rank else f"error (process {rank}): {text}", file=sys.stderr, flush=True)
+    # The newline in the same write: print() writes it apart, and the lines of two processes may then run together.
+    sys.stderr.write(f"error: {text}\n" if not rank else f"error (process {rank}): {text}\n")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
