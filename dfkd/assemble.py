@@ -4,27 +4,49 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.data import RealImages, load_images, opened
 from dfkd.errors import UserError
-from dfkd.models import build_model, load_model, save_model
+from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
 from dfkd.pretrain import train_teacher
-from dfkd.runtime import resolve_precision, rng
+from dfkd.runtime import Shard, resolve_precision, rng
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
 from dfkd.teachers import Teacher, load_zoo
 from generators import GENERATORS, ImageGenerator, build_generator, load_generator
 
 Say = Callable[[str], None]
 Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass
+class Parts:
+    """What a recipe builds; networks are checked and on the device."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    shard: Shard
+    zoo: list[Teacher]
+    generator: ImageGenerator
+    description: dict[str, Any]
+    student: Classifier | None
+    student_about: dict[str, Any]
+    test: RealImages | None
+    bn: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.recipe.folder)
 
 
 def parameters(module: nn.Module) -> int:
@@ -64,6 +86,15 @@ def real_images(recipe: Recipe, *, train: bool, purpose: str) -> RealImages:
         classes=recipe.classes,
         purpose=purpose,
     )
+
+
+def control_images(recipe: Recipe) -> RealImages:
+    """Real images in place of synthetic ones, as a control: training images, or test images where there are no others.
+    Raises UserError where the recipe has no real images."""
+    if recipe.data.dataset == "none":
+        raise UserError("source=real needs real images: set data.dataset, or source=noise for a control without any")
+    train = recipe.data.dataset != "imagefolder" or recipe.data.train_root is not None
+    return real_images(recipe, train=train, purpose="control")
 
 
 def load_recipe_zoo(recipe: Recipe, device: torch.device, say: Say, *, train: bool = True) -> list[Teacher]:
@@ -144,11 +175,12 @@ def _train(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, f
     save_model(
         folder,
         classifier.model,
-        {**_description(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]},
+        {**describe(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]},
     )
 
 
-def _description(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Classifier) -> dict[str, Any]:
+def describe(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Classifier) -> dict[str, Any]:
+    """What model.json says of a network: all that builds it again."""
     mean, std = classifier.normalisation
     return {
         "model": model,
@@ -190,20 +222,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> Cl
     return student
 
 
-def save_student(recipe: Recipe, folder: Path, student: Classifier) -> None:
-    """Write the student's network with all that rebuilds it."""
-    save_model(folder, student.model, _description(recipe, recipe.student.model, recipe.student.kwargs, student))
-
-
-def load_classifier(folder: str | os.PathLike[str], trust_code: bool = False) -> Classifier:
-    """A student (or cached teacher) from its folder alone, with its normalisation, in eval mode."""
-    model, about = load_model(folder, trust_code=trust_code)
-    return Classifier(
-        model, name=Path(folder).name, mean=about["mean"], std=about["std"], input_size=about["input_size"]
-    )
-
-
-def pixel_statistics(zoo: list[Teacher], channels: int) -> tuple[list[float], list[float]]:
+def pixel_statistics(zoo: Sequence[Classifier], channels: int) -> tuple[list[float], list[float]]:
     """Mean and std per channel that the generator's head starts from: the zoo's average, over the teachers that have
     any; 0.5 and 0.25 where none has."""
     known: list[Tensor] = [torch.tensor(t.normalisation) for t in zoo if t.normalisation[0]]

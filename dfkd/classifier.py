@@ -57,8 +57,16 @@ class Classifier(nn.Module):
         self.register_buffer("mean", torch.tensor(self.normalisation[0] or [0.0]).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(self.normalisation[1] or [1.0]).view(1, -1, 1, 1))
 
+    def resized(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in the size that the network takes."""
+        if self.input_size is None or images.shape[-1] == self.input_size:
+            return images
+        size = (self.input_size, self.input_size)
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+    def network_input(self, images: Tensor) -> Tensor:
+        """What the network itself is given for images [B, C, H, W] in [0, 1]: of its size, normalised."""
+        return (self.resized(images) - self.mean) / self.std
+
     def forward(self, images: Tensor) -> Tensor:
-        if self.input_size is not None and images.shape[-1] != self.input_size:
-            size = (self.input_size, self.input_size)
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return full_precision(self.model((images - self.mean) / self.std))
+        return full_precision(self.model(self.network_input(images)))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dfkd.errors import UserError
 
-PURPOSES = ("train teacher", "evaluate")  # nothing else may look at a real image
+PURPOSES = ("train teacher", "evaluate", "control")  # nothing else may look at a real image
 DOWNLOADS = {
     "mnist": "MNIST",
     "fashionmnist": "FashionMNIST",

@@ -68,6 +68,16 @@ def kd_l1(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction:
 STUDENT_LOSSES = {"kl": kd_kl, "l1": kd_l1}
 
 
+def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over layers of mean |student - teacher|^2 / mean |teacher|^2, features [B, ...]. The Knowledge Within
+    (Haroush et al. 2020), section 4.2; dividing by the teacher's power, so that no layer counts more, is ours."""
+    terms = []
+    for ours, theirs in zip(student, teacher):
+        ours, theirs = full_precision(ours), full_precision(theirs)
+        terms.append((ours - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12))
+    return torch.stack(terms).mean()
+
+
 def masked_divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
     """Student-teacher divergence over the images where both name the same class, per image of the whole batch.
 

@@ -402,12 +402,12 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
     tasks, checkpoint, betas = recipe.tasks, recipe.generator.checkpoint, recipe.synthesis.betas
     if not tasks or len(set(tasks)) < len(tasks):
         yield f"tasks={_show(tasks)} is not allowed; it takes one or more tasks, each once"
-    if "distill" in tasks and not recipe.student.model:
+    if "distill" in tasks and not recipe.student.model and recipe.distill.input is None:
         yield "student.model is empty, and tasks has distill; --list names the models"
     if "generator" in tasks and checkpoint:
         yield f"tasks has generator, and generator.checkpoint={_show(checkpoint)} is frozen; leave one out"
-    if tasks == ["distill", "generator"]:
-        yield "tasks=[distill, generator] is not allowed: the generator comes first, tasks=[generator, distill]"
+    if "generator" in tasks and tasks[0] != "generator":
+        yield f"tasks={_show(tasks)} is not allowed: the generator comes first, tasks=[generator, distill, ...]"
     if not recipe.synthesis.steps and not checkpoint:
         yield "synthesis.steps=0 leaves the generator untrained; set it above 0, or give generator.checkpoint"
     weights = recipe.synthesis.losses

@@ -62,7 +62,7 @@ def write_report(folder: str | Path) -> Path:
     name = folder.resolve().name
     sections = {
         "Teachers": _table(_named("teacher", results.get("teachers"))),
-        "Tasks": _table(_named("task", results.get("tasks"))),
+        "Compression": _tasks(_dict(results.get("tasks"))),
         "Synthetic images": _grids(folder / "images"),
         "Diversity of the synthetic images": _table(_pairs(results.get("diversity"))),
         "Curves": _charts(folder / "metrics.jsonl"),
@@ -100,18 +100,66 @@ def closing_table(results: Mapping[str, Any]) -> str:
         accuracy = UNMEASURED if each.get("accuracy") is None else f"{each['accuracy']:.2f}"
         interval, n = ("-" if each.get(key) is None else _figure(each[key]) for key in ("interval", "n"))
         rows.append([title, _figure(each.get("model")), _figure(each.get("parameters")), accuracy, interval, n])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = "<<>>>>"  # names to the left, numbers to the right
-    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)) for row in rows]
+    lines = _columns(rows, "<<>>>>")
     if student:
         lines.append(f"student parameters over its teacher's: {_figure(student.get('ratio'))}")
     if student.get("agreement") or (student and student.get("accuracy") is None):
         lines.append(f"student's agreement with its teacher: {_agreement(student.get('agreement'))}")
-    for name, task in _dict(results.get("tasks")).items():
-        lines.append(f"task {name}: {_figure(task)}")
+    if tasks := _dict(results.get("tasks")):
+        lines += ["", *_columns(_task_rows(tasks))]
     if results.get("seconds"):
         lines.append(f"seconds: {_figure(results['seconds'])}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _columns(rows: list[list[str]], sides: str = "") -> list[str]:
+    """Rows of cells as lines of text: names to the left, numbers to the right."""
+    sides = sides or "<" + ">" * (len(rows[0]) - 1)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths)) for row in rows]
+
+
+def _task_rows(tasks: Mapping[str, Any]) -> list[list[str]]:
+    """Accuracy before, naively compressed and after, and what it cost, one task a row; the heads come first."""
+    rows = [
+        ["task", "of", "images", "before %", "naive %", "after %", "95 % interval", "agreement %", "bytes", "MACs", "s"]
+    ]
+    for name, task in ((name, _dict(task)) for name, task in tasks.items()):
+        cost = _dict(task.get("cost"))
+        before, after = _dict(cost.get("before")), _dict(cost.get("after"))
+        interval = task.get("interval")
+        agree = _dict(_dict(task.get("agreement")).get("after")).get("percent")
+        rows.append(
+            [
+                name,
+                *(_figure(task.get(key)) for key in ("input", "source")),
+                *(UNMEASURED if task.get(key) is None else f"{task[key]:.2f}" for key in ("before", "naive", "after")),
+                "-" if interval is None else _figure(interval),
+                _figure(agree),
+                *(f"{_figure(before.get(key))} -> {_figure(after.get(key))}" for key in ("bytes", "macs")),
+                _figure(task.get("seconds")),
+            ]
+        )
+    return rows
+
+
+def _tasks(tasks: Mapping[str, Any]) -> str:
+    """The tasks' table, what the figures mean, and per task its files and its layers."""
+    if not tasks:
+        return ""
+    head, *rows = _task_rows(tasks)
+    text = _table([dict(zip(head, row)) for row in rows])
+    text += (
+        "<p class='soft'>naive: rounded to nearest, or pruned without repair. Agreement: with the model before, on "
+        "synthetic images; it is no accuracy. Bytes: of all weights at their bits. MACs: multiply-accumulates of one "
+        "image in convolutions and linear layers (half of torch's FLOPs).</p>\n"
+    )
+    for name, task in ((name, _dict(task)) for name, task in tasks.items()):
+        if export := _dict(task.get("export")):
+            text += f"<h3>{escape(name)}: file to deploy</h3>\n{_table(_pairs(export))}\n"
+        if task.get("layers"):
+            text += f"<details><summary>{escape(name)}: layers</summary>{_table(task['layers'])}</details>\n"
+    return text
 
 
 def _results(path: Path) -> dict[str, Any]:

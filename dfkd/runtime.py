@@ -140,6 +140,12 @@ def _asked_of_launcher() -> int:
     return int(found.group(1)) if found else 1
 
 
+def say(text: str) -> None:
+    """Print a line on the main process."""
+    if PartialState().is_main_process:
+        print(text, flush=True)
+
+
 def shut_down(accelerator: Accelerator) -> None:
     """Leave the process group; DDP's buckets must be gone before it is, or gloo aborts at exit."""
     accelerator.wait_for_everyone()

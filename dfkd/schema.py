@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Dataset = Literal["digits", "mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "imagefolder", "none"]
-Task = Literal["generator", "distill"]
+Task = Literal["generator", "distill", "qat", "ptq", "prune", "udfc"]
+Source = Literal["generator", "noise", "real"]
+INPUT = "what is compressed: main (the main teacher), student, the name of an earlier task, or a folder of a model"
+SOURCE = "images: generator, or as a control noise or real (training images where there are some)"
 
 
 def key(default: Any, help: str, low: float | None = None, high: float | None = None) -> Any:
@@ -149,6 +152,89 @@ class Distill:
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
     flip: bool = key(False, "augmentation: random horizontal flip")
     mix: float = key(0.0, "augmentation: share of student batches that are mixed (images only)", 0, 1)
+    input: str | None = key(None, "an earlier task (prune) or a folder whose model is trained on; null: student.model")
+
+
+@dataclass
+class Qat:
+    """Quantisation-aware training with learned steps (LSQ, Esser et al. 2020), as in MixMix section 5.2."""
+
+    input: str = key("main", INPUT)
+    source: Source = key("generator", SOURCE)
+    weights: int = key(4, "bits of the weights", 2, 8)
+    activations: int = key(4, "bits of the activations", 2, 8)
+    ends: list[int] = key([8, 8], "bits of weights and input of the first and the last layer", 2, 8)
+    overrides: dict[str, list[int]] = key({}, "bits by layer name pattern, e.g. {'layer1.*': [8, 4]}")
+    ignore: list[str] = key([], "name patterns of layers that stay float")
+    images: int = key(512, "images for the first ranges", 2)
+    steps: int = key(1000, "updates", 1)
+    batch_size: int = key(128, "images per process and update", 2)
+    lr: float = key(1e-3, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
+    weight_decay: float = key(1e-4, "weight decay", 0)
+    temperature: float = key(3.0, "temperature of KL to the float model", 0.1)
+    hints: float = key(1.0, "weight of the intermediate-feature loss (The Knowledge Within)", 0)
+    replay: int = key(0, "batches kept of what the generator drew; 0: fresh images only", 0)
+
+
+@dataclass
+class Ptq:
+    """Quantisation after training: nearest, AdaRound (Nagel et al. 2020) or BRECQ (Li et al. 2021)."""
+
+    input: str = key("main", INPUT)
+    source: Source = key("generator", SOURCE)
+    method: Literal["nearest", "layer", "block"] = key("block", "nearest; layer: AdaRound; block: BRECQ")
+    weights: int = key(4, "bits of the weights", 2, 8)
+    activations: int = key(4, "bits of the activations", 2, 8)
+    ends: list[int] = key([8, 8], "bits of weights and input of the first and the last layer", 2, 8)
+    overrides: dict[str, list[int]] = key({}, "bits by layer name pattern, e.g. {'layer1.*': [8, 4]}")
+    ignore: list[str] = key([], "name patterns of layers that stay float")
+    images: int = key(512, "images drawn once", 2)
+    steps: int = key(400, "updates per layer or block", 1)
+    drop: float = key(0.5, "share of activations left float at random while learning (QDrop, Wei et al. 2022)", 0, 1)
+    fisher: bool = key(False, "weigh a block's error by the squared gradient of KL at its output (BRECQ eq. 10)")
+
+
+@dataclass
+class Prune:
+    """Pruning, repaired on streamed images."""
+
+    input: str = key("main", INPUT)
+    source: Source = key("generator", SOURCE)
+    kind: Literal["channels", "weights"] = key("channels", "channels: a smaller network (L1); weights: zeros (global)")
+    ratio: float = key(0.5, "share of the channels of each layer, or of all weights, that goes", 0, 0.99)
+    repair: Literal["least_squares", "batch_norm", "none"] = key(
+        "least_squares", "least_squares: He et al. 2017; batch_norm: paired re-estimation"
+    )
+    ignore: list[str] = key([], "name patterns of layers that are not pruned")
+    images: int = key(1024, "images for the repair", 2)
+    steps: int = key(0, "updates of fine-tuning by distillation from the model before; 0: none", 0)
+    batch_size: int = key(128, "images per process and update of fine-tuning", 2)
+    lr: float = key(0.01, "peak learning rate of fine-tuning", 0)
+
+
+@dataclass
+class Udfc:
+    """Pruning and weight quantisation in closed form, without data (Bai et al. 2023)."""
+
+    input: str = key("main", INPUT)
+    method: Literal["rectified", "udfc"] = key(
+        "rectified", "udfc: the paper's; rectified: regression of rectified units"
+    )
+    ratio: float = key(0.2, "share of the channels that goes; 0: none", 0, 0.99)
+    bits: int | None = key(None, "bits of the weights; null: they stay float", 2, 8)
+    alpha1: float = key(0.01, "udfc: weight of the shift", 0)
+    alpha2: float = key(0.008, "udfc: ridge", 0)
+    ignore: list[str] = key([], "name patterns of layers that are left alone")
+
+
+@dataclass
+class Export:
+    """Files to deploy."""
+
+    input: str = key("tasks", "tasks: what every compression made; student, one task's name, or none")
+    verify: bool = key(True, "run each file in ONNX Runtime: agreement, size, latency")
+    images: int = key(1000, "images to verify on", 2)
+    threads: int = key(1, "threads of ONNX Runtime", 1)
 
 
 @dataclass
@@ -184,6 +270,11 @@ class Recipe:
     synthesis: Synthesis = key(Synthesis, "training of the generator")
     student: StudentSpec = key(StudentSpec, "student")
     distill: Distill = key(Distill, "training of the student")
+    qat: Qat = key(Qat, "quantisation-aware training")
+    ptq: Ptq = key(Ptq, "quantisation after training")
+    prune: Prune = key(Prune, "pruning")
+    udfc: Udfc = key(Udfc, "closed form")
+    export: Export = key(Export, "files to deploy")
     runtime: Runtime = key(Runtime, "how it runs")
 
     @property

@@ -141,13 +141,14 @@ class SyntheticStream(IterableDataset):
         shard: Shard | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         channels_last: bool = False,
+        epoch: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
         self.shard = shard or default_shard(source)
         self.source = from_generator(source) if isinstance(source, ImageGenerator) else source
-        self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, 0
+        self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
         self.replay = Replay(replay) if replay else None
         self.shift, self.flip, self.autocast = shift, flip, autocast

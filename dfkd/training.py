@@ -45,6 +45,11 @@ class Plan:
         return 0 if self.per else self.alternating
 
     @property
+    def students(self) -> int:
+        """Student updates in all."""
+        return self.synthesis * self.per + self.frozen
+
+    @property
     def total(self) -> int:
         """Loop steps in all."""
         return self.alternating + self.frozen
@@ -87,7 +92,7 @@ class Loop:
                 continue
             begun = self._account(begun)
             self._log(done, terms)
-            if done % self.grid_every < self.log_every or done == plan.total:
+            if self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
                 self.snapshot(done)
             if done == plan.total or self._time_to_save(saved):
                 self._refuse_broken(done)
@@ -125,7 +130,8 @@ class Loop:
             bn = {f"bn_{name}": value for name, value in self.synthesizer.bn_last.items()}
             figures |= self.metrics.log("generator", self.offset + done, self.synthesizer.last | bn)
         if terms:
-            figures |= self.metrics.log("student", self.offset + done, terms)
+            name = "student" if self.plan.name in ("generator", "distill") else self.plan.name
+            figures |= self.metrics.log(name, self.offset + done, terms)
         shown = ("bn", "ce", "loss", "agreement")
         text = ", ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures)
         self.metrics.progress(done, self.plan.total, f"{self.plan.name}: {text}")

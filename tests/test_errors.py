@@ -228,8 +228,8 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(runs: Runs) -> Non
 FULL = OSError(28, "No space left on device")
 WRITES = {
     "generators.files.save_file": SafetensorError("Error while serializing: I/O error: No space left on device"),
-    "dfkd.assemble.save_model": FULL,
-    "dfkd.run.write_report": FULL,
+    "dfkd.run.save_compressed": FULL,
+    "dfkd.results.write_report": FULL,
     "dfkd.metrics.Metrics.write": FULL,
 }
 

@@ -30,7 +30,9 @@ CORE: dict[str, set[str]] = {
     "synthesis": {"collectives", "errors", "generators", "losses", "mixing", "runtime", "teachers"},
     "stream": {"classifier", "errors", "generators", "mixing", "runtime", "synthesis", "teachers"},
     "pretrain": {"classifier", "errors", "runtime", "stream"},
-    "compress": {"classifier", "collectives", "errors", "losses", "runtime", "stream", "teachers"},
+    "compress": {"classifier", "collectives", "errors", "losses", "models", "runtime", "stream", "teachers"},
+    "export": {"classifier", "compress", "errors"},
+    "verify": {"classifier", "compress", "errors", "export", "runtime"},
     "checkpoints": {"errors", "runtime"},
     "metrics": {"collectives", "errors"},
     "training": {
@@ -38,7 +40,7 @@ CORE: dict[str, set[str]] = {
         *("stream", "synthesis", "teachers"),
     },
 }
-COMMAND_LINE = {"run", "assemble", "cli"}
+COMMAND_LINE = {"run", "assemble", "cli", "tasks", "results", "folder"}
 PUBLIC = {
     "classifier",
     "compress",

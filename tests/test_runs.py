@@ -13,8 +13,8 @@ from runs_fixture import STEPS, Runs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dfkd.assemble import load_classifier
 from dfkd.cli import main
+from dfkd.compress.files import load_compressed
 from dfkd.data import opened
 from dfkd.models import build_model, save_model
 from generators import load_generator
@@ -77,7 +77,7 @@ def test_a_run_leaves_its_files(runs: Runs) -> None:
     for word in ("teacher plain", "student", "95 % interval", "report.html"):  # of the closing table
         assert word in called.out
     # both come back from their folders alone
-    generator, student = load_generator(folder / "generator"), load_classifier(folder / "student")
+    generator, student = load_generator(folder / "generator"), load_compressed(folder / "student")
     images_, labels = generator(torch.randn(4, 8), torch.arange(4)), torch.arange(4)
     assert images_.shape == (4, 1, 8, 8)
     assert student(images_).shape == (len(labels), 10)

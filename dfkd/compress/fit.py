@@ -1,17 +1,22 @@
 """The one student loop: whatever is to be trained from a stream is trained here."""
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dfkd.compress.graph import images_of, watch
 from dfkd.errors import UserError
-from dfkd.losses import STUDENT_LOSSES
-from dfkd.runtime import rng
+from dfkd.losses import STUDENT_LOSSES, hints
+from dfkd.runtime import Shard, rng
 from dfkd.stream import SyntheticStream
+from dfkd.teachers import Teacher, batch_norms
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -31,13 +36,55 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+class Batches:
+    """Any iterable of images as a stream: begun again at its end, its targets the logits of `teachers[0]`."""
+
+    replay: None = None
+    seed = 0
+
+    def __init__(self, images: Iterable[Any]) -> None:
+        self.images = images
+        self.teachers: list[Teacher] = []
+        self.shard = Shard(torch.device("cpu"))
+        self.iterator: Iterator[Tensor] = iter(())
+
+    @torch.no_grad()
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """The next batch; `step` counts them."""
+        images = next(self.iterator, None)
+        if images is None:
+            self.iterator = images_of(self.images)
+            images = next(self.iterator, None)
+        if images is None:
+            raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
+        return images, self.teachers[0](images)
+
+
+@dataclass
+class Hints:
+    """Layers whose outputs a student learns besides the logits: of the same names in both networks."""
+
+    student: nn.Module
+    teacher: nn.Module
+    names: Sequence[str]
+    weight: float
+
+
+def hold_zeros(model: nn.Module) -> None:
+    """Let no gradient reach the weights that are zero now: what was pruned stays so (decay of zero is zero too)."""
+    for weight in model.parameters():
+        kept = weight.detach() != 0
+        if weight.dim() > 1 and not kept.all():
+            weight.register_hook(partial(torch.mul, kept))
+
+
 class Fit:
     """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits."""
 
     def __init__(
         self,
         student: nn.Module,
-        stream: SyntheticStream,
+        stream: SyntheticStream | Batches,
         *,
         steps: int,
         lr: float = 0.1,
@@ -45,9 +92,14 @@ class Fit:
         warmup: int = 100,
         loss: str = "kl",
         temperature: float = 20.0,
+        hold_norms: bool = False,
+        hints: Hints | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.student, self.stream, self.steps = student.train(), stream, steps
+        self.student, self.stream, self.steps, self.hints = student.train(), stream, steps, hints
+        if hold_norms:  # their statistics are the teacher's; a synthetic batch's would spoil them
+            for norm in batch_norms(student).values():
+                norm.eval()
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.lr, self.warmup, self.temperature = lr, warmup, temperature
         if loss not in STUDENT_LOSSES:
@@ -59,15 +111,19 @@ class Fit:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
-        images, targets = self.stream.batch(step)
+        wanted = self.hints
+        with watch(wanted.teacher, wanted.names) if wanted else nullcontext() as theirs:
+            images, targets = self.stream.batch(step)
         # Dropout and its like draw from torch's global generators: by position they are the same after a resume.
         position = (self.stream.seed, "student", self.stream.shard.rank, step)
         torch.manual_seed(rng("cpu", *position).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
-        with self.autocast():
+        with self.autocast(), watch(wanted.student, wanted.names) if wanted else nullcontext() as ours:
             logits = self.prepared(images)
         loss = self.loss(logits, targets, self.temperature)
+        if wanted is not None and ours is not None and theirs is not None:
+            loss = loss + wanted.weight * hints(*([seen[name] for name in wanted.names] for seen in (ours, theirs)))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

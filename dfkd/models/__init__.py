@@ -20,7 +20,7 @@ import torchvision
 from torch import nn
 
 from dfkd.errors import UserError
-from dfkd.models.checkpoints import WEIGHTS, load_weights, read_checkpoint, read_description, save_model
+from dfkd.models.checkpoints import WEIGHTS, load_weights, read_checkpoint, read_description, save_model, save_tensors
 from dfkd.models.small import SMALL, Factory, initialise
 from dfkd.models.stems import STEMS
 
@@ -32,6 +32,7 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "save_model",
+    "save_tensors",
 ]
 
 MODELS: dict[str, Factory] = {**SMALL, **STEMS}

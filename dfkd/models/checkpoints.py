@@ -157,12 +157,17 @@ def save_model(folder: str | os.PathLike[str], model: nn.Module, description: Ma
     `description` holds at least model (the model string), classes and channels; kwargs, mean, std, input_size
     and whatever else a reader should know.
     """
+    state = model.state_dict()
+    save_tensors(folder, {bare: state[key] for bare, key in _bare_names(state).items()}, description)
+
+
+def save_tensors(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    """What save_model does, for tensors by name."""
     absent = [key for key in _REQUIRED if key not in description]
     if absent:
         raise UserError(f"a model's description needs {', '.join(_REQUIRED)}; absent: {', '.join(absent)}")
-    state = model.state_dict()
     # clones, since safetensors refuses tensors that share memory and the file shall load strictly anywhere
-    tensors = {bare: state[key].detach().cpu().contiguous().clone() for bare, key in _bare_names(state).items()}
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(dict(description), indent=2) + "\n"
     _write(Path(folder) / WEIGHTS, safetensors.torch.save(tensors, metadata={"format": "pt"}))
     _write(Path(folder) / DESCRIPTION, text.encode())

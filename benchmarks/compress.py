@@ -1,0 +1,92 @@
+"""Accuracy after every compression, from synthetic images, noise and real ones: the table of docs/results.md.
+
+python benchmarks/compress.py --out runs/compress recipe=cifar10_resnet20 generator.checkpoint=DIR [KEY=VALUE ...]
+
+Goes on where it stopped: each finished figure is a line of OUT/figures.jsonl. `--cases` and `--sources` choose some.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from dfkd.compress.fit import Fit
+from dfkd.recipe import load_recipe
+from dfkd.results import describe_device
+from dfkd.run import build
+from dfkd.runtime import make_accelerator
+from dfkd.tasks import TASKS, compare, task_input, task_source
+
+PTQ = {f"W{w}A{a} PTQ": ("ptq", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}
+QAT = {f"W{w}A{a} QAT": ("qat", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}
+WEIGHTS = {f"{100 * r:.0f} % weights": ("prune", {"kind": "weights", "ratio": r}) for r in (0.5, 0.8)}
+CHANNELS = {f"{100 * r:.0f} % channels": ("prune", {"kind": "channels", "ratio": r}) for r in (0.2, 0.5)}
+CLOSED = {
+    f"{100 * r:.0f} % channels, {method}": ("udfc", {"ratio": r, "method": method})
+    for r in (0.2, 0.5)
+    for method in ("udfc", "rectified")
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {**PTQ, **QAT, **WEIGHTS, **CHANNELS, **CLOSED}
+SOURCES = ("generator", "noise", "real")
+
+
+def main() -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/compress"))
+    parser.add_argument("--cases", nargs="*", default=list(CASES), help="; ".join(CASES))
+    parser.add_argument("--sources", nargs="*", default=list(SOURCES), choices=SOURCES)
+    options, arguments = parser.parse_known_args()
+    recipe = load_recipe([*arguments, f"output={options.out}"]).recipe
+    accelerator, shard = make_accelerator(recipe.runtime.precision)
+    parts = build(recipe, accelerator, shard)
+    path = options.out / "figures.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = {(line["case"], line["source"], line["seed"]) for line in lines}
+    for case in options.cases:
+        task, keys = CASES[case]
+        for source in options.sources if task != "udfc" else ["no data"]:
+            if (case, source, recipe.seed) in found:
+                continue
+            here = copy.copy(parts)
+            here.recipe = dataclasses.replace(recipe, **{task: dataclasses.replace(getattr(recipe, task), **keys)})
+            model, _ = task_input(here, "main")
+            begun = time.perf_counter()
+            done = TASKS[task](here, model, task_source(here, source, model), train)
+            figures = {"case": case, "source": source, "seed": recipe.seed, **compare(here, model, done)}
+            figures |= {"seconds": time.perf_counter() - begun, "device": describe_device(shard)}
+            lines.append(figures)
+            with path.open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+            print(case, source, figures["before"], figures["naive"], figures["after"], flush=True)
+    print(table(lines))
+
+
+def train(fit: Fit) -> None:
+    """All steps at once, without checkpoints."""
+    fit.run()
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Markdown: a row per case, the accuracies after for each source, means over seeds."""
+    sources = [name for name in (*SOURCES, "no data") if any(line["source"] == name for line in lines)]
+    rows = ["| case | naive | " + " | ".join(sources) + " |", "|---" * (2 + len(sources)) + "|"]
+    for case in dict.fromkeys(line["case"] for line in lines):
+        own = [line for line in lines if line["case"] == case]
+        cells = [mean([line["naive"] for line in own if line["source"] in ("generator", "no data")])]
+        cells += [mean([line["after"] for line in own if line["source"] == source]) for source in sources]
+        rows.append(f"| {case} | " + " | ".join(cells) + " |")
+    return f"before: {lines[0]['before']:.2f} % of {lines[0]['n']} images\n\n" + "\n".join(rows)
+
+
+def mean(values: list[float]) -> str:
+    """The mean of some accuracies in words."""
+    return f"{sum(values) / len(values):.2f}" if values else "-"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""What a network costs: parameters, multiply-accumulates, zeros, bytes."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfkd.compress.graph import network_of
+from dfkd.compress.quantize import activation_quantizers, quantized_layers
+from dfkd.runtime import eval_mode
+
+
+@torch.no_grad()
+def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
+    """Figures of a model for one image [1, C, H, W].
+
+    parameters: numbers in weights, biases and batch norms (quantiser scales left out); macs: multiply-accumulates of
+    convolutions and linear layers, half of what torch's FlopCounterMode counts; sparsity: percent of zeros among their
+    weights; bytes: of all these numbers, a quantised weight at its bits, everything else at 4 bytes, zeros included.
+    """
+    network = network_of(model)
+    with eval_mode(model), FlopCounterMode(display=False) as counter:
+        model(image)
+    layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    weights = sum(layer.weight.numel() for layer in layers)
+    few = {id(layer.weight): layer.quantizer.bits for layer in quantized_layers(network).values()}
+    scales = [layer.quantizer.scale for layer in quantized_layers(network).values()]
+    scales += [quantizer.scale for quantizer in activation_quantizers(network).values()]
+    numbers = {id(p): p for p in network.parameters()} | {id(b): b for b in network.buffers() if b.is_floating_point()}
+    held = {id(scale) for scale in scales}
+    return {
+        "parameters": sum(p.numel() for p in network.parameters() if id(p) not in held),
+        "macs": counter.get_total_flops() // 2,
+        "sparsity": 100 * sum(_zeros(layer) for layer in layers) / weights if weights else 0.0,
+        "bytes": round(sum(number.numel() * few.get(key, 32) / 8 for key, number in numbers.items())),
+    }
+
+
+def _zeros(layer: nn.Module) -> int:
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    codes = layer.quantizer.codes(weight) if hasattr(layer, "quantizer") else weight  # type: ignore[operator, union-attr]
+    return int((codes == 0).sum())

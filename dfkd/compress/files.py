@@ -1,0 +1,76 @@
+"""Compressed models in files: a folder that holds all it takes to build the network again, whatever was done to it."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.compress.channels import resize
+from dfkd.compress.graph import fold, network_of, trace
+from dfkd.compress.quantize import activation_quantizers, insert, quantized_layers
+from dfkd.errors import UserError
+from dfkd.models import build_model, read_checkpoint, save_tensors
+from dfkd.models.checkpoints import read_description
+
+
+def save_compressed(folder: str | os.PathLike[str], model: nn.Module, description: Mapping[str, Any]) -> None:
+    """Write model.safetensors and model.json; quantised weights as int8 codes with their scales.
+
+    description is that of dfkd.models.save_model, with `structure`: {"channels": ...} of a pruned network,
+    {"quantized": {"bits", "signed"}} of a quantised one, both or neither (see Compressed.structure).
+    """
+    network = network_of(model)
+    tensors = {key: value.detach() for key, value in network.state_dict().items()}
+    for name, layer in quantized_layers(network).items():
+        tensors[f"{name}.weight"] = layer.quantizer.codes(layer.weight)
+    save_tensors(folder, tensors, description)
+
+
+def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) -> Classifier:
+    """A model of save_compressed (or a student, or a cached teacher) from its folder alone, in eval mode.
+
+    Raises UserError where the folder is torn or does not fit the network it names.
+    """
+    about = read_description(folder)
+    network = build_model(
+        about["model"],
+        classes=about["classes"],
+        channels=about["channels"],
+        kwargs=about.get("kwargs"),
+        trust_code=trust_code,
+    )
+    tensors = read_checkpoint(folder)
+    try:
+        structure = about.get("structure", {})
+        resize(network, structure.get("channels", {}))
+        if quantized := structure.get("quantized"):
+            network = fold(trace(network))
+            insert(network, quantized["bits"], per_channel=True)
+            for name, quantizer in activation_quantizers(network).items():
+                quantizer.signed = name in quantized["signed"]
+            tensors = _decoded(network, tensors)
+        network.load_state_dict(tensors)
+    except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # a description that is wrong
+        reason = " ".join(str(error).split())[:300]
+        kind = "" if isinstance(error, RuntimeError | UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{os.fspath(folder)} does not fit {about['model']}: {kind}{reason}") from None
+    return Classifier(
+        network,
+        name=os.path.basename(os.path.normpath(folder)),
+        mean=about.get("mean", []),
+        std=about.get("std", []),
+        input_size=about.get("input_size"),
+    ).eval()
+
+
+def _decoded(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that int8 codes and their scales stand for; the layers' own scales take the file's shapes."""
+    tensors = dict(tensors)
+    for name, layer in quantized_layers(network).items():
+        scale, codes = tensors[f"{name}.quantizer.scale"], tensors[f"{name}.weight"]
+        layer.quantizer.scale = nn.Parameter(torch.ones_like(scale))
+        tensors[f"{name}.weight"] = codes * scale.view(-1, *[1] * (codes.dim() - 1))
+    return tensors

@@ -1,0 +1,374 @@
+"""A network as a graph of operations: batch norms next to their convolutions, blocks, channels that one layer owns."""
+
+import copy
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd.classifier import Classifier
+from dfkd.errors import UserError
+
+ADDS: set[object] = {operator.add, operator.iadd, torch.add, "add", "add_"}
+RELUS: set[object] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+# What hands on the values it is given, or some of them, at other places: quantised before or after is the same.
+CARRIERS: set[object] = {
+    *(nn.Identity, nn.Flatten, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.PixelUnshuffle),
+    *(torch.flatten, F.max_pool2d, F.dropout, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
+    *("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
+}
+# Of these, what may put channels at other places.
+RESHAPES: set[object] = {torch.reshape, "view", "reshape"}
+MOVES: set[object] = {torch.permute, torch.transpose, "permute", "transpose"}
+
+
+def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tensor]:
+    """The images of a stream, batch by batch: of `images` or of `(images, targets, ...)`; `count` images in all.
+
+    Raises UserError where the stream ends before `count`.
+    """
+    seen = 0
+    for batch in stream:
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = images if count is None else images[: count - seen]
+        seen += len(images)
+        yield images
+        if seen == count:
+            return
+    if count is not None and seen < count:
+        raise UserError(f"the stream ended after {seen} images where {count} are needed; give a longer one")
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network itself: what a Classifier wraps, else the model."""
+    return model.model if isinstance(model, Classifier) else model
+
+
+def network_input(model: nn.Module, images: Tensor) -> Tensor:
+    """What the network is given for the model's images: normalised by a Classifier, else the images themselves."""
+    return model.network_input(images) if isinstance(model, Classifier) else images
+
+
+def with_network(model: nn.Module, network: nn.Module) -> nn.Module:
+    """The model with another network in it: a Classifier keeps its normalisation and input size."""
+    if not isinstance(model, Classifier):
+        return network
+    mean, std = model.normalisation
+    wrapped = Classifier(network, name=model.name, mean=mean, std=std, input_size=model.input_size)
+    return wrapped.to(model.mean.device).eval()
+
+
+class _Tracer(fx.Tracer):
+    """torch.nn's layers are leaves; so is whatever has no children and computes alone."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return super().is_leaf_module(m, module_qualified_name) or type(m).__module__ == "dfkd.classifier"
+
+
+def trace(network: nn.Module) -> fx.GraphModule:
+    """A copy of a network as a graph, in eval mode, its layers under their own names.
+
+    timm's joint batch norm and activation are taken apart, activations no longer work in place. Raises UserError
+    where the network's forward depends on values or a layer with weights is used twice.
+    """
+    network = copy.deepcopy(network).eval()
+    for name, module in list(network.named_modules()):
+        if isinstance(module, BatchNormAct2d):
+            network.set_submodule(name, _taken_apart(module))
+        else:
+            _not_in_place(module)
+    _with_one_input(network)
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(network)
+    except Exception as error:  # whatever a stranger's forward may do with a symbolic value
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on values"
+        ) from None
+    traced = fx.GraphModule(tracer.root, graph).eval()
+    _refuse_shared(traced)
+    return traced
+
+
+def _refuse_shared(traced: fx.GraphModule) -> None:
+    remedy = "layers that share their weights cannot be compressed; give each place its own copy"
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    for name, module in traced.named_modules():
+        if calls.count(name) > 1 and module.state_dict():
+            raise UserError(
+                f"{name} ({type(module).__name__}) is used {calls.count(name)} times in one forward: {remedy}"
+            )
+    owner: dict[nn.Parameter, str] = {}
+    for name, parameter in traced.named_parameters(remove_duplicate=False):
+        if owner.setdefault(parameter, name) != name:
+            raise UserError(f"{owner[parameter]} and {name} are one tensor: {remedy}")
+
+
+def _with_one_input(network: nn.Module) -> None:
+    """Let forward's further arguments take their defaults: what is traced takes images alone."""
+    own: Any = type(network)
+    if len(inspect.signature(own.forward).parameters) > 2:
+        network.__class__ = type(own.__name__, (own,), {"forward": lambda self, x: own.forward(self, x)})
+
+
+def _taken_apart(norm: BatchNormAct2d) -> nn.Sequential:
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine).to(norm.running_var)
+    plain.load_state_dict(norm.state_dict(), strict=False)
+    _not_in_place(norm.act)
+    return nn.Sequential(plain, norm.drop, norm.act).eval()
+
+
+def _not_in_place(module: Any) -> None:
+    if hasattr(module, "inplace"):
+        module.inplace = False
+
+
+def kind(graph: fx.GraphModule, node: fx.Node) -> object:
+    """What a node computes: the class of its module, or the function or method's name."""
+    if node.op == "call_module":
+        return type(graph.get_submodule(str(node.target)))
+    return node.target if node.op in ("call_function", "call_method") else node.op
+
+
+def is_layer(graph: fx.GraphModule, node: fx.Node, *types: type[nn.Module]) -> bool:
+    """Whether a node calls a module of (a subclass of) these types."""
+    return node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), types)
+
+
+def sizes(graph: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that stand for sizes and what is computed from them alone, not for tensors."""
+    found: set[fx.Node] = set()
+    for node in graph.graph.nodes:
+        what = kind(graph, node)
+        reads = what in ("size", "dim", "numel") or (what is getattr and node.args[1] in ("shape", "ndim"))
+        counts = node.op == "call_function" and getattr(what, "__module__", "") in ("_operator", "math", "builtins")
+        if reads or (counts and node.all_input_nodes and found.issuperset(node.all_input_nodes)):
+            found.add(node)
+    return found
+
+
+def norms(graph: fx.GraphModule) -> dict[str, str]:
+    """Names of the batch norms that follow a convolution or linear layer alone, by that layer's name."""
+    found = {}
+    for node in graph.graph.nodes:
+        if is_layer(graph, node, nn.Conv2d, nn.Linear) and len(node.users) == 1:
+            user = next(iter(node.users))
+            if is_layer(graph, user, _BatchNorm) and graph.get_submodule(str(user.target)).running_var is not None:
+                found[str(node.target)] = str(user.target)
+    return found
+
+
+@torch.no_grad()
+def fold(graph: fx.GraphModule) -> fx.GraphModule:
+    """Take every batch norm that follows a convolution or linear layer into its weights and bias, in place."""
+    for layer_name, norm_name in norms(graph).items():
+        layer: Any = graph.get_submodule(layer_name)
+        norm: Any = graph.get_submodule(norm_name)
+        scale, shift = affine(norm)
+        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+        if hasattr(layer, "quantizer"):  # weights and steps grow together: the integers stay
+            layer.quantizer.scale = nn.Parameter(layer.quantizer.scale * torch.where(scale == 0, 1.0, scale))
+        bias = shift if layer.bias is None else layer.bias * scale + shift
+        layer.bias = nn.Parameter(bias.detach().clone())
+        remove_call(graph, norm_name)
+    graph.recompile()
+    return graph
+
+
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """A batch norm in eval mode as x -> scale * x + shift, each [C]."""
+    inverse = (norm.running_var + norm.eps).rsqrt()
+    scale = inverse if norm.weight is None else norm.weight * inverse
+    return scale, (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+
+
+@torch.no_grad()
+def positive_scales(graph: fx.GraphModule) -> None:
+    """Make the scale of every batch norm behind a convolution positive, in place and without changing what the network
+    computes: filter, running mean and scale change sign together. Folding then cannot turn a quantised weight of
+    -2^(b-1) into 2^(b-1), which its type does not hold."""
+    for layer_name, norm_name in norms(graph).items():
+        layer: Any = graph.get_submodule(layer_name)
+        norm: Any = graph.get_submodule(norm_name)
+        if norm.weight is not None:
+            sign = torch.where(norm.weight < 0, -1.0, 1.0).to(norm.weight)
+            layer.weight.mul_(sign.view(-1, *[1] * (layer.weight.dim() - 1)))
+            if layer.bias is not None:
+                layer.bias.mul_(sign)
+            norm.weight.mul_(sign)
+            norm.running_mean.mul_(sign)
+
+
+def remove_call(graph: fx.GraphModule, name: str) -> None:
+    """Take a module with one input out of the graph; its input goes on in its place."""
+    for node in list(graph.graph.nodes):
+        if node.op == "call_module" and node.target == name:
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.delete_submodule(name)
+
+
+@dataclass
+class Unit:
+    """Nodes that are reconstructed together: one layer with what follows it, or a block that one tensor enters and one
+    leaves."""
+
+    name: str
+    nodes: list[fx.Node] = field(default_factory=list)
+
+
+def units(graph: fx.GraphModule) -> list[Unit]:
+    """The graph cut wherever a single tensor goes on: residual blocks, and what lies between them layer by layer.
+
+    A cut without a layer of its own (a ReLU, a pooling) belongs to the unit before it.
+    """
+    nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
+    place = {node: k for k, node in enumerate(nodes)}
+    last = {node: max((place.get(user, len(nodes)) for user in node.users), default=k) for node, k in place.items()}
+    found: list[Unit] = []
+    current: list[fx.Node] = []
+    alive = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    last |= {node: max(place.get(user, len(nodes)) for user in node.users) for node in alive}
+    for k, node in enumerate(nodes):
+        alive = [each for each in [*alive, node] if last[each] > k]
+        current.append(node)
+        if len(alive) > 1 or _is_tuple(node):
+            continue
+        layers = [str(each.target) for each in current if is_layer(graph, each, nn.Conv2d, nn.Linear)]
+        if layers or not found:
+            found.append(Unit(_common(layers), current))
+        else:
+            found[-1].nodes += current
+        current = []
+    return found
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    """Whether a node gives several tensors, to be told apart by number: a chunk, a split."""
+    return bool(node.users) and all(
+        user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
+    )
+
+
+def _common(names: list[str]) -> str:
+    """The longest path that all names begin with: `layer1.0` of `layer1.0.conv1` and `layer1.0.conv2`."""
+    parts = [name.split(".") for name in names]
+    if not parts:
+        return "input"
+    shared = list(takewhile(lambda same: len(set(same)) == 1, zip(*parts)))
+    return ".".join(same[0] for same in shared) or f"{names[0]} to {names[-1]}"
+
+
+def extract(graph: fx.GraphModule, nodes: list[fx.Node], name: str) -> tuple[fx.GraphModule, fx.Node, fx.Node]:
+    """Some of a graph's nodes as a module of their own (sharing the layers), its input node and its output node there.
+
+    Raises UserError where the nodes take or give more than one tensor.
+    """
+    inside = set(nodes)
+    sources = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
+    fixed = [node for node in sources if node.op == "get_attr"]
+    sources = [node for node in sources if node.op != "get_attr"]
+    sinks = [node for node in nodes if any(user not in inside for user in node.users)]
+    if len(sources) != 1 or len(sinks) != 1:
+        raise UserError(f"{name} has {len(sources)} inputs and {len(sinks)} outputs where a unit has one of each")
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {sources[0]: part.placeholder("x")}
+    for node in [*fixed, *nodes]:
+        copies[node] = part.node_copy(node, lambda old: copies[old])
+    part.output(copies[sinks[0]])
+    return fx.GraphModule(graph, part), sources[0], sinks[0]
+
+
+def mark(graph: fx.GraphModule) -> list[str]:
+    """Put an identity layer behind every unit but the last, in place, so that its output can be watched by name."""
+    names = []
+    for k, unit in enumerate(units(graph)[:-1]):
+        names.append(f"hint{k}")
+        graph.add_submodule(names[-1], nn.Identity())
+        end = unit.nodes[-1]
+        with graph.graph.inserting_after(end):
+            marker = graph.graph.call_module(names[-1], (end,))
+        for user in [user for user in end.users if user is not marker]:
+            user.replace_input_with(end, marker)
+    graph.recompile()
+    return names
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Channels that one layer makes and one layer takes: what prunes without touching anything else.
+
+    first makes them, norm (or None) scales them, rectified says whether a ReLU follows, `second` takes them; spatial is
+    the number of inputs of `second` per channel (above 1 where a flattened map meets a linear layer).
+    """
+
+    first: str
+    norm: str | None
+    rectified: bool
+    second: str
+    spatial: int = 1
+
+
+def chains(graph: fx.GraphModule) -> list[Chain]:
+    """All pairs of ungrouped layers with nothing but batch norm, ReLU, pooling and the like between them."""
+    found, numbers = [], sizes(graph)
+    for node in graph.graph.nodes:
+        if not is_layer(graph, node, nn.Conv2d, nn.Linear):
+            continue
+        norm, rectified, at, reshaped = None, False, node, False
+        while len(users := [user for user in at.users if user not in numbers]) == 1:
+            at = users[0]
+            what = kind(graph, at)
+            if is_layer(graph, at, nn.Linear) or (is_layer(graph, at, nn.Conv2d) and not reshaped):
+                first: Any = graph.get_submodule(str(node.target))
+                second: Any = graph.get_submodule(str(at.target))
+                if getattr(first, "groups", 1) == getattr(second, "groups", 1) == 1:
+                    made = first.weight.shape[0]
+                    taken = second.weight.shape[1]
+                    if taken % made == 0:
+                        found.append(Chain(str(node.target), norm, rectified, str(at.target), taken // made))
+                break
+            if is_layer(graph, at, _BatchNorm) and norm is None and not rectified:
+                norm = str(at.target)
+            elif what in RELUS:
+                rectified = True
+            elif what in RESHAPES:
+                reshaped = True  # a flattened map keeps its channels in order, what else it may be does not
+            elif what not in CARRIERS - MOVES and what not in (
+                nn.AvgPool2d,
+                nn.AdaptiveAvgPool2d,
+                F.adaptive_avg_pool2d,
+                "mean",
+            ):
+                break
+    return found
+
+
+@contextmanager
+def watch(network: nn.Module, names: Iterable[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs (or with `inputs` the first inputs) of named modules in the forwards of its scope: the
+    newest, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = given[0] if inputs else output
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

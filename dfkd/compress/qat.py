@@ -1,0 +1,176 @@
+"""Quantisation from a stream: `quantize`, by rounding, by reconstruction, or by training with learned steps (LSQ)."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.compress.fit import Batches, Fit, Hints
+from dfkd.compress.graph import (
+    fold,
+    images_of,
+    mark,
+    network_input,
+    network_of,
+    remove_call,
+    trace,
+    watch,
+    with_network,
+)
+from dfkd.compress.quantize import Bits, activation_quantizers, name_quantizers, prepare, quantized_layers
+from dfkd.compress.reconstruct import reconstruct
+from dfkd.compress.result import Compressed
+from dfkd.errors import UserError
+from dfkd.runtime import full_precision
+from dfkd.stream import SyntheticStream
+from dfkd.teachers import Teacher
+
+METHODS = ("nearest", "reconstruct", "train")
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def quantize(
+    model: nn.Module,
+    stream: Iterable[Any],
+    bits: int | Sequence[int] = 8,
+    *,
+    method: str = "reconstruct",
+    images: int = 512,
+    ends: Bits = (8, 8),
+    overrides: Mapping[str, Sequence[int]] | None = None,
+    ignore: Sequence[str] = (),
+    autocast: Autocast = nullcontext,
+    **options: Any,
+) -> Compressed:
+    """A model with weights and activations in few bits, from a stream of its input images [B, C, H, W].
+
+    bits: 2 to 8, or a pair (weights, activations); `ends` those of the first and last layer; overrides maps name
+    patterns to bits, ignore names layers left float. method: `nearest` rounds to nearest with ranges calibrated on
+    `images` images; `reconstruct` then learns the rounding (options: those of dfkd.compress.reconstruct); `train`
+    trains weights and steps against the float model on the stream (options: steps, lr, temperature, hints, ...: those
+    of Training). The given model is not changed. Raises UserError where network, pattern or stream will not do.
+    """
+    pair = (bits, bits) if isinstance(bits, int) else (bits[0], bits[-1])
+    if method not in METHODS:
+        raise UserError(f"method={method!r} is unknown; choose from {', '.join(METHODS)}")
+    if method == "train":
+        training = Training(
+            model, stream, pair, images=images, ends=ends, overrides=overrides, ignore=ignore, **options
+        )
+        training.fit.run()
+        return training.result()
+    if options and method == "nearest":
+        raise UserError(f"method='nearest' takes no {', '.join(options)}; only reconstruct and train have options")
+    inputs = calibration_inputs(model, stream, images)
+    network = network_of(model)
+    graph = prepare(network, pair, inputs, folded=True, per_channel=True, ends=ends, overrides=overrides, ignore=ignore)
+    naive = with_network(model, copy.deepcopy(graph))
+    if method == "reconstruct":
+        reconstruct(graph, torch.cat(inputs), autocast=autocast, **options)
+    return result(model, with_network(model, graph), naive, inputs)
+
+
+@torch.no_grad()
+def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
+    """The network's inputs for the first images of a stream, in batches."""
+    return [network_input(model, full_precision(batch)) for batch in images_of(stream, images)]
+
+
+class Training:
+    """Quantisation-aware training (LSQ) of a model against itself in float.
+
+    calibration gives the images for the first ranges (default: the stream), the same on every process. `fit` trains;
+    `result` then folds the batch norms, which exactly turns the one step per layer into one per channel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: Any,
+        bits: Bits,
+        *,
+        calibration: Iterable[Any] | None = None,
+        images: int = 512,
+        ends: Bits = (8, 8),
+        overrides: Mapping[str, Sequence[int]] | None = None,
+        ignore: Sequence[str] = (),
+        steps: int = 1000,
+        lr: float = 1e-3,
+        weight_decay: float = 1e-4,
+        warmup: int = 50,
+        temperature: float = 3.0,
+        hints: float = 1.0,
+        accelerator: Any = None,
+    ) -> None:
+        self.given = model
+        self.inputs = calibration_inputs(model, stream if calibration is None else calibration, images)
+        reference = trace(network_of(model))
+        self.names = mark(reference)
+        settings: dict[str, Any] = {"ends": ends, "overrides": overrides, "ignore": ignore}
+        network = prepare(reference, bits, self.inputs, folded=False, per_channel=False, **settings)
+        self.naive = prepare(network_of(model), bits, self.inputs, folded=True, per_channel=False, **settings)
+        self.student = with_network(model, network)
+        batches = copy.copy(stream) if isinstance(stream, SyntheticStream) else Batches(stream)
+        batches.teachers = [as_teacher(model, reference)]
+        self.fit = Fit(
+            self.student,
+            batches,
+            steps=steps,
+            lr=lr,
+            weight_decay=weight_decay,
+            warmup=warmup,
+            temperature=temperature,
+            hold_norms=True,
+            hints=Hints(network, reference, self.names, hints) if hints else None,
+            accelerator=accelerator,
+        )
+
+    def result(self) -> Compressed:
+        """The trained model, its batch norms folded."""
+        network: Any = network_of(self.student)
+        for name in self.names:
+            remove_call(network, name)
+        name_quantizers(fold(network.eval()))
+        # In a wrapper of its own: Accelerate has changed the forward of the one that was trained.
+        trained, naive = (with_network(self.given, each) for each in (network, self.naive))
+        return result(self.given, trained, naive, self.inputs)
+
+
+def as_teacher(model: nn.Module, network: nn.Module) -> Teacher:
+    """A network as frozen teacher with the model's normalisation."""
+    if not isinstance(model, Classifier):
+        return Teacher(network)
+    mean, std = model.normalisation
+    return Teacher(network, mean=mean, std=std, input_size=model.input_size).to(model.mean.device)
+
+
+def result(model: nn.Module, quantized: nn.Module, naive: nn.Module, inputs: Sequence[Tensor]) -> Compressed:
+    """What quantize hands back: figures per layer, and what a file needs."""
+    network: Any = network_of(quantized)
+    signal = signal_to_noise(fold(trace(network_of(model))), network, inputs[0])
+    bits: dict[str, Bits] = network.meta["bits"]
+    layers = [
+        {"layer": name, "weight_bits": each[0], "activation_bits": each[1], "sqnr_db": signal[name]}
+        for name, each in bits.items()
+    ]
+    signed = [name for name, quantizer in activation_quantizers(network).items() if quantizer.signed]
+    about = {"bits": {name: list(each) for name, each in bits.items()}, "signed": signed}
+    return Compressed(quantized, naive, layers, {"quantized": about})
+
+
+@torch.no_grad()
+def signal_to_noise(reference: nn.Module, network: nn.Module, inputs: Tensor) -> dict[str, float]:
+    """Power of each quantised layer's float output over that of its error, in dB, errors of earlier layers included."""
+    names = list(quantized_layers(network))
+    with watch(reference, names) as wanted, watch(network, names) as found:
+        reference(inputs)
+        network(inputs)
+    signal = {}
+    for name in names:
+        noise = (found[name] - wanted[name]).square().mean().clamp_min(1e-20)
+        signal[name] = round(float(10 * torch.log10(wanted[name].square().mean() / noise)), 2)
+    return signal

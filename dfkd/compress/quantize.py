@@ -1,0 +1,310 @@
+"""Networks that compute with few bits: learned step sizes (LSQ), where the quantisers stand, calibration."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dfkd.compress.graph import ADDS, CARRIERS, fold, is_layer, kind, positive_scales, sizes, trace, watch
+from dfkd.errors import UserError
+from dfkd.runtime import full_precision
+
+Bits = tuple[int, int]  # of weights and of the layer's input
+# Additions and the like take 8 bits whatever the layers have: a residual stream in 4 bits loses much and saves nothing.
+JOINT_BITS = 8
+JOINTS: set[object] = {
+    *(*ADDS, torch.cat, nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
+    *(torch.mean, "mean"),
+}
+
+
+class _LearnedStep(torch.autograd.Function):
+    """s * round(clip(v / s, low, high)), straight through for v; LSQ's gradient for s."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, step: Tensor, low: int, high: int, factor: float) -> Tensor:
+        ctx.save_for_backward(v, step)
+        ctx.limits, ctx.factor = (low, high), factor
+        return (v / step).clamp_(low, high).round_().mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        v, step = ctx.saved_tensors
+        low, high = ctx.limits
+        x = v / step
+        inside = (x >= low) & (x <= high)
+        slope = x.clamp(low, high).round_().sub_(x * inside)
+        return grad * inside, (grad * slope).sum_to_size(step.shape).mul_(ctx.factor), None, None, None
+
+
+def learned_step(v: Tensor, step: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
+    """v on the grid step * {low, ..., high}; step broadcasts over v. Esser et al. 2020, eq. 1 to 3.
+
+    The gradient of v is 1 inside the range and 0 outside, that of step is scaled by `factor` (their section 2.2).
+    """
+    return _LearnedStep.apply(full_precision(v), step, low, high, factor)
+
+
+def limits(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest integer of a type."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def best_step(values: Tensor, bits: int, signed: bool, power: float = 2.4, candidates: int = 80) -> Tensor:
+    """The step [R] per row of values [R, N] with the least mean |error|^2.4 among shares of the largest value.
+
+    LAPQ (Nahshan et al. 2021) and BRECQ use the same exponent. A row of zeros gets step 1.
+    """
+    low, high = limits(bits, signed)
+    values = full_precision(values)
+    largest = torch.maximum(values.amax(1) / high, values.amin(1) / low if signed else values.amax(1) / high)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    best, least = largest, torch.full_like(largest, math.inf)
+    for k in range(candidates):
+        step = largest * (1 - 0.9 * k / candidates)
+        error = (learned_step(values, step[:, None], low, high) - values).abs_().pow_(power).mean(1)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best
+
+
+class WeightQuantizer(nn.Module):
+    """Signed weights in `bits` bits; scale [1] for the layer or [K] for its outputs."""
+
+    def __init__(self, weight: Tensor, bits: int, per_channel: bool) -> None:
+        super().__init__()
+        self.bits = bits
+        self.low, self.high = limits(bits, signed=True)
+        rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
+        self.scale = nn.Parameter(best_step(rows, bits, signed=True))
+
+    def step(self, weight: Tensor) -> Tensor:
+        """The scale, shaped to broadcast over the weights."""
+        return self.scale.view(-1, *[1] * (weight.dim() - 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        factor = (weight.numel() / len(self.scale) * self.high) ** -0.5
+        return learned_step(weight, self.step(weight), self.low, self.high, factor)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integers that stand for the weights, int8."""
+        return (full_precision(weight) / self.step(weight)).clamp(self.low, self.high).round().to(torch.int8)
+
+
+class ActivationQuantizer(nn.Module):
+    """A tensor in `bits` bits with one scale; unsigned where calibration saw nothing below zero.
+
+    keep is the share of values left unquantised at random (QDrop, Wei et al. 2022), 0 outside reconstruction.
+    """
+
+    def __init__(self, bits: int, signed: bool = False) -> None:
+        super().__init__()
+        self.bits, self.signed, self.enabled, self.keep = bits, signed, True, 0.0
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        low, high = limits(self.bits, self.signed)
+        factor = (x[0].numel() * high) ** -0.5  # per sample: the batch size then does not matter
+        quantised = learned_step(x, self.scale, low, high, factor)
+        if not self.keep:
+            return quantised
+        kept = (torch.rand_like(quantised) < self.keep).to(quantised.dtype)
+        return torch.lerp(quantised, x.to(quantised.dtype), kept)  # many times as fast as torch.where on a CPU
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution whose weights go through `quantizer`."""
+
+    quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.quantizer(self.weight), self.bias)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weights go through `quantizer`."""
+
+    quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.quantizer(self.weight), self.bias)
+
+
+QUANTIZED = (QuantizedConv2d, QuantizedLinear)
+
+
+def quantized_layers(network: nn.Module) -> dict[str, Any]:
+    """The quantised convolutions and linear layers by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, QUANTIZED)}
+
+
+def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantisers of tensors by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
+def matching(names: Sequence[str], pattern: str, what: str) -> list[str]:
+    """The layers that a pattern such as `layer1.*` names; UserError where it names none."""
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise UserError(f"{what} {pattern!r} matches no layer; the layers are {', '.join(names)}")
+    return found
+
+
+def layer_names(graph: fx.GraphModule) -> list[str]:
+    """The convolutions and linear layers in the order of their use."""
+    return [str(node.target) for node in graph.graph.nodes if is_layer(graph, node, nn.Conv2d, nn.Linear)]
+
+
+def layer_bits(
+    graph: fx.GraphModule,
+    bits: Bits,
+    ends: Bits = (8, 8),
+    overrides: Mapping[str, Sequence[int]] | None = None,
+    ignore: Sequence[str] = (),
+) -> dict[str, Bits]:
+    """Bits of weights and input by layer: `bits`, the first and the last layer `ends`, then overrides by name pattern
+    (the last that matches); what `ignore` names stays float. Raises UserError for bits outside 2..8."""
+    names = layer_names(graph)
+    if not names:
+        raise UserError("the network has no convolution or linear layer to quantise")
+    chosen = {name: (ends if name in (names[0], names[-1]) else bits) for name in names}
+    for pattern, own in (overrides or {}).items():
+        pair = (own, own) if isinstance(own, int) else (own[0], own[-1])
+        chosen |= dict.fromkeys(matching(names, pattern, "the override"), pair)
+    for pattern in ignore:
+        for name in matching(names, pattern, "the ignore pattern"):
+            chosen.pop(name, None)
+    for name, pair in chosen.items():
+        if not all(isinstance(each, int) and 2 <= each <= 8 for each in pair):
+            raise UserError(f"{name}: bits {list(pair)} are not allowed; weights and activations take 2 to 8 each")
+    return chosen
+
+
+def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_channel: bool) -> fx.GraphModule:
+    """Put quantisers into a graph, in place: on the weights of the chosen layers, on their inputs, and where a tensor
+    goes into an addition, concatenation or average (JOINT_BITS). One tensor has one quantiser per number of bits.
+    graph.meta["bits"] then tells the layers' bits."""
+    graph.meta["bits"] = dict(chosen)
+    for name, (bits, _) in chosen.items():
+        layer: Any = graph.get_submodule(name)
+        layer.__class__ = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
+        layer.quantizer = WeightQuantizer(layer.weight, bits, per_channel)
+    wanted: dict[tuple[fx.Node, fx.Node], int] = {}
+    numbers, settled = sizes(graph), set()  # settled: what carries on a tensor that is quantised already
+    for node in graph.graph.nodes:
+        if node in numbers:
+            continue
+        if kind(graph, node) in CARRIERS and any((i, node) in wanted or i in settled for i in node.all_input_nodes):
+            settled.add(node)
+            continue
+        for user in node.users:
+            asked = _asked(graph, user, chosen)
+            if len(asked) == 1 and (bits := next(iter(asked))):
+                wanted[node, user] = bits
+    order = {node: k for k, node in enumerate(graph.graph.nodes)}
+    for node, bits in dict.fromkeys((node, bits) for (node, _), bits in wanted.items()):
+        users = sorted((user for user in node.users if wanted.get((node, user)) == bits), key=order.__getitem__)
+        name = _name(node, bits)
+        graph.add_submodule(name, ActivationQuantizer(bits))
+        with graph.graph.inserting_before(users[0]):
+            quantised = graph.graph.call_module(name, (node,))
+        for user in users:
+            user.replace_input_with(node, quantised)
+    graph.recompile()
+    return graph
+
+
+def _name(node: fx.Node, bits: int) -> str:
+    return f"quantizers.{node.name}_{bits}"
+
+
+def name_quantizers(graph: fx.GraphModule) -> None:
+    """Name every quantiser anew, in place, as insert() names one at the tensor where it stands: folding and taking
+    layers out changes which node makes that tensor, and files know quantisers by name."""
+    calls = [node for node in graph.graph.nodes if is_layer(graph, node, ActivationQuantizer)]
+    modules: list[Any] = [graph.get_submodule(str(node.target)) for node in calls]
+    if calls:
+        graph.delete_submodule("quantizers")
+    for node, module in zip(calls, modules):
+        node.target = _name(node.all_input_nodes[0], module.bits)
+        graph.add_submodule(node.target, module)
+    graph.recompile()
+
+
+def _asked(graph: fx.GraphModule, user: fx.Node, chosen: Mapping[str, Sequence[int]]) -> set[int]:
+    """The bits that a user of a tensor asks for (0: none), seen through what only carries it on."""
+    what = kind(graph, user)
+    if what in CARRIERS:
+        return set().union(*(_asked(graph, each, chosen) for each in user.users))
+    if user.op == "call_module" and user.target in chosen:
+        return {chosen[str(user.target)][1]}
+    return {JOINT_BITS if what in JOINTS else 0}
+
+
+@torch.no_grad()
+def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -> None:
+    """Set every activation quantiser's sign and scale from what the float network shows it on the images (see
+    best_step), on `sample` values of each batch at most. Raises UserError where nothing finite came."""
+    quantizers = activation_quantizers(graph)
+    kept: dict[str, list[Tensor]] = {name: [] for name in quantizers}
+    with without_quantizers(graph), watch(graph, quantizers) as seen:
+        for batch in images:
+            graph(batch)
+            for name, x in seen.items():
+                flat = full_precision(x).flatten()
+                every = -(-len(flat) // sample) | 1  # odd, or it would always meet the same columns of a map
+                kept[name].append(torch.cat([flat[::every], flat.aminmax().min[None], flat.max()[None]]))
+    for name, quantizer in quantizers.items():
+        values = torch.cat(kept[name]) if kept[name] else torch.empty(0)
+        if not len(values) or not torch.isfinite(values).all():
+            raise UserError(f"{name}: no finite value to calibrate on; check the images and the model's normalisation")
+        quantizer.signed = bool(values.min() < 0)
+        quantizer.scale.data = best_step(values[None], quantizer.bits, quantizer.signed)[0]
+
+
+@contextmanager
+def without_quantizers(graph: nn.Module) -> Iterator[None]:
+    """Let tensors pass unquantised in its scope."""
+    quantizers = activation_quantizers(graph).values()
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True
+
+
+def prepare(
+    network: nn.Module,
+    chosen_bits: Bits,
+    images: Sequence[Tensor],
+    *,
+    folded: bool,
+    per_channel: bool,
+    ends: Bits = (8, 8),
+    overrides: Mapping[str, Sequence[int]] | None = None,
+    ignore: Sequence[str] = (),
+) -> fx.GraphModule:
+    """A quantised copy of a network, rounded to nearest and calibrated on batches of (normalised) images.
+
+    folded takes the batch norms into the weights; without it they stay (in eval mode, scales made positive), and
+    fold() takes them in later, exactly, as scales per channel.
+    """
+    graph = trace(network)
+    if folded:
+        fold(graph)
+    else:
+        positive_scales(graph)
+    insert(graph, layer_bits(graph, chosen_bits, ends, overrides, ignore), per_channel=per_channel)
+    graph.to(images[0].device)
+    calibrate(graph, images)
+    return graph

@@ -1,0 +1,93 @@
+"""The folder of a run: whether a run may be begun, taken up or removed there."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from dfkd.checkpoints import write_atomically
+from dfkd.errors import UserError
+from dfkd.recipe import Loaded
+from dfkd.runtime import say
+from dfkd.schema import Recipe
+
+# Keys that change how a run goes, not what comes out: they may differ when it is resumed.
+FREE_KEYS = ("overwrite", "output", "trust_code", "description")
+FREE_RUNTIME_KEYS = ("checkpoint_every", "log_every", "grid_every")
+
+
+def may_run(loaded: Loaded, folder: Path) -> bool:
+    """False where the folder holds this very run, finished. Raises UserError where it holds another one."""
+    config = folder / "config.yaml"
+    if loaded.recipe.overwrite:
+        _may_remove(loaded.recipe, folder)
+    elif config.exists():
+        changed = _differences(loaded.recipe, config)
+        if changed:
+            raise UserError(
+                f"{folder} holds a run with other keys ({'; '.join(changed[:3])}); choose output=... for a new run, "
+                "or overwrite=true to start this one over"
+            )
+        if all((folder / name).exists() for name in ("results.json", "report.html")):  # the last two that are written
+            say(f"the run in {folder} is finished; overwrite=true starts it over")
+            return False
+    return True
+
+
+def _may_remove(recipe: Recipe, folder: Path) -> None:
+    """Raise UserError where overwrite=true would remove anything but a run of ours, or what this run needs."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} holds no run (no config.yaml) and is not removed; choose another output=...")
+    weights = [recipe.student.weights, *(spec.weights for spec in recipe.teachers.values())]
+    needed = [recipe.generator.checkpoint, recipe.data.root, recipe.data.train_root, recipe.training.cache, *weights]
+    for path in filter(None, needed):
+        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")
+
+
+def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> None:
+    """Make the run's folder, empty where the recipe says overwrite, or take it up (collective)."""
+    accelerator.wait_for_everyone()  # all have looked into it
+    if accelerator.is_main_process:
+        if loaded.recipe.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.yaml", loaded.yaml())
+    accelerator.wait_for_everyone()
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without the keys that may change, as flat dotted keys."""
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}{key}.", inner)
+        else:
+            flat[prefix[:-1]] = value
+
+    walk("", config)
+    free = {*FREE_KEYS, *(f"runtime.{key}" for key in FREE_RUNTIME_KEYS)}
+    return {key: value for key, value in flat.items() if key not in free}
+
+
+def _differences(recipe: Recipe, config: Path) -> list[str]:
+    try:
+        before = _comparable(OmegaConf.to_container(OmegaConf.load(config)))  # type: ignore[arg-type]
+    except Exception as error:
+        return [f"its config.yaml cannot be read: {' '.join(str(error).split())[:200]}"]
+    now = _comparable(dataclasses.asdict(recipe))
+    keys = sorted(set(before) | set(now))
+    return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in keys if before.get(key) != now.get(key)]
+
+
+def owner(recipe: Recipe, world: int) -> str:
+    """What a checkpoint belongs to: the recipe, less the keys that may change, and the number of processes."""
+    text = json.dumps([_comparable(dataclasses.asdict(recipe)), world], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

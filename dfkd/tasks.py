@@ -1,0 +1,339 @@
+"""The compression tasks of a run: from an input model and the stream to a smaller model, its files and its figures."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd import assemble
+from dfkd.assemble import Parts
+from dfkd.checkpoints import write_atomically
+from dfkd.classifier import Classifier
+from dfkd.compress.closed_form import closed_form
+from dfkd.compress.cost import cost
+from dfkd.compress.files import load_compressed, save_compressed
+from dfkd.compress.fit import Fit, hold_zeros
+from dfkd.compress.graph import images_of, network_of, trace, with_network
+from dfkd.compress.prune import prune
+from dfkd.compress.qat import Training, as_teacher, quantize
+from dfkd.compress.quantize import layer_bits, layer_names, matching
+from dfkd.compress.result import Compressed
+from dfkd.data import opened
+from dfkd.errors import UserError
+from dfkd.evaluate import Accuracy, accuracy, agreement
+from dfkd.export import export_onnx, package
+from dfkd.models.checkpoints import read_description
+from dfkd.runtime import Shard
+from dfkd.schema import Recipe
+from dfkd.stream import Source, SyntheticStream, from_generator, from_images, from_noise
+from dfkd.teachers import Teacher
+from dfkd.verify import verify
+
+HELD_OUT_EPOCH = 1_000_003  # an epoch that nothing ever trains on
+HELD_OUT, HELD_OUT_BATCH = 2048, 256  # images
+CALIBRATION_EPOCH = 1_000_004  # nor is it trained on: it sets ranges and repairs
+CALIBRATION_BATCH = 128
+QUANTISED = "give the float model it was made from"
+DONE = "task.json"  # written last: with it a task is finished
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Raise UserError where a task's input is no earlier task and no folder, or a package for it is missing."""
+    earlier: list[str] = ["main"]
+    for task in recipe.tasks:
+        name = recipe.distill.input if task == "distill" else settings(recipe, task).input if task in TASKS else None
+        folder = input_folder(recipe, name) if name is not None else None
+        if name is not None and name not in earlier and not (folder and folder.is_dir() and name not in recipe.tasks):
+            raise UserError(
+                f"{task}.input={name} is no earlier task and no folder of a model; before {task} there are "
+                f"{', '.join(earlier)}"
+            )
+        earlier += [task] + (["student"] if task == "distill" else [])
+        if task in TASKS and recipe.export.input in ("tasks", task):
+            for needed in ("onnx", "onnxscript", "onnxruntime"):
+                package(needed)
+    if recipe.export.input not in ("tasks", "none", *earlier[1:]):
+        raise UserError(
+            f"export.input={recipe.export.input} is no task of this run; choose tasks, none, or one of "
+            f"{', '.join(earlier[1:])}"
+        )
+
+
+def check_layers(parts: Parts) -> None:
+    """Raise UserError where a task's input is quantised already, cannot be traced, or has no layer that a name pattern
+    of the task means; before anything is trained."""
+    recipe = parts.recipe
+    for task in (task for task in recipe.tasks if task in TASKS):
+        keys = settings(recipe, task)
+        name = keys.input
+        while name in recipe.tasks:  # what a task makes has the layers of what it was given
+            if name in ("qat", "ptq"):
+                raise UserError(f"{task}.input={keys.input} is quantised by then; {QUANTISED}")
+            name = (recipe.distill.input or "student") if name == "distill" else settings(recipe, name).input
+        fresh = name == "student" and parts.student is not None
+        network = network_of(parts.student if fresh and parts.student is not None else task_input(parts, name)[0])
+        graph = trace(network)
+        if task in ("qat", "ptq"):
+            ends = (keys.ends[0], keys.ends[-1])
+            layer_bits(graph, (keys.weights, keys.activations), ends, keys.overrides, keys.ignore)
+        for pattern in keys.ignore:
+            matching(layer_names(graph), pattern, f"{task}.ignore")
+
+
+def settings(recipe: Recipe, task: str) -> Any:
+    """The group of keys of a compression task."""
+    return getattr(recipe, task)
+
+
+def input_folder(recipe: Recipe, name: str) -> Path | None:
+    """Where an input is on the disk; None for the main teacher, which may not be."""
+    if name == "main":
+        return None
+    return Path(recipe.folder) / name if name == "student" or name in recipe.tasks else Path(name)
+
+
+def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
+    """The model that a task's `input` names, on the device, and its description."""
+    folder = input_folder(parts.recipe, name)
+    if folder is None:
+        teacher = assemble.main_teachers(parts.recipe, parts.zoo)[0]
+        spec = parts.recipe.teachers[teacher.name]
+        return teacher, assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
+    about = read_description(folder)
+    if "quantized" in about.get("structure", {}):
+        raise UserError(f"input={name} is quantised already; {QUANTISED}")
+    return load_compressed(folder, parts.recipe.trust_code).to(parts.shard.device), about
+
+
+def task_source(parts: Parts, source: str, model: Classifier) -> Source:
+    """Where a task's images come from."""
+    recipe = parts.recipe
+    if source == "noise":
+        mean, std = assemble.pixel_statistics([model], recipe.image.channels)
+        return from_noise(
+            recipe.image.channels, recipe.image.size, recipe.classes, sum(mean) / len(mean), sum(std) / len(std)
+        )
+    if source == "real":
+        real = assemble.control_images(recipe)
+        return from_images(real.images, real.labels)
+    return from_generator(parts.generator)
+
+
+def calibration(parts: Parts, source: Source) -> SyntheticStream:
+    """Images for ranges and repairs: the same on every process."""
+    return SyntheticStream(
+        source,
+        batch_size=CALIBRATION_BATCH,
+        seed=parts.recipe.seed,
+        shard=Shard(parts.shard.device),
+        epoch=CALIBRATION_EPOCH,
+    )
+
+
+def training_stream(
+    parts: Parts, source: Source, teacher: Teacher, batch_size: int, replay: int = 0
+) -> SyntheticStream:
+    """Images for training, this process's share of them, with the logits of a teacher."""
+    return SyntheticStream(
+        source,
+        batch_size=batch_size,
+        teacher=teacher,
+        seed=parts.recipe.seed,
+        replay=replay,
+        shard=parts.shard,
+        autocast=parts.accelerator.autocast,
+        channels_last=parts.recipe.runtime.channels_last,
+    )
+
+
+Train = Callable[[Fit], None]  # runs a Fit to its end, with logging and checkpoints
+
+
+def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
+    keys = parts.recipe.ptq
+    options: dict[str, Any] = {}
+    if keys.method != "nearest":
+        options = {"unit": keys.method, "steps": keys.steps, "drop": keys.drop, "fisher": keys.fisher}
+        options["seed"] = parts.recipe.seed
+    return quantize(
+        model,
+        calibration(parts, source),
+        (keys.weights, keys.activations),
+        method="nearest" if keys.method == "nearest" else "reconstruct",
+        images=keys.images,
+        ends=(keys.ends[0], keys.ends[-1]),
+        overrides=keys.overrides,
+        ignore=keys.ignore,
+        autocast=parts.accelerator.autocast,
+        **options,
+    )
+
+
+def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
+    keys = parts.recipe.qat
+    training = Training(
+        model,
+        training_stream(parts, source, as_teacher(model, model.model), keys.batch_size, keys.replay),
+        (keys.weights, keys.activations),
+        calibration=calibration(parts, source),
+        images=keys.images,
+        ends=(keys.ends[0], keys.ends[-1]),
+        overrides=keys.overrides,
+        ignore=keys.ignore,
+        steps=keys.steps,
+        lr=keys.lr,
+        weight_decay=keys.weight_decay,
+        temperature=keys.temperature,
+        hints=keys.hints,
+        accelerator=parts.accelerator,
+    )
+    train(training.fit)
+    return training.result()
+
+
+def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
+    keys = parts.recipe.prune
+    pruned = prune(
+        model,
+        calibration(parts, source),
+        keys.ratio,
+        kind=keys.kind,
+        repair=keys.repair,
+        ignore=keys.ignore,
+        images=keys.images,
+    )
+    if keys.steps:
+        hold_zeros(pruned.model.requires_grad_(True))
+        stream = training_stream(parts, source, as_teacher(model, model.model), keys.batch_size)
+        train(
+            Fit(
+                pruned.model,
+                stream,
+                steps=keys.steps,
+                lr=keys.lr,
+                temperature=parts.recipe.distill.temperature,
+                hold_norms=True,
+                accelerator=parts.accelerator,
+            )
+        )
+        pruned.model = with_network(model, network_of(pruned.model))  # Accelerate changed the forward of the other
+    return pruned
+
+
+def _udfc(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
+    keys = parts.recipe.udfc
+    return closed_form(
+        model,
+        keys.ratio,
+        keys.bits,
+        method=keys.method,
+        alpha1=keys.alpha1,
+        alpha2=keys.alpha2,
+        ignore=keys.ignore,
+    )
+
+
+TASKS: dict[str, Callable[[Parts, Classifier, Source, Train], Compressed]] = {
+    "ptq": _ptq,
+    "qat": _qat,
+    "prune": _prune,
+    "udfc": _udfc,
+}
+
+
+def finished(recipe: Recipe, task: str) -> bool:
+    """Whether a compression task of this run has been done."""
+    return (Path(recipe.folder) / task / DONE).is_file()
+
+
+def task_results(recipe: Recipe, task: str) -> dict[str, Any]:
+    """The figures that a finished task wrote."""
+    return dict(json.loads((Path(recipe.folder) / task / DONE).read_text()))
+
+
+def run_task(parts: Parts, task: str, train: Train) -> None:
+    """Carry out one compression task: compress, write the model and its exports, measure, write task.json.
+
+    Every process computes the same; the main one writes.
+    """
+    begun = time.perf_counter()
+    keys = settings(parts.recipe, task)
+    model, about = task_input(parts, keys.input)
+    name = getattr(keys, "source", "none")
+    source = task_source(parts, name, model)
+    done = TASKS[task](parts, model, source, train)
+    structure = {**about.get("structure", {}), **done.structure}
+    structure["channels"] = {**about.get("structure", {}).get("channels", {}), **done.structure.get("channels", {})}
+    folder = parts.folder / task
+    figures: dict[str, Any] = {
+        "input": keys.input,
+        "source": "no data" if name == "none" else name,
+        **compare(parts, model, done),
+        "layers": done.layers,
+        "opened": [entry for entry in opened() if entry["purpose"] == "control"] if name == "real" else [],
+    }
+    if parts.shard.rank == 0:
+        description = {**about, "structure": structure, "compressed_by": {task: dataclasses.asdict(keys)}}
+        save_compressed(folder, done.model, description)
+        if parts.recipe.export.input in ("tasks", task):
+            figures["export"] = export(parts, folder, model, done.model)
+        figures["seconds"] = round(time.perf_counter() - begun, 1)
+        write_atomically(folder / DONE, json.dumps(figures, indent=2) + "\n")
+    parts.accelerator.wait_for_everyone()
+
+
+def compare(parts: Parts, before: Classifier, done: Compressed) -> dict[str, Any]:
+    """The model before, naively compressed, and after: accuracy, cost, and agreement with the one before."""
+    recipe = parts.recipe
+    image = torch.zeros(1, recipe.image.channels, recipe.image.size, recipe.image.size, device=parts.shard.device)
+    models = {"before": before, "naive": done.naive, "after": done.model}
+    scores = {name: measure(parts, model) for name, model in models.items()}
+    costs = {name: cost(model, image) for name, model in models.items()}
+    after = scores["after"]
+    return {
+        **{name: None if score is None else score.percent for name, score in scores.items()},
+        "interval": None if after is None else list(after.interval),
+        "intervals": {name: None if score is None else list(score.interval) for name, score in scores.items()},
+        "n": None if after is None else after.n,
+        "agreement": {name: agreement(models[name], before, held_out(parts)) for name in ("naive", "after")},
+        "cost": {name: costs[name] for name in ("before", "after")},
+    }
+
+
+def measure(parts: Parts, model: nn.Module) -> Accuracy | None:
+    """Accuracy on the real test images, in float32 whatever the run's precision: a quantised model is exact in it."""
+    return None if parts.test is None else accuracy(model, parts.test, device=parts.shard.device)
+
+
+def held_out(
+    parts: Parts, count: int = HELD_OUT, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> Iterator[Tensor]:
+    """Batches of synthetic images, `count` in all, that nothing has trained on."""
+    stream = SyntheticStream(
+        parts.generator,
+        batch_size=HELD_OUT_BATCH,
+        seed=parts.recipe.seed,
+        shard=Shard(parts.shard.device),
+        autocast=autocast,
+        epoch=HELD_OUT_EPOCH,
+    )
+    return images_of(stream, count)
+
+
+def export(parts: Parts, folder: Path, before: nn.Module, after: nn.Module) -> dict[str, Any]:
+    """Write the files to deploy beside the model, with the float model they are compared with, and verify them."""
+    keys, recipe = parts.recipe.export, parts.recipe
+    example = torch.rand(2, recipe.image.channels, recipe.image.size, recipe.image.size)
+    after, before = after.cpu(), before.cpu()
+    path = export_onnx(after, example, folder / "model.onnx")
+    if not keys.verify:
+        return {"file": path.name, "bytes": path.stat().st_size}
+    float_path = export_onnx(before, example, folder / "before.onnx")
+    images = torch.cat([batch.cpu().float() for batch in held_out(parts, keys.images)])
+    return {"file": path.name, **verify(path, after, images, float_path=float_path, threads=keys.threads)}

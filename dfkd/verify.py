@@ -1,0 +1,127 @@
+"""ONNX files in ONNX Runtime: agreement with the torch model, which kernels run, size, latency."""
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.compress.graph import images_of
+from dfkd.errors import UserError
+from dfkd.export import package
+from dfkd.runtime import eval_mode
+
+# ONNX Runtime's names after its optimisation: on integers, and in float.
+KERNELS = {
+    "convolutions": ({"QLinearConv", "ConvInteger"}, {"Conv", "FusedConv"}),
+    "linear": ({"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}, {"Gemm", "MatMul", "FusedGemm"}),
+    "additions": ({"QLinearAdd"}, {"Add"}),
+}
+
+
+def _session(path: str | Path, threads: int, optimised: str = "") -> Any:
+    """The file in ONNX Runtime on the CPU; `optimised` is where it writes the graph that it runs."""
+    runtime = package("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    options.optimized_model_filepath = optimised
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _logits(session: Any, images: Tensor) -> Tensor:
+    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _kernels(path: str | Path, threads: int) -> dict[str, int]:
+    """How many operators of each kind run on integers and in float, after ONNX Runtime's optimisation."""
+    with TemporaryDirectory() as folder:
+        _session(path, threads, f"{folder}/optimised.onnx")
+        counts = Counter(node.op_type for node in package("onnx").load(f"{folder}/optimised.onnx").graph.node)
+    found = {}
+    for what, (integer, floating) in KERNELS.items():
+        found[f"integer_{what}"] = sum(counts[name] for name in integer)
+        found[f"float_{what}"] = sum(counts[name] for name in floating)
+    return found
+
+
+def _latencies(sessions: dict[str, Any], images: Tensor, repeats: int) -> dict[str, float]:
+    """Median milliseconds per batch by session, measured in turns: what else the machine does then hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(repeats + 3):  # the first three warm up
+        for name, session in sessions.items():
+            started = time.perf_counter()
+            _logits(session, images)
+            times[name].append(1000 * (time.perf_counter() - started))
+    return {name: round(statistics.median(each[3:]), 3) for name, each in times.items()}
+
+
+@torch.no_grad()
+def verify(
+    path: str | Path,
+    model: nn.Module,
+    images: Iterable[Any] | Tensor,
+    *,
+    float_path: str | Path | None = None,
+    threads: int = 1,
+    repeats: int = 30,
+) -> dict[str, Any]:
+    """What a file gives in ONNX Runtime on the CPU beside the torch model it was exported from.
+
+    images are [N, C, H, W] in [0, 1], or a finite iterable of such batches (or of `(images, ...)`). agreement is the
+    share of equal classes in %, max_error the largest difference of logits, relative_error that of all logits (root
+    mean square, over that of the model's). latency_ms is a median per image, latency_32_ms per batch of 32; with a
+    float_path the float file is timed in turns with it. nodes counts what runs on integers and in float. simulated
+    says that some codes have fewer than 8 bits and run in float: small storage, no speed. Raises UserError where a
+    package is missing, no image came or images have another size than the file's.
+    """
+    runtime, onnx = package("onnxruntime"), package("onnx")
+    batches = images.split(128) if isinstance(images, Tensor) else images_of(images)
+    session = _session(path, threads)
+    device = next(model.parameters(), torch.empty(0)).device
+    mine, theirs, last = [], [], torch.empty(0)
+    with eval_mode(model):
+        for batch in batches:
+            last = batch.cpu().float()
+            last = model.resized(last) if isinstance(model, Classifier) else last
+            if (shape := list(last.shape[1:])) != (own := session.get_inputs()[0].shape[1:]):
+                raise UserError(f"{path} takes images of {own}, not {shape}; give such, or export it with an example")
+            mine.append(model(batch.to(device)).float().cpu())
+            theirs.append(_logits(session, last))
+    if not len(last):
+        raise UserError("no image to verify the file on; give at least one")
+    expected, given = torch.cat(mine), torch.cat(theirs)
+    error = given - expected
+    about = json.loads({entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}.get("dfkd", "{}"))
+    low = any(min(pair) < 8 for pair in about.get("bits", {}).values())
+    nodes = _kernels(path, threads)
+    result: dict[str, Any] = {
+        "agreement": round(100 * (given.argmax(1) == expected.argmax(1)).float().mean().item(), 2),
+        "n": len(expected),
+        "max_error": error.abs().max().item(),
+        "relative_error": (error.norm() / expected.norm()).item(),
+        "size_bytes": Path(path).stat().st_size,
+        "threads": threads,
+        "device": f"cpu (ONNX Runtime {runtime.__version__})",
+        "nodes": nodes,
+        "simulated": low and about["kernels"] == "float",
+    }
+    sessions = {"": session}
+    if float_path is not None:
+        result["float_size_bytes"] = Path(float_path).stat().st_size
+        sessions["float_"] = _session(float_path, threads)
+    for count, name in ((1, "latency_ms"), (32, "latency_32_ms")):
+        shown = last[torch.arange(count) % len(last)]
+        result |= {f"{which}{name}": value for which, value in _latencies(sessions, shown, repeats).items()}
+    integer = nodes["integer_convolutions"] + nodes["integer_linear"]
+    total = integer + nodes["float_convolutions"] + nodes["float_linear"]
+    few = "; fewer bits than 8 are computed in float: small storage, no speed" if result["simulated"] else ""
+    result["note"] = f"{integer} of {total} convolutions and linear layers run on 8-bit integer kernels{few}"
+    return result

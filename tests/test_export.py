@@ -1,0 +1,179 @@
+"""ONNX files compute what the torch model computes, in the integers they promise, and verify() notices where not."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.compress.graph import with_network
+from dfkd.compress.quantize import QUANTIZED, prepare, quantized_layers
+from dfkd.errors import UserError
+from dfkd.export import export_onnx, stored_type
+from dfkd.teachers import Teacher
+from dfkd.verify import verify
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+MakeTeacher = Callable[..., Teacher]
+
+
+def images(count: int = 64, size: int = 8) -> Tensor:
+    return torch.rand(count, 1, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def of_every_width() -> nn.Sequential:
+    """Seven convolutions and a linear layer; inputs are signed and unsigned, and one name ends as another does."""
+    torch.manual_seed(0)
+    inner: list[nn.Module] = [nn.Conv2d(6, 6, 3, padding=1)]
+    for k in range(5):
+        inner += [nn.Identity() if k % 2 else nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1)]
+    stem, pool = nn.Conv2d(1, 6, 3, padding=1), nn.MaxPool2d(4)
+    return nn.Sequential(stem, nn.Sequential(*inner), nn.ReLU(), pool, nn.Flatten(), nn.Linear(24, 4)).eval()
+
+
+def quantised(network: nn.Module, bits: tuple[int, int], per_channel: bool = True, **options: Any) -> Classifier:
+    model = Classifier(network, mean=[0.4], std=[0.3]).eval()
+    batches = [model.network_input(images())]
+    return with_network(model, prepare(network, bits, batches, folded=True, per_channel=per_channel, **options))
+
+
+def run(path: Path, shown: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"images": shown.numpy()})[0])
+
+
+def stored(path: Path) -> dict[str, str]:
+    """The ONNX type of the weights by layer."""
+    found = {}
+    for tensor in onnx.load(str(path)).graph.initializer:
+        if tensor.name.endswith(".quantizer.codes"):
+            name = tensor.name.removesuffix(".quantizer.codes").removeprefix("model.")
+            found[name] = onnx.TensorProto.DataType.Name(tensor.data_type)
+    return found
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_every_number_of_bits_is_computed_as_in_torch(tmp_path: Path, per_channel: bool) -> None:
+    names = [name for name, module in of_every_width().named_modules() if isinstance(module, nn.Conv2d)]
+    widths = {name: (8 - k, 2 + k) for k, name in enumerate(names)}
+    model = quantised(of_every_width(), (3, 3), per_channel, overrides=widths | {"5": (2, 3)})
+    path = export_onnx(model, images(2), tmp_path / "m.onnx")
+    layers = quantized_layers(model)
+    quantizers = [module for name, module in model.named_modules() if name.startswith("model.quantizers.")]
+    assert {layer.quantizer.bits for layer in layers.values()} == set(range(2, 9))
+    assert {module.signed for module in quantizers} == {True, False}
+    assert {len(layer.quantizer.scale) for layer in layers.values()} == ({6, 4} if per_channel else {1})
+    for count in (1, 3, 7):
+        shown = images(count)
+        expected, given = model(shown), run(path, shown)
+        assert given.shape == (count, 4)
+        torch.testing.assert_close(given, expected, atol=1e-4, rtol=0)
+        assert torch.equal(given.argmax(1), expected.argmax(1))
+    assert stored(path) == {name.removeprefix("model."): stored_type(x.quantizer.bits) for name, x in layers.items()}
+    assert set(stored(path).values()) == {"INT2", "INT4", "INT8"}
+    about = json.loads(onnx.load(str(path)).metadata_props[0].value)
+    assert about["bits"]["0"] == [8, 2]
+    assert about["input"] == ["batch", 1, 8, 8]
+    assert verify(path, model, images(3), repeats=1)["simulated"] is True
+
+
+def test_eight_bits_run_on_integers(tmp_path: Path, make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher(model="dfkd:tiny_residual", kwargs={"width": 16})
+    batches = [teacher.network_input(images())]
+    model = with_network(teacher, prepare(teacher.model, (8, 8), batches, folded=False, per_channel=True))
+    path = export_onnx(model, images(2), tmp_path / "int8.onnx")
+    float_path = export_onnx(teacher, images(2), tmp_path / "float.onnx")
+    result = verify(path, model, images(256), float_path=float_path, repeats=2)
+    convolutions = sum(isinstance(each, nn.Conv2d) for each in model.modules())
+    assert convolutions >= 5
+    assert result["nodes"] == {
+        **{"integer_convolutions": convolutions, "float_convolutions": 0},
+        **{"integer_linear": 1, "float_linear": 0},
+        **{"integer_additions": result["nodes"]["integer_additions"], "float_additions": 0},
+    }
+    assert result["nodes"]["integer_additions"] > 0
+    assert result["agreement"] >= 98
+    with torch.no_grad():  # another rounding of the same network: as far from it as the network is from the float one
+        shown = teacher(images(256))
+        noise = (model(images(256)) - shown).norm() / shown.norm()
+    assert result["relative_error"] < noise
+    assert result["simulated"] is False
+    assert result["size_bytes"] < result["float_size_bytes"]
+    assert result["latency_ms"] > 0 < result["float_latency_32_ms"]
+    assert any(isinstance(each, QUANTIZED) for each in model.modules())  # the model itself is left as it was
+
+    plain = verify(float_path, teacher, images(7), repeats=1)
+    assert plain["max_error"] < 1e-4
+    assert plain["agreement"] == 100
+    assert plain["nodes"]["integer_convolutions"] == 0
+
+    broken = onnx.load(str(path))
+    for tensor in broken.graph.initializer:
+        if tensor.name.endswith("linear.quantizer.codes"):
+            codes = onnx.numpy_helper.to_array(tensor)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(codes[::-1].copy(), tensor.name))
+    onnx.save(broken, str(tmp_path / "broken.onnx"))
+    wrong = verify(tmp_path / "broken.onnx", model, [images(64), images(64)], repeats=1)
+    assert wrong["n"] == 128
+    assert wrong["agreement"] < 90
+    assert wrong["relative_error"] > 0.1
+
+
+def test_few_bits_run_on_integers_where_exactness_is_not_asked_for(tmp_path: Path) -> None:
+    model = quantised(of_every_width(), (4, 4))
+    result = verify(export_onnx(model, images(2), tmp_path / "m.onnx", exact=False), model, images(), repeats=1)
+    assert result["nodes"]["integer_convolutions"] == 7
+    assert result["nodes"]["float_convolutions"] == 0
+    assert result["simulated"] is False
+    assert result["relative_error"] < 0.2
+
+
+def test_a_channel_without_weights_keeps_its_bias(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)).eval()
+    with torch.no_grad():
+        network[0].weight[1] = 0
+        network[0].bias[1] = 0.3
+    model = quantised(network, (8, 8))
+    assert verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)["max_error"] < 0.01
+
+
+def test_a_resizing_classifier_is_exported_at_its_own_size(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    model = Classifier(network, mean=[0.5], std=[0.2], input_size=4)
+    path = export_onnx(model, images(1), tmp_path / "m.onnx")
+    assert [each.dim_value for each in onnx.load(str(path)).graph.input[0].type.tensor_type.shape.dim[1:]] == [1, 4, 4]
+    assert verify(path, model, images(5), repeats=1)["max_error"] < 1e-5
+
+
+def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+    with pytest.raises(UserError, match=r"^Branching cannot be exported to ONNX: [^\n]+; replace") as caught:
+        export_onnx(Branching(), images(1), tmp_path / "m.onnx")
+    assert "\n" not in str(caught.value)
+    model = quantised(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), (2, 4), ends=(2, 4))
+    with pytest.raises(UserError, match="opset 18 is too low for this model; give 25"):
+        export_onnx(model, images(1), tmp_path / "m.onnx", opset=18)
+    with pytest.raises(UserError, match=r"takes images of \[1, 4, 4\], not \[1, 5, 5\]"):
+        verify(export_onnx(nn.Flatten(), images(1, 4), tmp_path / "f.onnx"), nn.Flatten(), images(1, 5))
+    with pytest.raises(UserError, match="no image"):
+        verify(export_onnx(model, images(1), tmp_path / "m.onnx"), model, [])
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    call = verify if missing == "onnxruntime" else lambda path, *given: export_onnx(*given, path)
+    with pytest.raises(UserError, match=r"needs onnx, onnxscript and onnxruntime: pip install 'dfkd\[export\]'"):
+        call(tmp_path / "m.onnx", nn.Flatten(), images(1))

@@ -1,0 +1,215 @@
+"""Pruning: what goes and what stays, networks of every make, and refusals."""
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from conftest import randomise
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.compress.channels import resize
+from dfkd.compress.prune import prune
+from dfkd.errors import UserError
+from dfkd.models import build_model
+from dfkd.teachers import Teacher
+
+IMAGES = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def network(model: str, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(build_model(model, classes=4, kwargs=kwargs), 0).eval()
+
+
+def tiny() -> nn.Module:
+    return network("dfkd:tiny_plain", width=8, depth=1)
+
+
+def test_exactly_the_smallest_weights_of_the_whole_network_go() -> None:
+    model = tiny()
+    before = copy.deepcopy(model.state_dict())
+    result = prune(model, [IMAGES], 0.3, kind="weights", repair="none", images=16)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    old = torch.cat([model.get_submodule(name).weight.flatten() for name in names]).abs()
+    new = torch.cat([result.model.get_submodule(name).weight.flatten() for name in names])
+    gone = new == 0
+    assert gone.sum() == round(0.3 * len(old))
+    assert old[gone].max() <= old[~gone].min()
+    assert list(result.model.state_dict()) == list(before)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert result.structure == {}
+    assert sum(line["of"] - line["kept"] for line in result.layers) == gone.sum()
+
+
+@pytest.mark.parametrize("inner_only", [None, True])
+def test_the_filters_with_the_largest_norms_stay(inner_only: bool | None) -> None:
+    model: Any = tiny()
+    result: Any = prune(model, [IMAGES], 0.25, repair="none", images=16, inner_only=inner_only)
+    first = model.features[0].weight
+    largest = sorted(sorted(range(8), key=lambda k: -float(first[k].detach().abs().sum()))[:6])
+    assert torch.equal(result.model.features[0].weight, first[largest])
+    assert torch.equal(result.model.features[1].running_var, model.features[1].running_var[largest])
+    assert result.model.linear.out_features == 4
+    assert result.layers[0] | {"error_before": 0, "error_after": 0} == {
+        "layer": "features.0", "kept": 6, "of": 8, "sparsity": 0.25, "error_before": 0, "error_after": 0,
+    }  # fmt: skip
+
+
+SMALL = {
+    "resnet20": lambda: network("dfkd:resnet20", width=4),
+    "wrn": lambda: network("dfkd:wrn_16_1"),
+    "plain": tiny,
+    "residual": lambda: network("dfkd:tiny_residual", width=8),
+    "inverted": lambda: network("dfkd:tiny_inverted", width=8, depth=1),
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=4),
+    "mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=4, width_mult=0.25),
+    "shufflenet": lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=4),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_smaller_network_of_the_same_class_is_rebuilt_from_its_shapes(name: str) -> None:
+    model = SMALL[name]().eval()
+    result = prune(model, [IMAGES.repeat(1, 1, 2, 2)], 0.3, repair="none", images=16)
+    assert type(result.model) is type(model)
+    assert sum(p.numel() for p in result.model.parameters()) < sum(p.numel() for p in model.parameters())
+    rebuilt = SMALL[name]().eval()
+    resize(rebuilt, result.structure["channels"])
+    rebuilt.load_state_dict(result.model.state_dict(), strict=True)
+    assert torch.equal(rebuilt(IMAGES), result.model(IMAGES))
+
+
+def test_a_vgg_with_flattened_maps_is_pruned_and_repaired() -> None:
+    class Vgg(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features = nn.Sequential(
+                nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(True), nn.MaxPool2d(4), nn.Conv2d(8, 6, 3)
+            )
+            self.head = nn.Sequential(nn.Linear(24, 12), nn.ReLU(True), nn.Dropout(), nn.Linear(12, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.flatten(self.features(x), 1))
+
+    torch.manual_seed(0)
+    result: Any = prune(Vgg(), [torch.rand(64, 3, 16, 16)], 0.5, images=64)
+    assert result.structure["channels"] == {
+        "features.0": [4, 3], "features.3": [3, 4], "head.0": [6, 12], "head.3": [4, 6],
+    }  # fmt: skip
+    assert result.layers[-1]["error_after"] < result.layers[-1]["error_before"]
+
+
+def test_coupled_channels_go_where_they_can_and_inner_ones_alone_where_not() -> None:
+    inner: Any = prune(SMALL["resnet20"](), [IMAGES], 0.25, repair="none", images=16).structure["channels"]
+    assert inner["layer1.0.conv1"] == [3, 4]
+    assert inner["layer1.0.conv2"] == [4, 3]
+    assert "conv1" not in inner  # the stem ends in an option-A shortcut
+    coupled: Any = prune(SMALL["residual"](), [IMAGES], 0.25, repair="none", images=16).structure["channels"]
+    assert coupled["features.0"] == [6, 3]
+    with pytest.raises(UserError, match=r"conv1.* go together but cannot be taken out"):
+        prune(SMALL["resnet20"](), [IMAGES], 0.25, repair="none", images=16, inner_only=False)
+
+
+@pytest.mark.parametrize("kind", ["channels", "weights"])
+@pytest.mark.parametrize("repair", ["least_squares", "batch_norm"])
+def test_a_repair_brings_the_network_nearer_and_leaves_the_model_alone(kind: str, repair: str) -> None:
+    teacher = Teacher(SMALL["residual"](), mean=[0.5] * 3, std=[0.25] * 3)
+    before = copy.deepcopy(teacher.state_dict())
+    images = torch.rand(128, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    result = prune(teacher, [(images, None)], 0.4, kind=kind, repair=repair, images=128)
+    assert isinstance(result.model, Classifier)
+    fresh = torch.rand(64, 3, 16, 16)
+    error = [float((each(fresh) - teacher(fresh)).norm()) for each in (result.naive, result.model)]
+    assert error[1] < 0.7 * error[0]
+    assert all(torch.equal(teacher.state_dict()[key], value) for key, value in before.items())
+    assert all(line["layer"].startswith(("features.", "linear")) for line in result.layers)
+    if kind == "weights":
+        for name, value in result.naive.named_parameters():
+            assert (dict(result.model.named_parameters())[name][value == 0] == 0).all()
+
+
+def test_ignored_layers_keep_their_filters() -> None:
+    result = prune(tiny(), [IMAGES], 0.5, repair="none", images=16, ignore=["features.0"])
+    assert "features.0" not in result.structure["channels"]
+    result = prune(tiny(), [IMAGES], 0.5, kind="weights", repair="none", images=16, ignore=["features.*"])
+    assert [line["layer"] for line in result.layers] == ["linear"]
+
+
+def without_torch_pruning(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(sys.modules, "torch_pruning", None)
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"ratio": 0.0}, "above 0 and below 1, not 0.0"),
+    ({"ratio": 1.0}, "above 0 and below 1, not 1.0"),
+    ({"kind": "blocks"}, "unknown kind 'blocks'.*channels"),
+    ({"repair": "magic"}, "unknown repair 'magic'.*batch_norm"),
+    ({"ignore": ["nothing.*"]}, r"named 'nothing\.\*'; there are features\.0"),
+    ({"images": 17}, "ended after 16 images where 17"),
+    ({"ridge": 0.0}, "ridge > 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED)
+def test_bad_arguments_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prune(tiny(), [IMAGES], **{"images": 16, **options})
+
+
+def test_a_network_without_channels_to_take_is_refused() -> None:
+    alone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for inner_only in (None, True):
+        with pytest.raises(UserError, match="Sequential has no channels that can be taken out"):
+            prune(alone, [IMAGES], 0.5, images=16, inner_only=inner_only)
+
+
+def test_without_torch_pruning_inner_channels_can_still_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_torch_pruning(monkeypatch)
+    with pytest.raises(UserError, match=r"pip install 'dfkd\[prune\]'"):
+        prune(tiny(), [IMAGES], images=16)
+    assert prune(tiny(), [IMAGES], repair="none", images=16, inner_only=True).structure["channels"]
+
+
+class Shuffled(nn.Module):
+    """Channels of a convolution in another order: what torch-pruning would take for a plain reshape."""
+
+    def __init__(self, order: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.order = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), order
+        self.third, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.order(self.first(x).relu())).relu()
+        return self.head(self.third(x).relu().mean((2, 3)))
+
+
+ORDERS = {
+    "flip": lambda x: x.flip(1),
+    "shuffle": lambda x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2),
+    "slices": lambda x: torch.cat([x[:, 4:], x[:, :4]], 1),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_channels_that_the_forward_counts_are_left(order: str) -> None:
+    torch.manual_seed(0)
+    model = Shuffled(ORDERS[order])
+    changed = prune(model, [IMAGES], 0.5, repair="none", images=16).structure["channels"]
+    assert "first" not in changed
+    assert changed["second"] == [4, 8]
+
+
+@pytest.mark.parametrize("repair", ["least_squares", "batch_norm"])
+def test_timms_joint_batch_norms_are_repaired_under_their_own_names(repair: str) -> None:
+    torch.manual_seed(0)
+    body = [nn.Conv2d(3, 8, 3, bias=False), BatchNormAct2d(8), nn.Conv2d(8, 8, 3, bias=False), BatchNormAct2d(8)]
+    model = randomise(nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)), 0)
+    result: Any = prune(model, [IMAGES], 0.25, repair=repair, images=16)
+    assert result.structure["channels"]["1"] == [6, 6]
+    assert not torch.equal(result.model[3].running_mean, result.naive[3].running_mean)

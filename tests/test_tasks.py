@@ -1,0 +1,152 @@
+"""Compression tasks in a run: pipelines, files that rebuild, exact resume, two processes, early refusals."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from runs_fixture import Runs, start, wait_for
+
+from dfkd.compress.files import load_compressed
+from dfkd.compress.graph import network_of
+from dfkd.compress.quantize import quantized_layers
+from dfkd.data import load_images
+
+SHORT = (
+    "synthesis.steps=4",
+    "distill.steps=4",
+    "qat.images=32",
+    "ptq.images=32",
+    "prune.images=64",
+    "export.images=64",
+)
+SHORT += ("ptq.steps=4", "qat.batch_size=16", "prune.batch_size=16")
+FIGURES = {"before", "naive", "after", "interval", "intervals", "n", "source", "input", "cost", "agreement", "layers"}
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def accuracy_of(folder: Path) -> float:
+    """Percent of digits that the model in a folder names, on images loaded here."""
+    test = load_images(
+        "digits", train=False, root="data", train_root=None, channels=1, size=8, classes=10, purpose="evaluate"
+    )
+    with torch.no_grad():
+        guesses = load_compressed(folder)(test.images.float() / 255).argmax(1)
+    return 100 * (guesses == test.labels).double().mean().item()
+
+
+def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs) -> None:
+    chosen = "tasks=[distill,prune,qat,ptq,udfc]"
+    pipeline = ("qat.input=prune", "ptq.input=student", "prune.steps=4", "udfc.bits=4")
+    assert runs.run("all", chosen, *pipeline, *SHORT).code == 0
+    found = results(runs.folder / "all")["tasks"]
+    assert list(found) == ["prune", "qat", "ptq", "udfc"]
+    for name, task in found.items():
+        folder = runs.folder / "all" / name
+        assert set(task) >= FIGURES
+        assert task["after"] == pytest.approx(accuracy_of(folder), abs=1e-9)
+        assert (folder / "model.onnx").stat().st_size == task["export"]["size_bytes"]
+        assert task["export"]["agreement"] == 100
+    assert found["qat"]["before"] == found["prune"]["after"]
+    assert found["qat"]["cost"]["before"] == found["prune"]["cost"]["after"]
+    assert found["ptq"]["before"] == results(runs.folder / "all")["student"]["accuracy"]
+    assert found["prune"]["cost"]["after"]["macs"] < found["prune"]["cost"]["before"]["macs"]
+    assert found["qat"]["cost"]["after"]["bytes"] < found["qat"]["cost"]["before"]["bytes"] / 3
+    assert found["udfc"]["source"] == "no data"
+    page = (runs.folder / "all" / "report.html").read_text()
+    assert "Compression" in page
+    assert "sqnr_db" in page
+
+
+def test_prune_then_distil_then_quantise(runs: Runs) -> None:
+    chosen = ("tasks=[generator,prune,distill,qat]", "distill.input=prune", "qat.input=student")
+    assert runs.run("pipe", *chosen, *SHORT).code == 0
+    folder = runs.folder / "pipe"
+    pruned, student, final = (network_of(load_compressed(folder / name)) for name in ("prune", "student", "qat"))
+    shapes = [{name: p.shape for name, p in network.named_parameters() if p.dim() > 1} for network in (pruned, student)]
+    assert shapes[0] == shapes[1]
+    assert any((a != b).any() for a, b in zip(pruned.parameters(), student.parameters()))
+    assert {name: layer.weight.shape for name, layer in quantized_layers(final).items()} == {
+        name.removesuffix(".weight"): shape for name, shape in shapes[0].items()
+    }
+
+
+def test_zeros_stay_zeros_through_fine_tuning(runs: Runs) -> None:
+    chosen = ("tasks=[generator,prune]", "prune.kind=weights", "prune.ratio=0.6", "prune.steps=4")
+    assert runs.run("zeros", *chosen, *SHORT).code == 0
+    found = results(runs.folder / "zeros")["tasks"]["prune"]
+    assert found["cost"]["after"]["sparsity"] == pytest.approx(60, abs=0.5)
+    assert found["cost"]["before"]["sparsity"] == 0
+
+
+def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> None:
+    assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
+    generator = runs.folder / "made" / "generator" / "model.safetensors"
+    before = hashlib.sha256(generator.read_bytes()).hexdigest()
+    for source in ("generator", "noise", "real"):
+        given = ("tasks=[ptq]", f"generator.checkpoint={generator.parent}", f"ptq.source={source}", "export.input=none")
+        assert runs.run(source, *given, *SHORT).code == 0
+        found = results(runs.folder / source)
+        assert found["tasks"]["ptq"]["source"] == source
+        purposes = {entry["purpose"] for entry in found["data_free"]}
+        assert purposes == {"train teacher", "evaluate"} | ({"control"} if source == "real" else set())
+    assert hashlib.sha256(generator.read_bytes()).hexdigest() == before
+
+
+def test_a_run_killed_while_it_trains_with_few_bits_goes_on_exactly(runs: Runs) -> None:
+    chosen = ("tasks=[generator,ptq,qat]", "qat.steps=60", "export.input=none", *SHORT[:5], "ptq.steps=2")
+    chosen += ("qat.batch_size=16",)
+    assert runs.run("whole", *chosen).code == 0
+    log, folder = runs.folder / "killed.log", runs.folder / "killed"
+    job = start(runs.arguments("killed", *chosen), log)
+    latest = folder / "checkpoints" / "latest"
+    assert wait_for((folder / "ptq" / "task.json").exists, job.alive)
+    before = os.readlink(latest)
+    assert wait_for(lambda: os.readlink(latest) != before, job.alive)
+    assert job.kill()
+    assert not (folder / "qat" / "task.json").exists()
+    done_before = (folder / "ptq" / "task.json").stat().st_mtime_ns
+    assert "resuming" in runs.run("killed", *chosen).out
+    assert (folder / "ptq" / "task.json").stat().st_mtime_ns == done_before
+    for task in ("ptq", "qat"):
+        same = [(runs.folder / run / task / "model.safetensors").read_bytes() for run in ("whole", "killed")]
+        assert same[0] == same[1]
+
+
+def test_two_processes_train_with_few_bits_as_one(runs: Runs) -> None:
+    chosen = ("tasks=[generator,qat]", "export.input=none", "qat.steps=8", "qat.images=32")
+    assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
+    given = ("tasks=[qat]", f"generator.checkpoint={runs.folder / 'made' / 'generator'}", *chosen[1:])
+    log = runs.folder / "two.log"
+    assert start(runs.arguments("two", *given, "qat.batch_size=8"), log, world=2).join() == [0, 0], log.read_text()
+    assert runs.run("one", *given, "qat.batch_size=16").code == 0
+    one, two = (network_of(load_compressed(runs.folder / name / "qat")) for name in ("one", "two"))
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values()):
+        # codes may differ by one where rounding of sums falls on the other side
+        assert (a - b).abs().mean() < 2e-3 * max(1.0, float(a.abs().mean())), name
+
+
+REFUSED = [
+    (("tasks=[ptq]",), "task ptq streams from a generator"),
+    (("tasks=[generator,qat,prune]", "qat.input=prune"), "qat.input=prune is no earlier task and no folder"),
+    (("tasks=[generator,ptq,qat]", "qat.input=ptq"), "qat.input=ptq is quantised by then"),
+    (("tasks=[generator,ptq]", "ptq.overrides={'stem.*': [8, 8]}"), "'stem.*' matches no layer"),
+    (("tasks=[generator,prune]", "prune.ignore=[nothing]"), "'nothing' matches no layer"),
+    (("tasks=[generator,ptq]", "ptq.weights=9"), "ptq.weights=9 is not allowed; it takes integer from 2 to 8"),
+    (("tasks=[generator,ptq]", "export.input=qat"), "export.input=qat is no task of this run"),
+    (("tasks=[ptq,generator]",), "the generator comes first"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_what_will_not_do_is_refused_before_anything_is_trained(
+    runs: Runs, given: tuple[str, ...], message: str
+) -> None:
+    line = runs.run("run", *SHORT, *given).refused()
+    assert message in line
+    assert not (runs.folder / "run").exists()
