@@ -205,6 +205,9 @@ class Prune:
     repair: Literal["least_squares", "batch_norm", "none"] = key(
         "least_squares", "least_squares: He et al. 2017; batch_norm: paired re-estimation"
     )
+    inner_only: bool | None = key(
+        None, "channels: true leaves residual streams whole; false insists on them; null: whatever can go"
+    )
     ignore: list[str] = key([], "name patterns of layers that are not pruned")
     images: int = key(1024, "images for the repair", 2)
     steps: int = key(0, "updates of fine-tuning by distillation from the model before; 0: none", 0)

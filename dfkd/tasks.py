@@ -20,7 +20,7 @@ from dfkd.compress.cost import cost
 from dfkd.compress.files import load_compressed, save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.compress.graph import images_of, network_of, trace, with_network
-from dfkd.compress.prune import prune
+from dfkd.compress.prune import dependency_graph, prune
 from dfkd.compress.qat import Training, as_teacher, quantize
 from dfkd.compress.quantize import layer_bits, layer_names, matching
 from dfkd.compress.result import Compressed
@@ -55,6 +55,8 @@ def check_tasks(recipe: Recipe) -> None:
                 f"{', '.join(earlier)}"
             )
         earlier += [task] + (["student"] if task == "distill" else [])
+        if task == "prune" and recipe.prune.kind == "channels" and not recipe.prune.inner_only:
+            dependency_graph()
         if task in TASKS and recipe.export.input in ("tasks", task):
             for needed in ("onnx", "onnxscript", "onnxruntime"):
                 package(needed)
@@ -207,6 +209,7 @@ def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Com
         repair=keys.repair,
         ignore=keys.ignore,
         images=keys.images,
+        inner_only=keys.inner_only,
     )
     if keys.steps:
         hold_zeros(pruned.model.requires_grad_(True))

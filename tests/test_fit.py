@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dfkd.compress.fit import Fit, cosine, fit, no_decay_split
+from dfkd.compress.fit import Batches, Fit, Hints, cosine, fit, hold_zeros, no_decay_split
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES
 from dfkd.runtime import Shard
@@ -174,3 +174,84 @@ def test_an_unknown_loss_is_refused_by_name(make_stream: Callable[..., Synthetic
 def test_a_student_asks_for_no_batch_past_the_end(make_stream: Callable[..., SyntheticStream]) -> None:
     with pytest.raises(UserError, match="batch 2 is past the end of a stream of 2"):
         fit(network(), make_stream(num_batches=2), steps=3)
+
+
+def batches(count: int = 3, **teacher: Any) -> Batches:
+    """`count` batches of 8 images as a stream of (images, labels)."""
+    rng = torch.Generator().manual_seed(5)
+    stream = Batches([(torch.rand(8, 1, 8, 8, generator=rng), torch.zeros(8)) for _ in range(count)])
+    stream.teachers = [Teacher(network(seed=3), **teacher)]
+    return stream
+
+
+def test_any_iterable_of_images_is_gone_through_again_and_again() -> None:
+    stream = batches(3, mean=[0.5], std=[0.25])
+    pairs = [stream.batch(step) for step in range(7)]
+    given = [each for each, _ in stream.images]
+    assert all(torch.equal(x, given[k % 3]) for k, (x, _) in enumerate(pairs))
+    reference = network(seed=3).eval()
+    for x, logits in pairs:
+        assert torch.allclose(logits, reference((x - 0.5) / 0.25), atol=1e-5)
+        assert not logits.requires_grad
+
+
+@pytest.mark.parametrize("images", [[], iter([torch.zeros(1, 1, 8, 8)])])
+def test_an_iterable_that_ends_for_good_is_refused(images: Any) -> None:
+    stream = Batches(images)
+    stream.teachers = [Teacher(network())]
+    with pytest.raises(UserError, match="gave no batch; give an iterable that can be gone through more than once"):
+        [stream.batch(step) for step in range(2)]
+
+
+def test_weights_that_are_zero_are_held_and_all_others_learn() -> None:
+    student = network()
+    with torch.no_grad():
+        student[0].weight[::2] = 0
+        student[6].weight[:, ::3] = 0
+        student[3].bias[0] = 0  # a bias is no pruned weight
+    held = {k: student[k].weight == 0 for k in (0, 3, 6)}
+    before = copy.deepcopy(student)
+    hold_zeros(student)
+    fit(student, batches(), steps=5, lr=0.1, warmup=0)
+    assert [int(mask.sum()) for mask in held.values()] == [27, 0, 96]
+    for k, mask in held.items():
+        assert torch.equal(student[k].weight == 0, mask)
+        assert (student[k].weight != before[k].weight)[~mask].float().mean() > 0.9
+    assert student[3].bias[0] != 0
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_statistics_are_held_where_asked(hold: bool) -> None:
+    student = network()
+    norm = student[1]
+    norm.running_mean.fill_(0.25)
+    mean, var, scale = norm.running_mean.clone(), norm.running_var.clone(), norm.weight.clone()
+    training = Fit(student, batches(), steps=3, hold_norms=hold)
+    assert [module.training for module in student] == [True, not hold, *[True] * 5]
+    training.run()
+    assert torch.equal(norm.running_mean, mean) == torch.equal(norm.running_var, var) == hold
+    assert not torch.equal(norm.weight, scale)
+
+
+def test_hints_add_the_layers_errors_to_the_loss_and_the_gradient() -> None:
+    stream, student = batches(1), network()
+    reference = stream.teachers[0].model
+    names = ["1", "4"]
+    twin, wanted = copy.deepcopy(student).double().train(), copy.deepcopy(reference).double()
+    training = Fit(student, stream, steps=1, lr=0.0, hold_norms=True, hints=Hints(student, reference, names, 0.3))
+    terms = training.step(0)
+    x = stream.images[0][0].double()  # type: ignore[index]
+    twin[1].eval()
+    term = 0.0
+    for depth in (2, 5):
+        ours, theirs = twin[:depth](x), wanted[:depth](x)
+        term = term + (ours - theirs).pow(2).sum() / theirs.pow(2).sum() / 2
+    loss = written_out("kl", twin(x), wanted(x), 20.0) + 0.3 * term
+    loss.backward()
+    assert float(terms["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+    for (name, ours), theirs in zip(student.named_parameters(), twin.parameters()):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-6), name
+    assert not student[1]._forward_hooks
+    assert not reference[1]._forward_hooks

@@ -125,6 +125,27 @@ def test_kd_l1_is_free_of_scale_and_offset() -> None:
     assert float(L.kd_l1(teacher + 3, teacher)) == pytest.approx(0, abs=1e-5)
 
 
+def test_hints_are_errors_relative_to_the_teachers_power_averaged_over_layers() -> None:
+    shapes = [(BATCH, 2, 3, 3), (BATCH, 7), (BATCH, 1, 4, 2)]
+    student = [draw(*shape, seed=k) for k, shape in enumerate(shapes)]
+    teacher = [10.0**k * draw(*shape, seed=9 + k) for k, shape in enumerate(shapes)]
+    wanted = 0.0
+    for ours, theirs in zip(student, teacher):
+        pairs = list(zip(ours.flatten().tolist(), theirs.flatten().tolist()))
+        wanted += sum((s - t) ** 2 for s, t in pairs) / sum(t * t for _, t in pairs) / 3
+    close(L.hints(student, teacher), wanted)
+    close(L.hints([1000 * x for x in student], [1000 * x for x in teacher]), wanted)
+    assert float(L.hints(teacher, teacher)) == 0
+
+
+def test_hints_have_a_finite_gradient_where_the_teacher_is_silent() -> None:
+    student = [torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3, requires_grad=True)]
+    L.hints(student, [torch.zeros(2, 3), torch.zeros(2, 3)]).backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in student)
+    half = torch.full((2, 3), 300.0, dtype=torch.float16)  # whose square is infinite in float16
+    close(L.hints([half], [2 * half]), 0.25)
+
+
 @pytest.mark.parametrize("kind", sorted(L.STUDENT_LOSSES))
 def test_the_divergence_counts_only_where_both_agree(kind: str) -> None:
     teacher = draw(BATCH, CLASSES, seed=2, scale=3)
@@ -215,6 +236,7 @@ GRADIENTS = {
     "bn_kl": lambda x, y: L.bn_kl([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
     "mode_seeking": lambda x, y: L.mode_seeking(x.view(BATCH, 1, 1, CLASSES), y, torch.zeros(BATCH)),
     "total_variation": lambda x, y: L.total_variation(x.view(1, 1, BATCH, CLASSES)),
+    "hints": lambda x, y: L.hints([x, x.square()], [y, y.exp()]),
     "one_hot": lambda x, y: L.one_hot(x),
     "information": lambda x, y: L.information(x.softmax(1).mean(0)),
 }

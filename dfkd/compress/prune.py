@@ -178,19 +178,25 @@ def _inner(network: nn.Module, chain: Chain, ratio: float) -> Cut:
     return Cut(dict.fromkeys(makers, removed), {chain.second: columns}) if removed else Cut()
 
 
-def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str]) -> list[Cut] | None:
-    """Groups by torch-pruning's dependency graph (Fang et al. 2023); None where it cannot read the network."""
+def dependency_graph() -> Any:
+    """torch-pruning's DependencyGraph; UserError with the extra to install where the package is missing."""
     try:
         from torch_pruning import DependencyGraph
     except ImportError:
         raise UserError(
-            "pruning coupled channels needs torch-pruning: pip install 'dfkd[prune]', or pass inner_only=True"
+            "pruning coupled channels needs torch-pruning: pip install 'dfkd[prune]', or set inner_only=true"
         ) from None
+    return DependencyGraph
+
+
+def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str]) -> list[Cut] | None:
+    """Groups by torch-pruning's dependency graph (Fang et al. 2023); None where it cannot read the network."""
+    graph_type = dependency_graph()
     scratch = copy.deepcopy(network).requires_grad_(True)
     names = {module: name for name, module in scratch.named_modules()}
     try:
         with torch.enable_grad():
-            graph = DependencyGraph().build_dependency(scratch, [probe.clone()], verbose=False)
+            graph = graph_type().build_dependency(scratch, [probe.clone()], verbose=False)
             return [
                 cut for group in graph.get_all_groups() if (cut := _group_cut(graph, group, names, ratio, prunable))
             ]

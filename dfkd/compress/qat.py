@@ -128,6 +128,15 @@ class Training:
             hints=Hints(network, reference, self.names, hints) if hints else None,
             accelerator=accelerator,
         )
+        # A step that reached zero would divide by it, one below would turn the grid round.
+        scales = [scale for name, scale in network.named_parameters() if name.endswith(".scale")]
+        floors = [float(scale.detach().min()) * 1e-3 for scale in scales]
+
+        def keep_positive(*_: object) -> None:
+            for scale, floor in zip(scales, floors):
+                scale.data.clamp_(min=floor)
+
+        self.fit.optimizer.register_step_post_hook(keep_positive)
 
     def result(self) -> Compressed:
         """The trained model, its batch norms folded."""
@@ -171,6 +180,6 @@ def signal_to_noise(reference: nn.Module, network: nn.Module, inputs: Tensor) ->
         network(inputs)
     signal = {}
     for name in names:
-        noise = (found[name] - wanted[name]).square().mean().clamp_min(1e-20)
-        signal[name] = round(float(10 * torch.log10(wanted[name].square().mean() / noise)), 2)
+        power, noise = (x.square().mean().clamp_min(1e-20) for x in (wanted[name], found[name] - wanted[name]))
+        signal[name] = round(float(10 * torch.log10(power / noise)), 2)
     return signal

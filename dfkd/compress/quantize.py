@@ -37,7 +37,7 @@ class _LearnedStep(torch.autograd.Function):
         v, step = ctx.saved_tensors
         low, high = ctx.limits
         x = v / step
-        inside = (x >= low) & (x <= high)
+        inside = (x > low) & (x < high)
         slope = x.clamp(low, high).round_().sub_(x * inside)
         return grad * inside, (grad * slope).sum_to_size(step.shape).mul_(ctx.factor), None, None, None
 
@@ -173,6 +173,15 @@ def layer_bits(
     """Bits of weights and input by layer: `bits`, the first and the last layer `ends`, then overrides by name pattern
     (the last that matches); what `ignore` names stays float. Raises UserError for bits outside 2..8."""
     names = layer_names(graph)
+    for node in graph.graph.nodes:
+        if node.target in (F.conv2d, F.linear) and isinstance(node.args[1], fx.Node):
+            layer = str(node.args[1].target).removesuffix(".weight")
+            if not any(fnmatchcase(layer, pattern) for pattern in ignore):
+                raise UserError(
+                    f"{layer} calls {node.target.__name__} itself, is no nn.Conv2d or nn.Linear, and cannot be "
+                    "quantised; replace it, or name it in ignore to keep it float"
+                )
+            names.append(layer)
     if not names:
         raise UserError("the network has no convolution or linear layer to quantise")
     chosen = {name: (ends if name in (names[0], names[-1]) else bits) for name in names}

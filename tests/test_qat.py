@@ -1,0 +1,242 @@
+"""`quantize` by rounding and by training: what must stay, what must come nearer, what is told of it."""
+
+import copy
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from networks_fixture import functional, images, named, vary
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.compress.graph import fold, network_of, trace
+from dfkd.compress.qat import Training, quantize
+from dfkd.compress.quantize import activation_quantizers, quantized_layers
+from dfkd.compress.result import Compressed
+from dfkd.errors import UserError
+from dfkd.stream import SyntheticStream, from_noise
+from dfkd.teachers import batch_norms
+
+
+def smooth(count: int, seed: int) -> Tensor:
+    """Images whose means differ, so that logits do."""
+    return nn.functional.interpolate(images(count, 1, 2, 2, seed=seed), 8, mode="bilinear")
+
+
+STREAM = [smooth(16, seed) for seed in range(6)]
+X = smooth(64, 99)
+
+
+@cache
+def learned() -> Classifier:
+    """A residual network trained to name the brightest of three corners, with a normalisation."""
+    network = named("dfkd:tiny_residual", width=4).train()
+    wrapped = Classifier(network, name="tiny", mean=[0.4], std=[0.3], input_size=8).train()
+    sgd = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    for step in range(60):
+        x = smooth(32, 1000 + step)
+        loss = nn.functional.cross_entropy(wrapped(x), brightest(x))
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+    sgd.zero_grad()
+    return wrapped.eval()
+
+
+def brightest(x: Tensor) -> Tensor:
+    return torch.stack([x[:, 0, 0, 0], x[:, 0, 0, -1], x[:, 0, -1, 0]], 1).argmax(1)
+
+
+def model(low: float | None = None) -> Classifier:
+    """A copy of it; with `low`, batch norms of scales from there on."""
+    given = copy.deepcopy(learned())
+    if low is not None:
+        vary(given, low=low)
+    return given
+
+
+def trained(given: nn.Module, bits: Any = (4, 4), **options: Any) -> Compressed:
+    settings = {"steps": 3, "images": 32, "warmup": 0, **options}
+    return quantize(given, STREAM, bits, method="train", **settings)
+
+
+@torch.no_grad()
+def distance(found: nn.Module, wanted: nn.Module) -> float:
+    """Mean square of the difference of logits over that of the logits, on images not in the stream."""
+    logits = wanted(X)
+    return float((found(X) - logits).square().mean() / logits.square().mean())
+
+
+@pytest.mark.parametrize("method", ["nearest", "train"])
+def test_the_given_model_stays_bitwise(method: str) -> None:
+    given = model().train()
+    before, modes = copy.deepcopy(given.state_dict()), [part.training for part in given.modules()]
+    quantize(given, STREAM, (4, 4), method=method, images=32, **({"steps": 2} if method == "train" else {}))
+    assert list(given.state_dict()) == list(before)
+    assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
+    assert [part.training for part in given.modules()] == modes
+    assert all(p.requires_grad and p.grad is None for p in given.parameters())
+
+
+@pytest.mark.parametrize("method", ["nearest", "train"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_comes_back_takes_what_was_given(method: str, wrapped: bool) -> None:
+    given = model() if wrapped else functional()
+    done = quantize(given, STREAM, 8, method=method, images=32, **({"steps": 1} if method == "train" else {}))
+    for each in (done.model, done.naive):
+        assert isinstance(each, Classifier) == wrapped
+        assert not each.training
+        assert not any(module.training for module in quantized_layers(each).values())
+        assert each(X).shape == (64, 3)
+        assert distance(each, given) < 0.01
+    if wrapped:
+        assert done.model.normalisation == ([0.4], [0.3])
+        assert done.model.input_size == 8
+        assert torch.equal(done.model(images(2, 1, 16, 16)), done.model(done_resized(given, images(2, 1, 16, 16))))
+
+
+def done_resized(given: nn.Module, x: Tensor) -> Tensor:
+    mean, std = 0.4, 0.3
+    return given.network_input(x) * std + mean
+
+
+@pytest.mark.parametrize("low", [0.5, -0.5], ids=["positive scales", "negative scales"])
+def test_the_folded_result_is_the_network_that_was_trained(low: float) -> None:
+    training = Training(model(low), STREAM, (4, 4), images=32, steps=3, warmup=0)
+    network: Any = network_of(training.student)
+    norm = next(iter(batch_norms(network).values()))
+    with torch.no_grad():
+        norm.weight[0] = 0  # a channel that is nothing but its shift
+    training.fit.run()
+    with torch.no_grad():
+        norm.weight[0] = 0
+        wanted = copy.deepcopy(training.student).eval()(X)
+    done = training.result()
+    assert torch.allclose(done.model(X), wanted, atol=1e-5)
+    assert not batch_norms(network_of(done.model))
+    assert not any("hint" in name for name, _ in done.model.named_modules())
+    assert distance(done.model, done.naive) > 0
+
+
+def test_training_comes_nearer_to_the_float_model_than_rounding() -> None:
+    given = model()
+    training = Training(given, STREAM, (2, 4), images=96, steps=60, lr=0.01, warmup=0)
+    losses = [float(training.fit.step(step)["loss"]) for step in range(60)]
+    done = training.result()
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    assert distance(done.model, given) < 0.2 * distance(done.naive, given)
+    agree = [float((each(X).argmax(1) == given(X).argmax(1)).float().mean()) for each in (done.model, done.naive)]
+    assert agree[0] > agree[1]
+    assert math.isfinite(sum(losses))
+
+
+def test_every_weight_and_step_learns_and_no_statistic_does() -> None:
+    training = Training(model(), STREAM, (4, 4), images=32, steps=1, warmup=0)
+    network: Any = network_of(training.student)
+    norms = batch_norms(network)
+    before = copy.deepcopy(network.state_dict())
+    assert len(norms) == 9
+    assert not any(norm.training for norm in norms.values())
+    training.fit.run()
+    for name, norm in norms.items():
+        assert torch.equal(norm.running_mean, before[f"{name}.running_mean"])
+        assert torch.equal(norm.running_var, before[f"{name}.running_var"])
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert not torch.equal(parameter, before[name]) or not parameter.grad.any(), name
+    assert sum(bool(each.scale.grad.any()) for each in activation_quantizers(network).values()) > 8
+    decaying, free = training.fit.optimizer.param_groups
+    scales = {id(p) for name, p in network.named_parameters() if name.endswith("scale")}
+    assert scales <= {id(p) for p in free["params"]}
+    assert free["weight_decay"] == 0 < decaying["weight_decay"]
+
+
+def test_hints_are_what_the_float_networks_units_give() -> None:
+    training = Training(model(), STREAM, (4, 4), images=32, steps=1, hints=0.5)
+    hints = training.fit.hints
+    assert hints is not None
+    assert hints.weight == 0.5
+    assert len(hints.names) == 4  # the stem and three blocks
+    assert Training(model(), STREAM, (4, 4), images=32, steps=1, hints=0.0).fit.hints is None
+
+
+def test_a_synthetic_stream_keeps_its_own_teachers() -> None:
+    stream = SyntheticStream(from_noise(1, 8, 3), batch_size=8, num_batches=8)
+    done = quantize(model(), stream, (4, 4), method="train", images=16, steps=2)
+    assert stream.teachers == []
+    assert done.model(X).isfinite().all()
+
+
+@pytest.mark.parametrize("per_layer", [(8, 8), (3, 5)])
+def test_a_layers_figures_are_those_of_its_own_output(per_layer: tuple[int, int]) -> None:
+    given = model()
+    done = quantize(given, STREAM, per_layer, method="nearest", images=16, overrides={"features.4.*": [2, 6]})
+    names = [name for name, each in given.model.named_modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    assert [line["layer"] for line in done.layers] == names
+    assert {line["layer"]: (line["weight_bits"], line["activation_bits"]) for line in done.layers} == {
+        name: (8, 8) if name in (names[0], names[-1]) else (2, 6) if "features.4" in name else per_layer
+        for name in names
+    }
+    x = (STREAM[0] - 0.4) / 0.3
+    floats, codes = fold(trace(given.model)), network_of(done.model)
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    for network in (floats, codes):
+        for name in names:
+            network.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: outputs[name].append(out))
+        with torch.no_grad():
+            network(x)
+    for line in done.layers:
+        wanted, found = (each.double() for each in outputs[line["layer"]])
+        ratio = float(wanted.square().sum() / (found - wanted).square().sum())
+        assert line["sqnr_db"] == pytest.approx(10 * math.log10(ratio), abs=0.02)
+    if per_layer == (8, 8):
+        assert done.layers[0]["sqnr_db"] > 30
+
+
+def test_eight_bits_are_nearly_the_float_model_and_fewer_are_further() -> None:
+    given = model()
+    far = [distance(quantize(given, STREAM, bits, method="nearest", images=96).model, given) for bits in (8, 4, 2)]
+    assert far[0] < 1e-3
+    assert far == sorted(far)
+    lines = quantize(given, STREAM, 8, method="nearest", images=96).layers
+    assert all(line["sqnr_db"] > 25 for line in lines)
+
+
+def test_bits_may_be_one_number_or_a_pair() -> None:
+    def chosen(bits: Any) -> set[tuple[int, int]]:
+        done = quantize(model(), STREAM, bits, method="nearest", images=16, ends=bits if bits != 5 else (5, 5))
+        return {(line["weight_bits"], line["activation_bits"]) for line in done.layers}
+
+    assert chosen(5) == {(5, 5)}
+    assert chosen([3, 6]) == {(3, 6)}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "round"}, "method='round' is unknown; choose from nearest, reconstruct, train"),
+        ({"bits": 9, "method": "nearest"}, r"bits \[9, 9\] are not allowed"),
+        ({"bits": 1, "method": "train"}, r"bits \[1, 1\] are not allowed"),
+        ({"method": "nearest", "images": 97}, "ended after 96 images where 97 are needed"),
+        ({"method": "train", "images": 97}, "ended after 96 images where 97 are needed"),
+        ({"method": "nearest", "overrides": {"conv9": [4, 4]}}, "the override 'conv9' matches no layer"),
+        ({"method": "train", "ignore": ["conv9"]}, "the ignore pattern 'conv9' matches no layer"),
+        ({"method": "nearest", "steps": 5}, "method='nearest' takes no steps"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        quantize(model(), STREAM, **{"images": 16, **options})
+    assert "\n" not in str(error.value)
+
+
+def test_a_stream_that_cannot_be_begun_again_is_refused() -> None:
+    with pytest.raises(UserError, match="an iterable that can be gone through more than once"):
+        quantize(model(), iter(STREAM), 8, method="train", images=96, steps=1)
+
+
+def test_an_option_that_training_does_not_have_is_an_error() -> None:
+    with pytest.raises(TypeError, match="epochs"):
+        trained(model(), epochs=3)

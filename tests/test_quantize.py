@@ -1,0 +1,439 @@
+"""Learned steps against LSQ written out per value in float64, steps against a search in numpy, and where quantisers
+stand on networks worked out by hand."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks_fixture import functional, images, named
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from dfkd.compress.graph import fold, trace
+from dfkd.compress.quantize import (
+    ActivationQuantizer,
+    QuantizedConv2d,
+    QuantizedLinear,
+    WeightQuantizer,
+    activation_quantizers,
+    best_step,
+    calibrate,
+    insert,
+    layer_bits,
+    learned_step,
+    limits,
+    name_quantizers,
+    prepare,
+    quantized_layers,
+    without_quantizers,
+)
+from dfkd.errors import UserError
+
+RANGES = {"u2": (0, 3), "s2": (-2, 1), "u4": (0, 15), "s4": (-8, 7), "s8": (-128, 127)}
+
+
+def lsq(v: float, s: float, low: int, high: int) -> tuple[float, float, float]:
+    """Esser et al. 2020: value (eq. 1 and 2), its slope in s (eq. 3) and in v (eq. 5), with Q_N = -low, Q_P = high."""
+    if v / s <= low:
+        return low * s, low, 0.0
+    if v / s >= high:
+        return high * s, high, 0.0
+    nearest = math.floor(v / s + 0.5)
+    return nearest * s, -v / s + nearest, 1.0
+
+
+def spread(low: int, high: int, rows: int = 3) -> tuple[Tensor, Tensor]:
+    """Values [R, 40] below, in and above the ranges of steps [R, 1], away from where rounding and clipping switch."""
+    steps = torch.tensor([[0.3], [1.7], [0.011]], dtype=torch.float64)[:rows]
+    integers = torch.linspace(low - 3, high + 3, 40, dtype=torch.float64).round()
+    inner = 0.8 * images(rows, 40, seed=5, dtype=torch.float64) - 0.4
+    return steps * (integers + inner + 0.05), steps
+
+
+@pytest.mark.parametrize(("low", "high"), RANGES.values(), ids=RANGES)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("factor", [1.0, 0.125])
+def test_a_learned_step_is_lsqs(low: int, high: int, rows: int, factor: float) -> None:
+    v, s = spread(low, high, rows)
+    assert (v / s < low).any()
+    assert (v / s > high).any()
+    weight = images(rows, 40, seed=6, dtype=torch.float64) - 0.5
+    v.requires_grad_()
+    s.requires_grad_()
+    out = learned_step(v, s, low, high, factor)
+    (weight * out).sum().backward()
+    assert v.grad is not None
+    assert s.grad is not None
+    for row in range(rows):
+        slope = 0.0
+        for k in range(40):
+            value, in_s, in_v = lsq(v[row, k].item(), s[row, 0].item(), low, high)
+            assert out[row, k].item() == pytest.approx(value, rel=1e-12, abs=1e-15)
+            assert float(v.grad[row, k]) == pytest.approx(float(weight[row, k]) * in_v, rel=1e-12)
+            slope += float(weight[row, k]) * in_s
+        assert float(s.grad[row, 0]) == pytest.approx(factor * slope, rel=1e-9)
+
+
+def test_the_gradients_are_finite_differences_with_the_rounding_error_held() -> None:
+    low, high = -8, 7
+    v, s = spread(low, high, 1)
+    error = (v / s).clamp(low, high).round() - (v / s).clamp(low, high)
+
+    def smooth(v: Tensor, s: Tensor) -> Tensor:
+        return s * ((v / s).clamp(low, high) + error)
+
+    h = 1e-6
+    in_s = (smooth(v, s + h) - smooth(v, s - h)).sum() / (2 * h)
+    in_v = (smooth(v + h, s) - smooth(v - h, s)) / (2 * h)
+    v.requires_grad_()
+    s.requires_grad_()
+    learned_step(v, s, low, high).sum().backward()
+    assert v.grad is not None
+    assert s.grad is not None
+    assert float(s.grad) == pytest.approx(float(in_s), rel=1e-6)
+    assert torch.allclose(v.grad, in_v, atol=1e-6)
+
+
+def test_rounding_happens_in_float32_under_autocast() -> None:
+    v, s = images(4, 4), torch.tensor(0.013)
+    assert learned_step(v.bfloat16(), s, 0, 255).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(learned_step(v, s, 0, 255), learned_step(v, s, 0, 255).float())
+
+
+@pytest.mark.parametrize(
+    ("bits", "signed", "wanted"),
+    [(8, True, (-128, 127)), (8, False, (0, 255)), (2, True, (-2, 1)), (2, False, (0, 3)), (4, True, (-8, 7))],
+)
+def test_limits_are_those_of_the_integer_types(bits: int, signed: bool, wanted: tuple[int, int]) -> None:
+    assert limits(bits, signed) == wanted
+
+
+def searched(values: np.ndarray, bits: int, signed: bool) -> float:
+    """The least mean |error|^2.4 over a fine grid of steps."""
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    top = max(values.max() / high, values.min() / low if signed else 0)
+    grid = top * np.linspace(0.1, 1, 2000)[:, None]
+    return float((np.abs(np.clip(np.rint(values / grid), low, high) * grid - values) ** 2.4).mean(1).min())
+
+
+def loss_of(values: np.ndarray, step: float, bits: int, signed: bool) -> float:
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    return float((np.abs(np.clip(np.rint(values / step), low, high) * step - values) ** 2.4).mean())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_best_step_is_that_of_a_finer_search(bits: int, signed: bool) -> None:
+    rng = np.random.default_rng(bits)
+    rows = np.stack([rng.normal(size=500), 100 * rng.laplace(size=500), 1e-3 * rng.uniform(-1, 2, size=500)])
+    rows = rows if signed else np.maximum(rows, 0)
+    steps = best_step(torch.tensor(rows), bits, signed)
+    assert steps.shape == (3,)
+    for values, step in zip(rows, steps.tolist()):
+        assert loss_of(values, step, bits, signed) <= 1.2 * searched(values, bits, signed)
+
+
+def test_rows_that_one_step_fits_are_kept_exactly() -> None:
+    exact = 0.25 * torch.tensor([[-8.0, -3, 0, 2, 7], [0, 0, 0, 0, 0], [-8, 7, 1, 1, 1]])
+    steps = best_step(exact, 4, signed=True)
+    assert steps.tolist() == [0.25, 1.0, 0.25]
+    assert torch.equal(learned_step(exact, steps[:, None], -8, 7), exact)
+    assert best_step(torch.tensor([[-2.0, -2.0]]), 2, signed=True).tolist() == [1.0]
+
+
+def bits_of(network: nn.Module, bits: tuple[int, int], **options: Any) -> dict[str, tuple[int, int]]:
+    return layer_bits(trace(network), bits, **options)
+
+
+def test_bits_go_to_layers_by_place_and_pattern() -> None:
+    network = named("dfkd:tiny_plain", width=4)
+    names = [f"features.{k}" for k in (0, 3, 7, 10, 14, 17)]
+    inner = dict.fromkeys(names[1:], (4, 3))
+    assert bits_of(network, (4, 3)) == {names[0]: (8, 8), **inner, "linear": (8, 8)}
+    assert bits_of(network, (4, 3), ends=(5, 6)) == {names[0]: (5, 6), **inner, "linear": (5, 6)}
+    last_wins = {"features.*": (2, 5), "features.1?": [3, 6], "features.17": [7]}
+    wanted = {**dict.fromkeys(names[:3], (2, 5)), names[3]: (3, 6), names[4]: (3, 6), names[5]: (7, 7)}
+    assert bits_of(network, (4, 3), overrides=last_wins) == {**wanted, "linear": (8, 8)}
+    turned = dict(reversed(last_wins.items()))
+    assert bits_of(network, (4, 3), overrides=turned)[names[5]] == (2, 5)
+    left = bits_of(network, (4, 3), ignore=["linear", "features.1*"], overrides={"linear": [2, 2]})
+    assert list(left) == names[:3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"overrides": {"layer9.*": [4, 4]}}, r"the override 'layer9.\*' matches no layer; the layers are features.0"),
+        ({"ignore": ["fc"]}, "the ignore pattern 'fc' matches no layer"),
+        ({"overrides": {"linear": [8, 9]}}, r"linear: bits \[8, 9\] are not allowed.* 2 to 8"),
+        ({"overrides": {"linear": [1, 8]}}, r"linear: bits \[1, 8\]"),
+        ({"overrides": {"linear": [4.0, 8]}}, r"linear: bits \[4.0, 8\]"),
+        ({"ends": (16, 16)}, r"features.0: bits \[16, 16\]"),
+    ],
+)
+def test_bits_that_cannot_be_are_refused_by_layer(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        bits_of(named("dfkd:tiny_plain", width=4), (4, 4), **options)
+
+
+def test_a_network_without_layers_is_refused() -> None:
+    with pytest.raises(UserError, match="no convolution or linear layer"):
+        bits_of(nn.Sequential(nn.ReLU()), (4, 4))
+
+
+def inserted(network: nn.Module, bits: tuple[int, int], **options: Any) -> fx.GraphModule:
+    graph = fold(trace(network))
+    return insert(graph, layer_bits(graph, bits, **options), per_channel=True)
+
+
+def standing(graph: fx.GraphModule) -> set[tuple[str, int, tuple[str, ...]]]:
+    """Every quantiser as (the node it quantises, its bits, the nodes it serves)."""
+    found = set()
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and isinstance(graph.get_submodule(str(node.target)), ActivationQuantizer):
+            bits: Any = graph.get_submodule(str(node.target)).bits
+            found.add((node.args[0].name, bits, tuple(user.name for user in node.users)))
+    return found
+
+
+def test_resnet20_in_four_bits_has_its_ends_and_its_stream_in_eight() -> None:
+    wanted = {("images", 8, ("conv1",)), ("pool", 8, ("flatten",)), ("layer3_2_relu2", 8, ("pool",))}
+    entry, adds = "relu", ["add", *(f"add_{k}" for k in range(1, 9))]
+    for stage in (1, 2, 3):
+        for block in (0, 1, 2):
+            name, add = f"layer{stage}_{block}", adds.pop(0)
+            wanted |= {(entry, 4, (f"{name}_conv1",)), (f"{name}_relu1", 4, (f"{name}_conv2",))}
+            wanted.add((f"{name}_conv2", 8, (add,)))
+            padded = stage > 1 and block == 0
+            wanted.add((f"pad{'_1' * (stage - 2)}", 8, (add,)) if padded else (entry, 8, (f"{name}_shortcut",)))
+            entry = f"{name}_relu2"
+    graph = inserted(named("dfkd:resnet20", width=4), (4, 4))
+    assert standing(graph) == wanted
+    assert {layer.quantizer.bits for layer in quantized_layers(graph).values()} == {4, 8}
+    assert graph.meta["bits"]["conv1"] == graph.meta["bits"]["linear"] == (8, 8)
+    assert len(quantized_layers(graph)) == 20
+    assert all(name == f"quantizers.{at}_{bits}" for name, (at, bits) in places(graph).items())
+
+
+def places(graph: fx.GraphModule) -> dict[str, tuple[str, int]]:
+    targets = {node.target: node.args[0].name for node in graph.graph.nodes if "quantizers" in str(node.target)}
+    return {name: (targets[name], each.bits) for name, each in activation_quantizers(graph).items()}
+
+
+def test_in_eight_bits_one_quantiser_serves_a_block_and_its_shortcut() -> None:
+    found = standing(inserted(named("dfkd:resnet20", width=4), (8, 8)))
+    assert ("relu", 8, ("layer1_0_conv1", "layer1_0_shortcut")) in found  # the identity
+    assert len(found) == len({at for at, _, _ in found})
+    # the input, the stem, in each block two tensors and its output, two padded shortcuts, the pooled
+    assert len(found) == 1 + 1 + 9 * 3 + 2 + 1
+
+
+class Two(nn.Module):
+    """conv a -> `between` -> layer b."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor], b: nn.Module) -> None:
+        super().__init__()
+        self.a, self.bn, self.between, self.b = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), between, b
+        self.pool, self.flat, self.drop, self.c = nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self, x))
+
+
+@pytest.mark.parametrize(
+    ("between", "b", "wanted"),
+    [
+        (lambda m, x: F.relu(m.bn(m.a(x))), nn.Conv2d(4, 2, 1), {("relu", 4, ("b",))}),
+        (lambda m, x: m.pool(m.a(x).relu()), nn.Conv2d(4, 2, 1), {("relu", 4, ("pool",))}),
+        (lambda m, x: m.flat(m.pool(m.a(x).relu())), nn.Linear(16, 2), {("relu", 4, ("pool",))}),
+        (lambda m, x: m.drop(m.flat(m.pool(m.a(x)))), nn.Linear(16, 2), {("a", 4, ("pool",))}),
+        (lambda m, x: (y := m.a(x)).view(y.size(0), y.shape[1] * 16), nn.Linear(64, 2), {("a", 4, ("view",))}),
+        (lambda m, x: m.a(x) + x, nn.Conv2d(4, 2, 1), {("x", 8, ("a", "add")), ("a", 8, ("add",)), ("add", 4, ("b",))}),
+        (
+            lambda m, x: torch.add(m.a(x), m.a.bias.view(1, 4, 1, 1)).relu(),
+            nn.Conv2d(4, 2, 1),
+            {("a", 8, ("add",)), ("relu", 4, ("b",))},
+        ),
+        (
+            lambda m, x: torch.cat([y := m.pool(m.a(x)), m.c(y)], 1),
+            nn.Conv2d(8, 2, 1),
+            {("pool", 8, ("cat",)), ("pool", 4, ("c",)), ("c", 8, ("cat",)), ("cat", 4, ("b",))},
+        ),
+        (
+            lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1).flatten(1),
+            nn.Linear(4, 2),
+            {("a", 8, ("adaptive_avg_pool2d",)), ("adaptive_avg_pool2d", 4, ("flatten",))},
+        ),
+        (lambda m, x: m.a(x).mean((2, 3)), nn.Linear(4, 2), {("a", 8, ("mean",)), ("mean", 4, ("b",))}),
+    ],
+)
+def test_quantisers_stand_where_a_tensor_meets_a_layer_or_another(
+    between: Any, b: nn.Module, wanted: set[tuple[str, int, tuple[str, ...]]]
+) -> None:
+    graph = inserted(Two(between, b).eval(), (4, 4), ends=(4, 8), overrides={"b": [4, 4]})
+    found = standing(graph)
+    wanted = wanted if ("x", 8, ("a", "add")) in wanted else wanted | {("x", 8, ("a",))}
+    get_attr = {each for each in found if each[0].endswith(("bias", "view"))}  # a constant may be rounded too
+    assert found - get_attr == wanted
+    calibrate(graph, [images(4, 1, 4, 4)])
+    assert graph(images(4, 1, 4, 4)).isfinite().all()
+
+
+def test_layers_left_float_ask_for_no_quantiser() -> None:
+    network = named("dfkd:tiny_plain", width=4)
+    graph = inserted(network, (4, 4), ignore=["features.3", "linear"])
+    assert type(graph.features.get_submodule("3")) is nn.Conv2d
+    assert type(graph.linear) is nn.Linear
+    assert isinstance(graph.features.get_submodule("0"), QuantizedConv2d)
+    users = {user for _, _, served in standing(graph) for user in served}
+    assert users == {"features_0", "features_6", "features_10", "features_13", "features_17", "pool"}
+
+
+def test_quantisers_are_named_anew_where_the_tensors_makers_change() -> None:
+    graph = trace(named("dfkd:resnet20", width=4))
+    x = images(2, 1, 12, 12)
+    insert(graph, layer_bits(graph, (4, 4)), per_channel=False)
+    assert "quantizers.layer1_0_bn2_8" in activation_quantizers(graph)
+    calibrate(graph, [x])
+    fold(graph)
+    out = graph(x)
+    name_quantizers(graph)
+    assert torch.equal(graph(x), out)
+    other = inserted(named("dfkd:resnet20", width=4), (4, 4))
+    assert set(activation_quantizers(graph)) == set(activation_quantizers(other))
+    assert standing(graph) == standing(other)
+
+
+def calibrated(network: nn.Module, x: Tensor, **options: Any) -> fx.GraphModule:
+    settings = {"folded": True, "per_channel": True, **options}
+    return prepare(network, (4, 4), [x[:8], x[8:]], **settings)
+
+
+def test_calibration_finds_sign_and_step_of_every_tensor() -> None:
+    x = images(16, 1, 8, 8) - 0.3
+    graph = calibrated(functional(), x)
+    inputs: dict[str, list[np.ndarray]] = {}
+    handles = [
+        each.register_forward_pre_hook(lambda _, given, name=name: inputs.setdefault(name, []).append(given[0].numpy()))
+        for name, each in activation_quantizers(graph).items()
+    ]
+    with torch.no_grad(), without_quantizers(graph):
+        graph(x)
+    for handle in handles:
+        handle.remove()
+    assert len(inputs) == len(activation_quantizers(graph)) == 6
+    signs = set()
+    for name, each in activation_quantizers(graph).items():
+        values = np.concatenate([part.ravel() for part in inputs[name]]).astype(np.float64)
+        assert each.signed == bool(values.min() < 0)
+        assert loss_of(values, each.scale.item(), each.bits, each.signed) <= 1.05 * searched(
+            values, each.bits, each.signed
+        )
+        signs.add(each.signed)
+    assert signs == {True, False}
+
+
+def test_calibration_on_a_sample_meets_every_column_of_a_map() -> None:
+    quantizer = nn.Sequential(ActivationQuantizer(4))
+    x = torch.zeros(256, 1, 16, 16)
+    # every sixteenth value is zero, and the rest has a long tail
+    x[..., 1:] = -images(256, 1, 16, 15).clamp_min(1e-6).log()
+    calibrate(quantizer, [x], sample=4096)
+    whole = nn.Sequential(ActivationQuantizer(4))
+    calibrate(whole, [x])
+    assert quantizer[0].scale.item() == pytest.approx(whole[0].scale.item(), rel=0.25)
+    assert whole[0].scale.item() < 0.65 * float(x.max()) / 15
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_cannot_be_calibrated_on(bad: float) -> None:
+    x = images(4, 1, 8, 8)
+    x[2, 0, 3, 3] = bad
+    with pytest.raises(UserError, match=r"^quantizers.*: no finite value to calibrate on"):
+        calibrated(functional(), torch.cat([x, x, x]))
+    with pytest.raises(UserError, match="no finite value"):
+        calibrate(nn.Sequential(ActivationQuantizer(4)), [])
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_layers_compute_with_as_many_levels_as_bits_allow(per_channel: bool) -> None:
+    graph = calibrated(functional(), images(16, 1, 8, 8), per_channel=per_channel, overrides={"conv2": [2, 4]})
+    seen = {}
+    for name, layer in quantized_layers(graph).items():
+        scale = layer.quantizer.scale.detach().double()
+        codes = layer.quantizer.codes(layer.weight)
+        assert codes.dtype == torch.int8
+        assert len(scale) == (len(layer.weight) if per_channel else 1)
+        grid = codes.double() * scale.view(-1, *[1] * (codes.dim() - 1))
+        assert (layer.weight.double() - grid).abs().div(scale.view(-1, *[1] * (codes.dim() - 1))).median() <= 0.5
+        seen[name] = len(codes.unique())
+        x = images(2, layer.weight.shape[1], *[5] * (codes.dim() - 2), dtype=torch.float64)
+        if isinstance(layer, QuantizedLinear):
+            wanted = x @ grid.T + layer.bias.double()
+        else:
+            wanted = F.conv2d(x, grid, layer.bias.double(), padding=1)
+        assert torch.allclose(layer(x.float()).double(), wanted, atol=1e-5)
+    assert seen["conv2"] <= 4 < seen["conv3"] <= 16 < seen["head"]
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_weights_step_learns_at_lsqs_rate(per_channel: bool) -> None:
+    weight = images(3, 2, 2, 2, dtype=torch.float64) - 0.5
+    quantizer = WeightQuantizer(weight, 4, per_channel)
+    quantizer.scale.data *= 0.97  # the largest weight then lies beyond the limit, not on it
+    quantizer(weight).sum().backward()
+    rows = weight.view(3, -1) if per_channel else weight.view(1, -1)
+    assert quantizer.scale.grad is not None
+    for row, step, grad in zip(rows, quantizer.scale.tolist(), quantizer.scale.grad.tolist()):
+        slope = sum(lsq(v, step, -8, 7)[1] for v in row.tolist())
+        assert grad == pytest.approx(slope / math.sqrt(len(row) * 7), rel=1e-6)
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_tensors_step_learns_at_a_rate_free_of_the_batch_size(signed: bool) -> None:
+    x = 2 * images(5, 3, 4, 4, dtype=torch.float64) - (1 if signed else 0)
+    low, high = (-8, 7) if signed else (0, 15)
+
+    def gradient(x: Tensor) -> float:
+        quantizer = ActivationQuantizer(4, signed)
+        quantizer.scale.data = torch.tensor(0.071, dtype=torch.float64)
+        quantizer(x).flatten(1).sum(1).mean().backward()
+        assert quantizer.scale.grad is not None
+        return float(quantizer.scale.grad)
+
+    slope = sum(lsq(v, 0.071, low, high)[1] for v in x.flatten().tolist()) / 5
+    assert gradient(x) == pytest.approx(slope / math.sqrt(48 * high), rel=1e-9)
+    assert gradient(x.repeat(4, 1, 1, 1)) == pytest.approx(gradient(x), rel=1e-9)
+
+
+def test_a_share_of_values_stays_unquantised_where_asked() -> None:
+    quantizer, x = ActivationQuantizer(2), images(64, 64)
+    quantizer.scale.data.fill_(0.31)
+    assert torch.equal(quantizer(x), learned_step(x, torch.tensor(0.31), 0, 3))
+    quantizer.keep = 0.25
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        share = float((quantizer(x) == x).float().mean())
+    assert share == pytest.approx(0.25, abs=0.03)
+
+
+def test_a_network_kept_unfolded_folds_to_the_same_with_positive_scales() -> None:
+    x = images(16, 1, 8, 8)
+    graph = calibrated(functional(), x, folded=False, per_channel=False)
+    with torch.no_grad():
+        graph.norm1.weight[0] = 0
+        graph.norm2.weight[1] *= -1  # as training may
+        out = graph(x)
+        codes = {name: layer.quantizer.codes(layer.weight) for name, layer in quantized_layers(graph).items()}
+        fold(graph)
+        assert torch.allclose(graph(x), out, atol=1e-5)
+    for name, layer in quantized_layers(graph).items():
+        kept = layer.weight.detach().flatten(1).any(1)
+        assert torch.equal(layer.quantizer.codes(layer.weight)[kept], codes[name][kept])
+    assert not bool(graph.conv1.weight[0].any())
+    assert len(graph.conv1.quantizer.scale) == 4
+    assert len(graph.head.quantizer.scale) == 1
