@@ -173,19 +173,18 @@ def _split_sums(graph: fx.GraphModule) -> None:
             user.replace_input_with(end, last)
 
 
-def _store(graph: fx.GraphModule, exact: bool) -> dict[str, Any]:
-    """Replace every quantiser by its ONNX form, in place; bits by layer and whether all runs on integers."""
+def _store(graph: fx.GraphModule) -> dict[str, list[int]]:
+    """Replace every quantiser by its ONNX form, in place; returns the bits of weights and input by layer."""
     layers = quantized_layers(graph)
     calls = {str(node.target): node for node in graph.graph.nodes if node.op == "call_module"}
     quantizers = activation_quantizers(graph)
     inputs = {name: quantizers.get(str(getattr(calls[name].args[0], "target", ""))) for name in layers}
     bits = {name: [layer.quantizer.bits, getattr(inputs[name], "bits", 32)] for name, layer in layers.items()}
-    integer = not exact or all(pair == [8, 8] for pair in bits.values())
     for name, layer in layers.items():
         codes, scale = layer.quantizer.codes(layer.weight), layer.quantizer.scale.detach()
         given = inputs[name]
         layer.stored_bias = None
-        if integer and given is not None and layer.bias is not None:
+        if given is not None and layer.bias is not None:
             bias, step = layer.bias.detach(), given.scale.detach()
             if len(scale) > 1:  # the bias counts in steps of input times weights: where these are zero, any will do
                 idle = (codes.flatten(1) == 0).all(1) & (bias != 0)
@@ -198,7 +197,7 @@ def _store(graph: fx.GraphModule, exact: bool) -> dict[str, Any]:
     for name, quantizer in quantizers.items():
         graph.set_submodule(name, _Codes(quantizer))
     graph.recompile()
-    return {"bits": bits, "kernels": "integer" if integer else "float"}
+    return bits
 
 
 def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
@@ -229,22 +228,20 @@ def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
             node.input[0] = f"{name}.wide"
 
 
-def export_onnx(
-    model: nn.Module, example: Tensor, path: str | Path, *, opset: int | None = None, exact: bool = True
-) -> Path:
+def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, opset: int | None = None) -> Path:
     """Write a float or quantised model as one ONNX file: images [B, C, H, W] in [0, 1] for any B -> logits [B, K].
 
     A Classifier's normalisation is in the file, its resize is not: H and W are its input_size where it has one, else
-    the example's. Where all layers have 8 bits they run on ONNX Runtime's integer kernels, with biases rounded to its
-    int32; with fewer bits anywhere they do so only without `exact`, else in float, as torch computes them.
-    The file's metadata names the image size, bits by layer and kernels. opset is by default the lowest that serves.
+    the example's. Quantised layers run on ONNX Runtime's 8-bit integer kernels whatever their bits: fewer are clipped
+    codes, exact where the biases lie on int32's grid (see dfkd.compress.quantize.round_biases).
+    The file's metadata names the image size, and the bits by layer. opset is by default the lowest that serves.
     Raises UserError where a package is missing, an operator does not export or the opset lacks a type.
     """
     onnx = package("onnx")
     package("onnxscript")
     model = copy.deepcopy(model).cpu().float().eval()
     network: Any = network_of(model)
-    about: dict[str, Any] = {"bits": {}, "kernels": "float"}
+    about: dict[str, Any] = {"bits": {}}
     if layers := quantized_layers(network):
         if not isinstance(network, fx.GraphModule):
             raise UserError(
@@ -254,7 +251,7 @@ def export_onnx(
             fold(network)
         _surround(network)
         _split_sums(network)
-        about = _store(network, exact)
+        about = {"bits": _store(network)}
     needed = max([OPSETS[stored_type(weight_bits)] for weight_bits, _ in about["bits"].values()], default=OPSET)
     if opset is not None and opset < needed:
         raise UserError(f"opset {opset} is too low for this model; give {needed} or more, or leave it out")

@@ -111,7 +111,6 @@ def verify(
         "threads": threads,
         "device": f"cpu (ONNX Runtime {runtime.__version__})",
         "nodes": nodes,
-        "simulated": low and about["kernels"] == "float",
     }
     sessions = {"": session}
     if float_path is not None:
@@ -122,6 +121,11 @@ def verify(
         result |= {f"{which}{name}": value for which, value in _latencies(sessions, shown, repeats).items()}
     integer = nodes["integer_convolutions"] + nodes["integer_linear"]
     total = integer + nodes["float_convolutions"] + nodes["float_linear"]
-    few = "; fewer bits than 8 are computed in float: small storage, no speed" if result["simulated"] else ""
+    result["simulated"] = low and integer < total
+    few = (
+        "; fewer bits than 8 save storage" + (", and where they run in float no time" if integer < total else "")
+        if low
+        else ""
+    )
     result["note"] = f"{integer} of {total} convolutions and linear layers run on 8-bit integer kernels{few}"
     return result

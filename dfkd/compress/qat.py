@@ -21,7 +21,7 @@ from dfkd.compress.graph import (
     watch,
     with_network,
 )
-from dfkd.compress.quantize import Bits, activation_quantizers, name_quantizers, prepare, quantized_layers
+from dfkd.compress.quantize import Bits, activation_quantizers, name_quantizers, prepare, quantized_layers, round_biases
 from dfkd.compress.reconstruct import reconstruct
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
@@ -160,6 +160,7 @@ def as_teacher(model: nn.Module, network: nn.Module) -> Teacher:
 def result(model: nn.Module, quantized: nn.Module, naive: nn.Module, inputs: Sequence[Tensor]) -> Compressed:
     """What quantize hands back: figures per layer, and what a file needs."""
     network: Any = network_of(quantized)
+    round_biases(network)
     signal = signal_to_noise(fold(trace(network_of(model))), network, inputs[0])
     bits: dict[str, Bits] = network.meta["bits"]
     layers = [

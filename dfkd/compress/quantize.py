@@ -279,6 +279,25 @@ def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -
         quantizer.scale.data = best_step(values[None], quantizer.bits, quantizer.signed)[0]
 
 
+@torch.no_grad()
+def round_biases(graph: fx.GraphModule) -> None:
+    """Round the biases of quantised layers to whole steps of input times weights, in place: an integer kernel holds
+    them so (int32), and a file then computes what the network here does. A filter of zeros keeps its bias."""
+    for node in graph.graph.nodes:
+        if not is_layer(graph, node, *QUANTIZED):
+            continue
+        layer: Any = graph.get_submodule(str(node.target))
+        source = node.args[0]
+        while kind(graph, source) in CARRIERS:
+            source = source.args[0]
+        if layer.bias is not None and is_layer(graph, source, ActivationQuantizer):
+            unit = (graph.get_submodule(str(source.target)).scale * layer.quantizer.scale).double()
+            whole = (layer.bias / unit).round()
+            idle = (layer.quantizer.codes(layer.weight).flatten(1) == 0).all(1)
+            held = (whole.abs() < 2**31) & ~idle
+            layer.bias.copy_(torch.where(held, whole * unit, layer.bias.double()))
+
+
 @contextmanager
 def without_quantizers(graph: nn.Module) -> Iterator[None]:
     """Let tensors pass unquantised in its scope."""
