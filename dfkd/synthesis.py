@@ -21,7 +21,7 @@ from generators import ImageGenerator
 # Larger than torch's 1e-8: the first steps divide each gradient by its own size, and one that is rounding noise would
 # become a full step in a random direction, different on one process and on two.
 ADAM_EPS = 1e-6
-TEACHER_LOSSES = ("ce", "bn", "adversary", "one_hot", "activation", "information")
+TEACHER_LOSSES = ("ce", "bn", "adversary", "one_hot", "activation", "information", "likeness")
 LOSSES = (*TEACHER_LOSSES, "diversity", "tv", "l2")
 
 
@@ -195,6 +195,9 @@ class Synthesizer:
         with ExitStack() as stack:
             statistics = stack.enter_context(teacher.tap()) if "bn" in wanted else None
             features = stack.enter_context(teacher.tap_features()) if "activation" in wanted else None
+            likeness: list[Tensor] = []
+            if "likeness" in wanted:
+                likeness = stack.enter_context(teacher.tap_maps(lambda maps: L.likeness(maps, mixed.labels)))
             with self.autocast():
                 logits = teacher(leaf)
         terms = {}
@@ -206,6 +209,8 @@ class Synthesizer:
             terms["bn"] = distance / self.bn_start.get(teacher.name, 1.0)
         if answer is not None:
             terms["adversary"] = -L.masked_divergence(answer, logits, self.adversary_loss)
+        if likeness:
+            terms["likeness"] = torch.stack(likeness).mean()
         if "one_hot" in wanted:
             terms["one_hot"] = L.one_hot(logits)
         if features is not None:

@@ -1,6 +1,6 @@
 """Frozen teachers with their own normalisation and input size, a scoped tap on their batch norms, and the zoo."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,8 @@ from dfkd.collectives import all_reduce_mean, batch_moments, global_moments
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.runtime import full_precision, rng
+
+MAP_LAYERS = 6  # neighbouring layers say much the same, and a deep teacher should not cost more than a shallow one
 
 
 @dataclass
@@ -36,6 +38,13 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
     }
+
+
+def map_layers(model: nn.Module) -> list[nn.Module]:
+    """Up to MAP_LAYERS layers spread evenly over the depth: batch norms, or convolutions where there is none."""
+    layers = list(batch_norms(model).values()) or [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    count = min(MAP_LAYERS, len(layers))
+    return [layers[(2 * k + 1) * len(layers) // (2 * count)] for k in range(count)]
 
 
 class Teacher(Classifier):
@@ -77,6 +86,22 @@ class Teacher(Classifier):
             norm.register_forward_pre_hook(lambda module, inputs, name=name: collect(name, module, inputs[0]))
             for name, norm in batch_norms(self.model).items()
         ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def tap_maps(self, look: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+        """Collect look(maps) of the forwards in its scope, maps [B, C, ...] being the inputs of map_layers."""
+        seen: list[Tensor] = []
+
+        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if inputs[0].dim() > 2:
+                seen.append(look(inputs[0]))
+
+        handles = [module.register_forward_pre_hook(collect) for module in map_layers(self.model)]
         try:
             yield seen
         finally:

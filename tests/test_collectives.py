@@ -102,7 +102,7 @@ def training(shard: Shard, accelerator: Any) -> dict[str, Any]:
     torch.manual_seed(2)
     generator = ConvGenerator(latent=4, classes=3, channels=1, size=8, width=4)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-    weights = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 0.1, "tv": 0.1, "information": 0.5}
+    weights = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 0.1, "tv": 0.1, "information": 0.5, "likeness": 0.5}
     synthesizer = Synthesizer(
         generator,
         zoo(),

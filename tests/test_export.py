@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import with_network
-from dfkd.compress.quantize import QUANTIZED, prepare, quantized_layers
+from dfkd.compress.quantize import QUANTIZED, prepare, quantized_layers, round_biases
 from dfkd.errors import UserError
 from dfkd.export import export_onnx, stored_type
 from dfkd.teachers import Teacher
@@ -42,7 +42,9 @@ def of_every_width() -> nn.Sequential:
 def quantised(network: nn.Module, bits: tuple[int, int], per_channel: bool = True, **options: Any) -> Classifier:
     model = Classifier(network, mean=[0.4], std=[0.3]).eval()
     batches = [model.network_input(images())]
-    return with_network(model, prepare(network, bits, batches, folded=True, per_channel=per_channel, **options))
+    graph = prepare(network, bits, batches, folded=True, per_channel=per_channel, **options)
+    round_biases(graph)
+    return with_network(model, graph)
 
 
 def run(path: Path, shown: Tensor) -> Tensor:
@@ -82,7 +84,7 @@ def test_every_number_of_bits_is_computed_as_in_torch(tmp_path: Path, per_channe
     about = json.loads(onnx.load(str(path)).metadata_props[0].value)
     assert about["bits"]["0"] == [8, 2]
     assert about["input"] == ["batch", 1, 8, 8]
-    assert verify(path, model, images(3), repeats=1)["simulated"] is True
+    assert verify(path, model, images(3), repeats=1)["nodes"]["integer_convolutions"] >= 5
 
 
 def test_eight_bits_run_on_integers(tmp_path: Path, make_teacher: MakeTeacher) -> None:
@@ -127,13 +129,19 @@ def test_eight_bits_run_on_integers(tmp_path: Path, make_teacher: MakeTeacher) -
     assert wrong["relative_error"] > 0.1
 
 
-def test_few_bits_run_on_integers_where_exactness_is_not_asked_for(tmp_path: Path) -> None:
+def test_few_bits_run_on_integers_and_agree(tmp_path: Path) -> None:
     model = quantised(of_every_width(), (4, 4))
-    result = verify(export_onnx(model, images(2), tmp_path / "m.onnx", exact=False), model, images(), repeats=1)
+    result = verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)
     assert result["nodes"]["integer_convolutions"] == 7
     assert result["nodes"]["float_convolutions"] == 0
     assert result["simulated"] is False
-    assert result["relative_error"] < 0.2
+    assert result["agreement"] == 100
+    assert result["relative_error"] < 0.02
+
+
+def test_few_bits_that_run_in_float_are_called_simulated(tmp_path: Path) -> None:
+    model = quantised(of_every_width(), (4, 4), ignore=["0", "1.*"], ends=(4, 4))
+    assert verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)["simulated"] is True
 
 
 def test_a_channel_without_weights_keeps_its_bias(tmp_path: Path) -> None:

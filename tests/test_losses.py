@@ -205,6 +205,52 @@ def test_mode_seeking_pushes_equal_images_of_one_class_apart() -> None:
     close(L.mode_seeking(same, draw(2, 4, seed=1), torch.tensor([1, 1])), 100)
 
 
+def pearson(x: list[float], y: list[float]) -> float:
+    """Cosine of two vectors."""
+    return sum(a * b for a, b in zip(x, y)) / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+def test_likeness_goes_over_pairs_of_one_class(batch: int) -> None:
+    maps = draw(batch, 2, 3, 4)
+    names = torch.tensor([1, 1, 0, 2, 2, 2, 2])[:batch]  # the second pair is of two classes
+    rows = []
+    for image in maps.tolist():
+        planes = [[x for row in plane for x in row] for plane in image]
+        rows.append([x - sum(plane) / len(plane) for plane in planes for x in plane])
+    wanted = [pearson(rows[k], rows[k + 1]) ** 2 for k in (0, 4)]
+    assert min(wanted) > 1e-4
+    close(L.likeness(maps, names), sum(wanted) / 3, rel=1e-4)
+
+
+def test_likeness_takes_no_notice_of_colour_and_contrast() -> None:
+    image = draw(1, 3, 4, 4)
+    tinted = 0.3 * image + torch.tensor([0.5, -1.0, 2.0]).view(1, 3, 1, 1)
+    names = torch.tensor([1, 1])
+    for other in (image, tinted, -image):
+        close(L.likeness(torch.cat([image, other]), names), 1.0, rel=1e-3)
+    shifted = torch.cat([image, image.roll(1, 3)])
+    assert float(L.likeness(shifted, names)) < 0.5
+
+
+def test_likeness_of_flat_maps_is_zero_and_has_a_finite_gradient() -> None:
+    maps = torch.full((2, 3, 4, 4), 0.7).requires_grad_()
+    value = L.likeness(maps, torch.tensor([1, 1]))
+    value.backward()
+    close(value.detach(), 0.0)
+    assert maps.grad is not None
+    assert maps.grad.abs().max() < 1
+
+
+def test_likeness_pushes_structures_of_one_class_apart() -> None:
+    base = draw(1, 2, 4, 4)
+    maps = (base + 0.1 * draw(2, 2, 4, 4, seed=1)).requires_grad_()
+    before = L.likeness(maps, torch.tensor([1, 1]))
+    before.backward()
+    assert maps.grad is not None
+    assert L.likeness(maps.detach() - maps.grad, torch.tensor([1, 1])) < before
+
+
 def test_one_hot_is_minus_the_log_of_the_largest_probability() -> None:
     logits = draw(BATCH, CLASSES, scale=2)
     close(L.one_hot(logits), sum(-math.log(max(softmax(row))) for row in logits.tolist()) / BATCH)
@@ -235,6 +281,7 @@ GRADIENTS = {
     "bn_l2": lambda x, y: L.bn_l2([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
     "bn_kl": lambda x, y: L.bn_kl([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
     "mode_seeking": lambda x, y: L.mode_seeking(x.view(BATCH, 1, 1, CLASSES), y, torch.zeros(BATCH)),
+    "likeness": lambda x, y: L.likeness(x.view(2, 1, -1, CLASSES), torch.zeros(2)),
     "total_variation": lambda x, y: L.total_variation(x.view(1, 1, BATCH, CLASSES)),
     "hints": lambda x, y: L.hints([x, x.square()], [y, y.exp()]),
     "one_hot": lambda x, y: L.one_hot(x),

@@ -114,7 +114,7 @@ def test_the_folded_result_is_the_network_that_was_trained(low: float) -> None:
         norm.weight[0] = 0
         wanted = copy.deepcopy(training.student).eval()(X)
     done = training.result()
-    assert torch.allclose(done.model(X), wanted, atol=1e-5)
+    assert torch.allclose(done.model(X), wanted, atol=1e-3)  # biases rounded to whole int32 steps
     assert not batch_norms(network_of(done.model))
     assert not any("hint" in name for name, _ in done.model.named_modules())
     assert distance(done.model, done.naive) > 0

@@ -17,7 +17,7 @@ from dfkd.errors import UserError
 from dfkd.mixing import make_mix
 from dfkd.runtime import Shard
 from dfkd.synthesis import LOSSES, Synthesizer, draw_labels, draw_latents, redraw_steps
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, map_layers
 from generators import ConvGenerator
 
 MakeTeacher = Callable[..., Teacher]
@@ -26,6 +26,7 @@ BATCH = 8
 CPU = torch.device("cpu")
 MIXMIX = {"ce": 1.0, "bn": 0.5}
 IMAGE = {"diversity": 0.3, "tv": 0.7, "l2": 0.2}
+LIKENESS = {"likeness": 0.9}
 DAFL = {"one_hot": 0.6, "activation": 0.4, "information": 0.8}
 
 
@@ -94,6 +95,29 @@ def bn_distance(norms: list[tuple[Tensor, ...]], kind: str) -> Tensor:
     )
 
 
+def inputs_of(teacher: Teacher, images: Tensor) -> list[Tensor]:
+    """The inputs of the layers that are looked at, float64."""
+    network, maps = copy.deepcopy(teacher.model).double(), []
+    if teacher.input_size:
+        images = F.interpolate(images, size=(teacher.input_size,) * 2, mode="bilinear", antialias=True)
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, x, y: maps.append(x[0]))
+    network((images - teacher.mean.double()) / teacher.std.double())
+    chosen = {id(layer) for layer in map_layers(network)}
+    return [each for norm, each in zip(norms, maps) if id(norm) in chosen]
+
+
+def alike(maps: Tensor, labels: Tensor) -> Tensor:
+    """Mean over pairs of neighbours of the squared cosine of their maps, each channel centred."""
+    rows = [(image - image.mean((1, 2), keepdim=True)).flatten() for image in maps]
+    each = [
+        (labels[k] == labels[k + 1]) * F.cosine_similarity(rows[k], rows[k + 1], dim=0) ** 2
+        for k in range(0, len(rows), 2)
+    ]
+    return torch.stack(each).mean()
+
+
 def naive(
     generator: ConvGenerator,
     asked: list[Teacher],
@@ -125,6 +149,7 @@ def naive(
         p = logits.softmax(1)
         each["ce"].append(-(targets * logits.log_softmax(1)).sum(1).mean())
         each["bn"].append(bn_distance(norms, kind) / (start[teacher.name] if start else 1))
+        each["likeness"].append(torch.stack([alike(maps, labels) for maps in inputs_of(teacher, mixed)]).mean())
         each["one_hot"].append(-p.max(1).values.log().mean())
         each["activation"].append(-features.abs().mean())
         each["information"].append((p.mean(0) * p.mean(0).log()).sum())
@@ -167,8 +192,9 @@ CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "without mixing": (MIXMIX, {}),
     "kl": ({"bn": 1.0}, {"bn_distance": "kl"}),
     "image prior and diversity": (MIXMIX | IMAGE, {"mix": make_mix("resize")}),
+    "likeness": (MIXMIX | LIKENESS, {"mix": make_mix("resize")}),
     "DAFL": (DAFL, {}),
-    "everything": (MIXMIX | IMAGE | DAFL | {"adversary": 2.0}, {"mix": make_mix("resize"), "warmup": 0.0}),
+    "everything": (MIXMIX | IMAGE | LIKENESS | DAFL | {"adversary": 2.0}, {"mix": make_mix("resize"), "warmup": 0.0}),
 }
 
 
@@ -281,6 +307,7 @@ COMPUTED_BY = {
     "ce": "mixed_ce",
     "adversary": "masked_divergence",
     "diversity": "mode_seeking",
+    "likeness": "likeness",
     "tv": "total_variation",
     "l2": "pixel_l2",
     "one_hot": "one_hot",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.runtime import eval_mode, frozen
-from dfkd.teachers import Teacher, batch_norms, check_teacher, load_zoo, sample_teachers, zoo_logits
+from dfkd.teachers import Teacher, batch_norms, check_teacher, load_zoo, map_layers, sample_teachers, zoo_logits
 
 MakeTeacher = Callable[..., Teacher]
 
@@ -102,6 +102,21 @@ def test_features_are_what_the_last_linear_layer_reads(make_teacher: MakeTeacher
         logits = teacher(images())
     weight, bias = teacher.model.linear.weight, teacher.model.linear.bias
     assert torch.allclose(features[0] @ weight.T + bias, logits, atol=1e-6)
+
+
+def test_maps_are_the_inputs_of_layers_spread_over_the_depth(make_teacher: MakeTeacher) -> None:
+    deep = nn.Sequential(*[nn.BatchNorm2d(3) for _ in range(20)], nn.Flatten(), nn.Linear(48, 2))
+    assert [list(deep).index(layer) for layer in map_layers(deep)] == [1, 5, 8, 11, 15, 18]
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten())
+    assert map_layers(plain) == [plain[0], plain[2]]
+    assert map_layers(nn.Sequential(nn.Linear(2, 2))) == []
+    teacher = make_teacher()
+    with teacher.tap() as statistics, teacher.tap_maps(lambda maps: maps.mean((0, 2, 3))) as means:
+        teacher(images())
+    assert hooks(teacher) == 0
+    assert len(means) == len(map_layers(teacher.model))
+    seen = [mean for mean, _ in statistics.batch]
+    assert all(any(torch.allclose(m, s, atol=1e-6) for s in seen if s.shape == m.shape) for m in means)
 
 
 def test_gradient_reaches_images_and_no_weight(make_teacher: MakeTeacher) -> None:
