@@ -182,6 +182,9 @@ def _store(graph: fx.GraphModule) -> dict[str, list[int]]:
     bits = {name: [layer.quantizer.bits, getattr(inputs[name], "bits", 32)] for name, layer in layers.items()}
     for name, layer in layers.items():
         codes, scale = layer.quantizer.codes(layer.weight), layer.quantizer.scale.detach()
+        # In all 8 bits, whatever they were: the bias then counts in finer steps. Below 5 bits the file widens them.
+        wide = 2 ** (8 - layer.quantizer.bits)
+        codes, scale = (codes * wide if stored_type(layer.quantizer.bits) == "INT8" else codes), scale / wide
         given = inputs[name]
         layer.stored_bias = None
         if given is not None and layer.bias is not None:
@@ -203,7 +206,7 @@ def _store(graph: fx.GraphModule) -> dict[str, list[int]]:
 def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
     """Store the weights of few bits in their own type, in place, and write out zero points.
 
-    A Cast widens the weights: ONNX Runtime does that once, when it loads the file, and then finds the INT8 that its
+    They are widened to 8 bits: ONNX Runtime does that once, when it loads the file, and then finds the INT8 that its
     convolutions want. QGemm wants a zero point, and the precision mode (see _session) one that no other layer shares.
     """
     onnx = package("onnx")
@@ -224,8 +227,17 @@ def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
             values = onnx.numpy_helper.to_array(codes)
             dtype = helper.tensor_dtype_to_np_dtype(types.DataType.Value(own))
             codes.CopyFrom(onnx.numpy_helper.from_array(values.astype(dtype), name))
-            proto.graph.node.insert(0, helper.make_node("Cast", [name], [f"{name}.wide"], to=types.INT8))
+            wide = 8 - bits[name.removeprefix(prefix).removesuffix(".quantizer.codes")][0]
+            factor = helper.make_tensor(f"{name}.factor", types.INT32, [], [2**wide])
+            proto.graph.initializer.append(factor)
             node.input[0] = f"{name}.wide"
+            widen = [
+                helper.make_node("Cast", [name], [f"{name}.int32"], to=types.INT32),
+                helper.make_node("Mul", [f"{name}.int32", factor.name], [f"{name}.product"]),
+                helper.make_node("Cast", [f"{name}.product"], [f"{name}.wide"], to=types.INT8),
+            ]
+            for step in reversed(widen):
+                proto.graph.node.insert(0, step)
 
 
 def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, opset: int | None = None) -> Path:

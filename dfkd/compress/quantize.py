@@ -281,8 +281,9 @@ def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -
 
 @torch.no_grad()
 def round_biases(graph: fx.GraphModule) -> None:
-    """Round the biases of quantised layers to whole steps of input times weights, in place: an integer kernel holds
-    them so (int32), and a file then computes what the network here does. A filter of zeros keeps its bias."""
+    """Round the biases of quantised layers to whole steps of input times weights (in 8 bits, see dfkd.export), in
+    place: an integer kernel holds them so (int32), and a file then computes what the network here does. A filter of
+    zeros keeps its bias."""
     for node in graph.graph.nodes:
         if not is_layer(graph, node, *QUANTIZED):
             continue
@@ -291,7 +292,8 @@ def round_biases(graph: fx.GraphModule) -> None:
         while kind(graph, source) in CARRIERS:
             source = source.args[0]
         if layer.bias is not None and is_layer(graph, source, ActivationQuantizer):
-            unit = (graph.get_submodule(str(source.target)).scale * layer.quantizer.scale).double()
+            step: Tensor = graph.get_submodule(str(source.target)).scale  # type: ignore[assignment]
+            unit = (step * layer.quantizer.scale).double() / 2 ** (8 - layer.quantizer.bits)
             whole = (layer.bias / unit).round()
             idle = (layer.quantizer.codes(layer.weight).flatten(1) == 0).all(1)
             held = (whole.abs() < 2**31) & ~idle
