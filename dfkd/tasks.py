@@ -188,6 +188,8 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         ends=(keys.ends[0], keys.ends[-1]),
         overrides=keys.overrides,
         ignore=keys.ignore,
+        warm_start=keys.warm_start,
+        seed=parts.recipe.seed,
         steps=keys.steps,
         lr=keys.lr,
         weight_decay=keys.weight_decay,

@@ -123,7 +123,7 @@ def test_the_folded_result_is_the_network_that_was_trained(low: float, monkeypat
 
 def test_training_comes_nearer_to_the_float_model_than_rounding() -> None:
     given = model()
-    training = Training(given, STREAM, (2, 4), images=96, steps=60, lr=0.01, warmup=0)
+    training = Training(given, STREAM, (2, 4), images=96, warm_start=0, steps=60, lr=0.01, warmup=0)
     losses = [float(training.fit.step(step)["loss"]) for step in range(60)]
     done = training.result()
     assert sum(losses[-10:]) < 0.4 * sum(losses[:10])

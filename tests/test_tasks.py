@@ -22,7 +22,7 @@ SHORT = (
     "prune.images=64",
     "export.images=64",
 )
-SHORT += ("ptq.steps=4", "qat.batch_size=16", "prune.batch_size=16")
+SHORT += ("ptq.steps=4", "qat.batch_size=16", "qat.warm_start=2", "prune.batch_size=16")
 FIGURES = {"before", "naive", "after", "interval", "intervals", "n", "source", "input", "cost", "agreement", "layers"}
 
 
@@ -100,7 +100,7 @@ def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> N
 
 def test_a_run_killed_while_it_trains_with_few_bits_goes_on_exactly(runs: Runs) -> None:
     chosen = ("tasks=[generator,ptq,qat]", "qat.steps=60", "export.input=none", *SHORT[:5], "ptq.steps=2")
-    chosen += ("qat.batch_size=16",)
+    chosen += ("qat.batch_size=16", "qat.warm_start=2")
     assert runs.run("whole", *chosen).code == 0
     log, folder = runs.folder / "killed.log", runs.folder / "killed"
     job = start(runs.arguments("killed", *chosen), log)
@@ -119,7 +119,7 @@ def test_a_run_killed_while_it_trains_with_few_bits_goes_on_exactly(runs: Runs) 
 
 
 def test_two_processes_train_with_few_bits_as_one(runs: Runs) -> None:
-    chosen = ("tasks=[generator,qat]", "export.input=none", "qat.steps=8", "qat.images=32")
+    chosen = ("tasks=[generator,qat]", "export.input=none", "qat.steps=8", "qat.images=32", "qat.warm_start=2")
     assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
     given = ("tasks=[qat]", f"generator.checkpoint={runs.folder / 'made' / 'generator'}", *chosen[1:])
     log = runs.folder / "two.log"

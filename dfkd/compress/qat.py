@@ -83,8 +83,9 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
 class Training:
     """Quantisation-aware training (LSQ) of a model against itself in float.
 
-    calibration gives the images for the first ranges (default: the stream), the same on every process. `fit` trains;
-    `result` then folds the batch norms, which exactly turns the one step per layer into one per channel.
+    calibration gives the images for the first ranges (default: the stream), the same on every process; warm_start
+    updates per block of reconstruction on them come before the training, 0 starts from rounding to nearest. `fit`
+    trains; `result` then folds the batch norms, which exactly turns the one step per layer into one per channel.
     """
 
     def __init__(
@@ -98,12 +99,14 @@ class Training:
         ends: Bits = (8, 8),
         overrides: Mapping[str, Sequence[int]] | None = None,
         ignore: Sequence[str] = (),
+        warm_start: int = 150,
         steps: int = 1000,
         lr: float = 1e-3,
         weight_decay: float = 1e-4,
         warmup: int = 50,
         temperature: float = 3.0,
         hints: float = 1.0,
+        seed: int = 0,
         accelerator: Any = None,
     ) -> None:
         self.given = model
@@ -113,6 +116,9 @@ class Training:
         settings: dict[str, Any] = {"ends": ends, "overrides": overrides, "ignore": ignore}
         network = prepare(reference, bits, self.inputs, folded=False, per_channel=False, **settings)
         self.naive = prepare(network_of(model), bits, self.inputs, folded=True, per_channel=False, **settings)
+        if warm_start:  # at 2 bits the network rounded to nearest guesses, and training alone hardly leaves that
+            first = torch.cat(self.inputs)
+            reconstruct(network, first, steps=warm_start, batch_size=min(32, len(first)), seed=seed)
         self.student = with_network(model, network)
         batches = copy.copy(stream) if isinstance(stream, SyntheticStream) else Batches(stream)
         batches.teachers = [as_teacher(model, reference)]
