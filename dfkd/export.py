@@ -46,6 +46,12 @@ def package(name: str) -> Any:
         raise UserError("ONNX export needs onnx, onnxscript and onnxruntime: pip install 'dfkd[export]'") from None
 
 
+def require_onnx() -> None:
+    """UserError where a package that export and verification need is missing."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        package(name)
+
+
 def stored_type(bits: int) -> str:
     """The ONNX type of weights in so many bits."""
     return "INT8" if bits > 4 else "INT4" if bits > 2 else "INT2"
@@ -207,7 +213,7 @@ def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
     """Store the weights of few bits in their own type, in place, and write out zero points.
 
     They are widened to 8 bits: ONNX Runtime does that once, when it loads the file, and then finds the INT8 that its
-    convolutions want. QGemm wants a zero point, and the precision mode (see _session) one that no other layer shares.
+    convolutions want. QGemm wants a zero point, and ONNX Runtime's precision mode one that no other layer shares.
     """
     onnx = package("onnx")
     helper, types = onnx.helper, onnx.TensorProto

@@ -44,7 +44,16 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds no run (no config.yaml) and is not removed; choose another output=...")
     weights = [recipe.student.weights, *(spec.weights for spec in recipe.teachers.values())]
-    needed = [recipe.generator.checkpoint, recipe.data.root, recipe.data.train_root, recipe.training.cache, *weights]
+    given = [recipe.distill.input, *(getattr(recipe, task).input for task in ("qat", "ptq", "prune", "udfc"))]
+    folders = [name for name in given if name and name not in ("main", "student", *recipe.tasks)]
+    needed = [
+        *folders,
+        recipe.generator.checkpoint,
+        recipe.data.root,
+        recipe.data.train_root,
+        recipe.training.cache,
+        *weights,
+    ]
     for path in filter(None, needed):
         if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
             raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")

@@ -51,11 +51,12 @@ class Metrics:
         values = torch.stack([value.float() for value in terms.values()])
         mean_over_processes([values])
         figures = dict(zip(terms, values.tolist()))
+        rates = "synthesis.lr, distill.lr" if phase in ("generator", "student") else f"{phase}.lr"
         broken = [name for name, value in figures.items() if not math.isfinite(value)]
         if broken:
             raise UserError(
                 f"{phase} step {step}: the term {broken[0]!r} is {figures[broken[0]]}; the checkpoint before is kept: "
-                "lower a learning rate (synthesis.lr, distill.lr) or that term's weight, or try runtime.precision=fp32"
+                f"lower a learning rate ({rates}) or that term's weight, or try runtime.precision=fp32"
             )
         self.write(phase, step, figures)
         return figures

@@ -410,6 +410,14 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield f"tasks={_show(tasks)} is not allowed: the generator comes first, tasks=[generator, distill, ...]"
     if not recipe.synthesis.steps and not checkpoint:
         yield "synthesis.steps=0 leaves the generator untrained; set it above 0, or give generator.checkpoint"
+    for task in ("qat", "ptq"):
+        keys = getattr(recipe, task)
+        for name, pair in {
+            "ends": keys.ends,
+            **{f"overrides.{key}": pair for key, pair in keys.overrides.items()},
+        }.items():
+            if len(pair) not in (1, 2):
+                yield f"{task}.{name}={pair} is not allowed; it takes [weights, input], or [both]"
     weights = recipe.synthesis.losses
     if not (recipe.generator.conditional or checkpoint) and weights.ce + weights.diversity > 0:
         yield (

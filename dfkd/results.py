@@ -17,7 +17,7 @@ from dfkd.data import opened
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.report import write_report
 from dfkd.runtime import Shard
-from dfkd.tasks import TASKS, held_out, task_results
+from dfkd.tasks import TASKS, export, held_out, task_input, task_results
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import look
 
@@ -57,6 +57,9 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
     spent["total"] = sum(spent.values())
     results["seconds"] = {name: round(value, 1) for name, value in spent.items()}
     if shard.rank == 0:
+        if results["student"] and recipe.export.input == "student":
+            teacher, student = (task_input(parts, name)[0] for name in ("main", "student"))
+            results["student"]["export"] = export(parts, folder / "student", teacher, student)
         write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
         write_report(folder)
 
@@ -121,6 +124,18 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
             "the images of a class hardly differ (the generator ignores its latents): raise synthesis.losses.diversity "
             "or synthesis.redraw"
         )
+    for name, task in results["tasks"].items():
+        agree = (task.get("export") or {}).get("agreement")
+        if agree is not None and agree < 99.5:
+            notes.append(
+                f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"
+            )
+        if task["before"] is not None and task["after"] < task["before"] - 10:
+            notes.append(
+                f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
+            )
+        if any(entry["split"] == "test" for entry in task.get("opened", [])):
+            notes.append(f"{name}.source=real used the test images themselves: set data.train_root for a fair control")
     student = results["student"]
     if student and student["agreement"]["percent"] < 80:
         notes.append(

@@ -41,8 +41,8 @@ def plans(recipe: Recipe) -> list[Plan]:
         if task in TASKS:
             if live:
                 raise UserError(
-                    f"task {task} streams from a generator: put generator or distill before it in tasks, or give "
-                    "generator.checkpoint"
+                    f"task {task} needs a generator (if only to measure agreement): put generator or distill before "
+                    "it, or give generator.checkpoint"
                 )
             phases.append(Plan(task, 0, 0, getattr(settings(recipe, task), "steps", 0) if task != "ptq" else 0))
         elif task == "generator":
@@ -104,7 +104,14 @@ def dry_run(loaded: Loaded) -> None:
     if parts.student is not None:
         say(f"  student: {recipe.student.model}, {assemble.parameters(parts.student):,} parameters")
     for phase in phases:
-        say(f"  task {phase.name}: {phase.synthesis} generator updates, {phase.students} student updates")
+        if phase.name in TASKS:
+            keys = settings(recipe, phase.name)
+            text = ", ".join(
+                f"{key} {value}" for key, value in dataclasses.asdict(keys).items() if value not in ([], {}, None)
+            )
+            say(f"  task {phase.name}: {text}")
+        else:
+            say(f"  task {phase.name}: {phase.synthesis} generator updates, {phase.students} student updates")
     say(f"  estimated memory: {estimated_memory(recipe, parts) / 2**30:.2f} GiB per process")
     say("nothing was trained (--dry-run)")
     shut_down(accelerator)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 Dataset = Literal["digits", "mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "imagefolder", "none"]
 Task = Literal["generator", "distill", "qat", "ptq", "prune", "udfc"]
 Source = Literal["generator", "noise", "real"]
-INPUT = "what is compressed: main (the main teacher), student, the name of an earlier task, or a folder of a model"
+INPUT = "what is compressed: main (zoo.main, else the first teacher), student, an earlier task, or a folder of a model"
 SOURCE = "images: generator, or as a control noise or real (training images where there are some)"
 
 
@@ -203,7 +203,7 @@ class Prune:
     input: str = key("main", INPUT)
     source: Source = key("generator", SOURCE)
     kind: Literal["channels", "weights"] = key("channels", "channels: a smaller network (L1); weights: zeros (global)")
-    ratio: float = key(0.5, "share of the channels of each layer, or of all weights, that goes", 0, 0.99)
+    ratio: float = key(0.5, "share of the channels of each layer, or of all weights, that goes", 0.01, 0.99)
     repair: Literal["least_squares", "batch_norm", "none"] = key(
         "least_squares", "least_squares: He et al. 2017; batch_norm: paired re-estimation"
     )
@@ -211,10 +211,11 @@ class Prune:
         None, "channels: true leaves residual streams whole; false insists on them; null: whatever can go"
     )
     ignore: list[str] = key([], "name patterns of layers that are not pruned")
-    images: int = key(1024, "images for the repair", 2)
+    images: int = key(1024, "images for the repair", 16)
     steps: int = key(0, "updates of fine-tuning by distillation from the model before; 0: none", 0)
     batch_size: int = key(128, "images per process and update of fine-tuning", 2)
-    lr: float = key(0.01, "peak learning rate of fine-tuning", 0)
+    lr: float = key(1e-3, "peak learning rate of fine-tuning (SGD, momentum 0.9, cosine)", 0)
+    temperature: float = key(3.0, "temperature of KL to the model before, in fine-tuning", 0.1)
 
 
 @dataclass
@@ -226,9 +227,9 @@ class Udfc:
         "rectified", "udfc: the paper's; rectified: regression of rectified units"
     )
     ratio: float = key(0.2, "share of the channels that goes; 0: none", 0, 0.99)
-    bits: int | None = key(None, "bits of the weights; null: they stay float", 2, 8)
+    bits: int | None = key(None, "bits of the weights' grid (they are stored as float); null: no rounding", 2, 8)
     alpha1: float = key(0.01, "udfc: weight of the shift", 0)
-    alpha2: float = key(0.008, "udfc: ridge", 0)
+    alpha2: float = key(0.008, "udfc: ridge", 1e-6)
     ignore: list[str] = key([], "name patterns of layers that are left alone")
 
 

@@ -1,5 +1,6 @@
 """The compression tasks of a run: from an input model and the stream to a smaller model, its files and its figures."""
 
+import copy
 import dataclasses
 import json
 import time
@@ -27,7 +28,7 @@ from dfkd.compress.result import Compressed
 from dfkd.data import opened
 from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
-from dfkd.export import export_onnx, package
+from dfkd.export import export_onnx, require_onnx
 from dfkd.models.checkpoints import read_description
 from dfkd.runtime import Shard
 from dfkd.schema import Recipe
@@ -44,27 +45,66 @@ DONE = "task.json"  # written last: with it a task is finished
 
 
 def check_tasks(recipe: Recipe) -> None:
-    """Raise UserError where a task's input is no earlier task and no folder, or a package for it is missing."""
+    """Raise UserError where a task's input is no earlier task and no folder, its keys will not do, or a package or the
+    images for it are missing."""
     earlier: list[str] = ["main"]
     for task in recipe.tasks:
         name = recipe.distill.input if task == "distill" else settings(recipe, task).input if task in TASKS else None
-        folder = input_folder(recipe, name) if name is not None else None
-        if name is not None and name not in earlier and not (folder and folder.is_dir() and name not in recipe.tasks):
+        if name is not None and name not in earlier and not _is_folder(recipe, name):
             raise UserError(
                 f"{task}.input={name} is no earlier task and no folder of a model; before {task} there are "
                 f"{', '.join(earlier)}"
             )
-        earlier += [task] + (["student"] if task == "distill" else [])
-        if task == "prune" and recipe.prune.kind == "channels" and not recipe.prune.inner_only:
-            dependency_graph()
-        if task in TASKS and recipe.export.input in ("tasks", task):
-            for needed in ("onnx", "onnxscript", "onnxruntime"):
-                package(needed)
-    if recipe.export.input not in ("tasks", "none", *earlier[1:]):
-        raise UserError(
-            f"export.input={recipe.export.input} is no task of this run; choose tasks, none, or one of "
-            f"{', '.join(earlier[1:])}"
-        )
+        earlier += {"generator": [], "distill": ["distill", "student"]}.get(task, [task])
+        if task in TASKS:
+            _check_task(recipe, task)
+    files = ["tasks", "none", *(name for name in earlier if name not in ("main", "distill"))]
+    if recipe.export.input not in files:
+        raise UserError(f"export.input={recipe.export.input} is no task of this run; choose from {', '.join(files)}")
+    if recipe.export.input == "student":
+        require_onnx()
+    if "distill" in recipe.tasks and recipe.distill.input is not None:
+        if recipe.tasks[0] == "distill" and recipe.generator.checkpoint is None:
+            raise UserError(
+                "distill.input needs a generator that is there before: tasks=[generator, ..., distill], or "
+                "generator.checkpoint"
+            )
+        source(recipe, "distill", recipe.distill.input)
+
+
+def _is_folder(recipe: Recipe, name: str) -> bool:
+    """Whether a name is a folder that this run does not make itself."""
+    made = name in recipe.tasks or (name == "student" and ("distill" in recipe.tasks or recipe.overwrite))
+    folder = None if made else input_folder(recipe, name)
+    return folder is not None and folder.is_dir()
+
+
+def _check_task(recipe: Recipe, task: str) -> None:
+    keys = settings(recipe, task)
+    if task == "prune" and keys.kind == "channels" and not keys.inner_only:
+        dependency_graph()
+    if task == "udfc" and not keys.ratio and keys.bits is None:
+        raise UserError("udfc.ratio=0 and udfc.bits=null leave nothing to do; set one of them")
+    if getattr(keys, "source", None) == "real" and recipe.data.dataset == "none":
+        raise UserError(f"{task}.source=real needs real images: set data.dataset, or {task}.source=noise")
+    if recipe.export.input in ("tasks", task):
+        require_onnx()
+
+
+def source(recipe: Recipe, task: str, name: str) -> str:
+    """Where the layers of a task's input come from: `main`, `student` (fresh of student.model) or a folder; what a task
+    makes has the layers of what it was given. Raises UserError where the input is quantised by then."""
+    given = name
+    while name in recipe.tasks or name == "student":
+        if name in ("qat", "ptq"):
+            raise UserError(f"{task}.input={given} is quantised by then; {QUANTISED}")
+        if name in TASKS:
+            name = settings(recipe, name).input
+        elif "distill" in recipe.tasks and recipe.distill.input is not None:
+            name = recipe.distill.input
+        else:
+            return "student"
+    return name
 
 
 def check_layers(parts: Parts) -> None:
@@ -73,18 +113,13 @@ def check_layers(parts: Parts) -> None:
     recipe = parts.recipe
     for task in (task for task in recipe.tasks if task in TASKS):
         keys = settings(recipe, task)
-        name = keys.input
-        while name in recipe.tasks:  # what a task makes has the layers of what it was given
-            if name in ("qat", "ptq"):
-                raise UserError(f"{task}.input={keys.input} is quantised by then; {QUANTISED}")
-            name = (recipe.distill.input or "student") if name == "distill" else settings(recipe, name).input
-        fresh = name == "student" and parts.student is not None
-        network = network_of(parts.student if fresh and parts.student is not None else task_input(parts, name)[0])
-        graph = trace(network)
+        name = source(recipe, task, keys.input)
+        fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
+        graph = trace(network_of(task_input(parts, name)[0] if fresh is None else fresh))
         if task in ("qat", "ptq"):
             ends = (keys.ends[0], keys.ends[-1])
             layer_bits(graph, (keys.weights, keys.activations), ends, keys.overrides, keys.ignore)
-        for pattern in keys.ignore:
+        for pattern in keys.ignore if task in ("prune", "udfc") else ():
             matching(layer_names(graph), pattern, f"{task}.ignore")
 
 
@@ -97,7 +132,10 @@ def input_folder(recipe: Recipe, name: str) -> Path | None:
     """Where an input is on the disk; None for the main teacher, which may not be."""
     if name == "main":
         return None
-    return Path(recipe.folder) / name if name == "student" or name in recipe.tasks else Path(name)
+    made = {"distill": "student", "student": "student", **{task: task for task in TASKS}}
+    if name == "student" or name in recipe.tasks:
+        return Path(recipe.folder) / made[name]
+    return Path(name)
 
 
 def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
@@ -139,7 +177,7 @@ def calibration(parts: Parts, source: Source) -> SyntheticStream:
 
 
 def training_stream(
-    parts: Parts, source: Source, teacher: Teacher, batch_size: int, replay: int = 0
+    parts: Parts, source: Source, teacher: Teacher | None, batch_size: int, replay: int = 0
 ) -> SyntheticStream:
     """Images for training, this process's share of them, with the logits of a teacher."""
     return SyntheticStream(
@@ -181,7 +219,7 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
     keys = parts.recipe.qat
     training = Training(
         model,
-        training_stream(parts, source, as_teacher(model, model.model), keys.batch_size, keys.replay),
+        training_stream(parts, source, None, keys.batch_size, keys.replay),  # Training gives it its teacher
         (keys.weights, keys.activations),
         calibration=calibration(parts, source),
         images=keys.images,
@@ -215,15 +253,17 @@ def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Com
     )
     if keys.steps:
         hold_zeros(pruned.model.requires_grad_(True))
-        stream = training_stream(parts, source, as_teacher(model, model.model), keys.batch_size)
+        teacher = as_teacher(model, copy.deepcopy(model.model))
+        stream = training_stream(parts, source, teacher, keys.batch_size)
         train(
             Fit(
                 pruned.model,
                 stream,
                 steps=keys.steps,
                 lr=keys.lr,
-                temperature=parts.recipe.distill.temperature,
+                temperature=keys.temperature,
                 hold_norms=True,
+                clip=5.0,
                 accelerator=parts.accelerator,
             )
         )
@@ -267,7 +307,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
 
     Every process computes the same; the main one writes.
     """
-    begun = time.perf_counter()
+    begun, opened_before = time.perf_counter(), len(opened())
     keys = settings(parts.recipe, task)
     model, about = task_input(parts, keys.input)
     name = getattr(keys, "source", "none")
@@ -281,10 +321,11 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         "source": "no data" if name == "none" else name,
         **compare(parts, model, done),
         "layers": done.layers,
-        "opened": [entry for entry in opened() if entry["purpose"] == "control"] if name == "real" else [],
+        "opened": opened()[opened_before:],
     }
     if parts.shard.rank == 0:
-        description = {**about, "structure": structure, "compressed_by": {task: dataclasses.asdict(keys)}}
+        history = {**about.get("compressed_by", {}), task: dataclasses.asdict(keys)}
+        description = {**about, "structure": structure, "compressed_by": history}
         save_compressed(folder, done.model, description)
         if parts.recipe.export.input in ("tasks", task):
             figures["export"] = export(parts, folder, model, done.model)
@@ -335,7 +376,7 @@ def export(parts: Parts, folder: Path, before: nn.Module, after: nn.Module) -> d
     """Write the files to deploy beside the model, with the float model they are compared with, and verify them."""
     keys, recipe = parts.recipe.export, parts.recipe
     example = torch.rand(2, recipe.image.channels, recipe.image.size, recipe.image.size)
-    after, before = after.cpu(), before.cpu()
+    after, before = (copy.deepcopy(model).cpu() for model in (after, before))  # .cpu() would move the zoo's own
     path = export_onnx(after, example, folder / "model.onnx")
     if not keys.verify:
         return {"file": path.name, "bytes": path.stat().st_size}

@@ -187,14 +187,14 @@ def test_udfc_on_a_rounded_and_pruned_layer_is_the_formula_by_hand() -> None:
     layer, norm, last = network[3], network[4], network[6]
     sigma = (norm.running_var + norm.eps).sqrt().double()
     a, near = norm.weight / sigma, rounded(layer.weight.double(), 2).flatten(1)
-    b = norm.bias - a * norm.running_mean
+    b = norm.bias + a * (layer.bias - norm.running_mean)
     exact, near = a[:, None] * layer.weight.double().flatten(1), a[:, None] * near
     s = ((near * exact).sum(1) + 0.01 * b**2) / (near.square().sum(1) + 0.01 * b**2 + 0.008)
     keep = layer.weight.flatten(1).abs().sum(1).argsort()[2:].sort().values
     gone = torch.tensor([k for k in range(5) if k not in keep])
     torch.testing.assert_close(found[4].weight, (s * norm.weight)[keep].float())
     torch.testing.assert_close(found[4].bias, (s * norm.bias)[keep].float())
-    v, shift = (s[:, None] * near)[keep], (s * norm.bias - s * a * norm.running_mean)[keep]
+    v, shift = (s[:, None] * near)[keep], (s * b)[keep]
     gram = v @ v.T + 0.01 * shift.outer(shift) + 0.008 * torch.eye(3).double()
     mix = torch.linalg.inv(gram) @ (v @ exact[gone].T + 0.01 * shift.outer(b[gone]))
     weight = last.weight.double()

@@ -17,7 +17,7 @@ from dfkd.compress.quantize import activation_quantizers, quantized_layers
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
 from dfkd.stream import SyntheticStream, from_noise
-from dfkd.teachers import batch_norms
+from dfkd.teachers import Teacher, batch_norms
 
 
 def smooth(count: int, seed: int) -> Tensor:
@@ -259,3 +259,20 @@ def test_biases_are_whole_steps_of_input_times_weights_in_eight_bits() -> None:
         unit = (source.scale * layer.quantizer.scale).detach().double() / 2 ** (8 - layer.quantizer.bits)
         units = layer.bias.detach().double() / unit
         assert (units - units.round()).abs().max() < 1e-2 * max(1.0, float(units.abs().max()) * 1e-4)
+
+
+def test_a_frozen_teacher_is_trained_too_and_what_was_pruned_stays_so() -> None:
+    network = network_of(model(0.5))
+    with torch.no_grad():
+        first = next(module for module in network.modules() if isinstance(module, nn.Conv2d) and module.in_channels > 1)
+        first.weight[first.weight.abs() < first.weight.abs().median()] = 0
+    name = next(name for name, module in network.named_modules() if module is first)
+    given = Teacher(network)
+    training = Training(given, STREAM, (4, 4), images=32, warm_start=3, steps=5, lr=0.01)
+    student: Any = network_of(training.student)
+    before = {key: value.detach().clone() for key, value in student.named_parameters()}
+    training.fit.run()
+    moved = {key for key, value in student.named_parameters() if not torch.equal(value, before[key])}
+    assert {key for key in moved if key.endswith("weight")} == {key for key in before if key.endswith("weight")}
+    assert ((student.get_submodule(name).weight == 0) >= (first.weight == 0)).all()
+    assert not any(parameter.requires_grad for parameter in given.parameters())

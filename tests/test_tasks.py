@@ -132,7 +132,12 @@ def test_two_processes_train_with_few_bits_as_one(runs: Runs) -> None:
 
 
 REFUSED = [
-    (("tasks=[ptq]",), "task ptq streams from a generator"),
+    (("tasks=[generator,ptq]", "ptq.ends=[8,4,2]"), "ptq.ends=[8, 4, 2] is not allowed; it takes [weights, input]"),
+    (("tasks=[generator,qat]", "qat.input=generator"), "qat.input=generator is no earlier task"),
+    (("tasks=[generator,distill,qat]", "distill.input=ptq"), "distill.input=ptq is no earlier task"),
+    (("tasks=[generator,udfc]", "udfc.ratio=0"), "udfc.ratio=0 and udfc.bits=null leave nothing to do"),
+    (("tasks=[distill]", "distill.input=main"), "distill.input needs a generator that is there before"),
+    (("tasks=[ptq]",), "task ptq needs a generator"),
     (("tasks=[generator,qat,prune]", "qat.input=prune"), "qat.input=prune is no earlier task and no folder"),
     (("tasks=[generator,ptq,qat]", "qat.input=ptq"), "qat.input=ptq is quantised by then"),
     (("tasks=[generator,ptq]", "ptq.overrides={'stem.*': [8, 8]}"), "'stem.*' matches no layer"),

@@ -149,7 +149,7 @@ def _compress(
         chain, norm_name = plan.chains.get(name), plan.norms.get(name)
         layer: Any = work.get_submodule(name)
         exact, count, noise = layer.weight.double().clone(), len(layer.weight), None
-        before = affine(work.get_submodule(str(chain.norm))) if chain else None
+        before = _affine(layer, work.get_submodule(str(chain.norm))) if chain else None
         if bits:
             layer.weight.copy_(rounded(exact, bits))
             noise = sqnr_db(exact, layer.weight.double())
@@ -211,10 +211,16 @@ def combination(
     return torch.linalg.solve(gram, kept @ gone.T + alpha1 * kept_shift.outer(gone_shift))
 
 
+def _affine(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in float64, the bias of the layer before it counted in."""
+    scale, shift = (x.double() for x in affine(norm))
+    return scale, shift if layer.bias is None else shift + scale * layer.bias.double()
+
+
 def _scale_norm(layer: Any, norm: Any, exact: Tensor, alphas: tuple[float, float]) -> None:
     """UDFC's own factor, into the batch norm's output instead of the next layer: that one stays on its grid, and a
     factor that is not negative passes the ReLU. exact [O, ...] are the weights before rounding."""
-    scale, shift = (x.double() for x in affine(norm))
+    scale, shift = _affine(layer, norm)
     exact, near = (scale[:, None] * w.double().flatten(1) for w in (exact, layer.weight))
     if norm.weight is not None:  # else there is no factor to change
         factor = own_scale(exact, near, shift, *alphas).clamp_min(0)
@@ -230,9 +236,7 @@ def _combine(
     first: Any = work.get_submodule(chain.first)
     second: Any = work.get_submodule(chain.second)
     gone = torch.ones(len(exact), device=keep.device).index_fill(0, keep, 0).nonzero().flatten()
-    (old_scale, old_shift), (scale, shift) = (
-        [x.double() for x in pair] for pair in (before, affine(work.get_submodule(str(chain.norm))))
-    )
+    (old_scale, old_shift), (scale, shift) = before, _affine(first, work.get_submodule(str(chain.norm)))
     kept = (scale[:, None] * first.weight.double().flatten(1))[keep]
     lost = (old_scale[:, None] * exact.flatten(1))[gone]
     s = combination(kept, shift[keep], lost, old_shift[gone], *alphas)

@@ -16,7 +16,7 @@ from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, hints
 from dfkd.runtime import Shard, rng
 from dfkd.stream import SyntheticStream
-from dfkd.teachers import Teacher, batch_norms
+from dfkd.teachers import Teacher
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -57,6 +57,7 @@ class Batches:
             images = next(self.iterator, None)
         if images is None:
             raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
+        images = images.to(self.teachers[0].mean.device)
         return images, self.teachers[0](images)
 
 
@@ -93,13 +94,13 @@ class Fit:
         loss: str = "kl",
         temperature: float = 20.0,
         hold_norms: bool = False,
+        clip: float = 0.0,
         hints: Hints | None = None,
         accelerator: Accelerator | None = None,
     ) -> None:
-        self.student, self.stream, self.steps, self.hints = student.train(), stream, steps, hints
-        if hold_norms:  # their statistics are the teacher's; a synthetic batch's would spoil them
-            for norm in batch_norms(student).values():
-                norm.eval()
+        # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
+        self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
+        self.clip = clip
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.lr, self.warmup, self.temperature = lr, warmup, temperature
         if loss not in STUDENT_LOSSES:
@@ -126,6 +127,8 @@ class Fit:
             loss = loss + wanted.weight * hints(*([seen[name] for name in wanted.names] for seen in (ours, theirs)))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
         self.optimizer.step()
         agree = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
         return {"loss": loss.detach(), "agreement": agree}

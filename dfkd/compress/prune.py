@@ -68,7 +68,7 @@ def prune(
     network = copy.deepcopy(network_of(model)).eval()
     prunable = _prunable(network, ignore)
     with torch.no_grad():
-        batch = torch.cat(list(images_of(stream, images)))
+        batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters()).device)
         inputs = with_network(model, nn.Identity())(batch)  # as the network itself gets them
     cut, supports = Cut(), None
     if kind == "channels":
@@ -136,6 +136,10 @@ def _mask(network: nn.Module, supports: Mapping[str, Tensor]) -> None:
 def _channel_cut(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str], inner_only: bool | None) -> Cut:
     """What goes: a uniform share of every group of channels whose removal the network provably takes."""
     groups = None if inner_only else _coupled(network, probe, ratio, prunable)
+    if groups is None and inner_only is False:
+        raise UserError(
+            f"torch-pruning cannot read {type(network).__name__}; pass inner_only=None or True to take inner channels"
+        )
     if groups is None:
         groups = [_inner(network, chain, ratio) for chain in chains(trace(network)) if chain.first in prunable]
     whole = _merged(groups)

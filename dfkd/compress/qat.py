@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Batches, Fit, Hints
+from dfkd.compress.fit import Batches, Fit, Hints, hold_zeros
 from dfkd.compress.graph import (
     fold,
     images_of,
@@ -77,7 +77,8 @@ def quantize(
 @torch.no_grad()
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream, in batches."""
-    return [network_input(model, full_precision(batch)) for batch in images_of(stream, images)]
+    device = next(model.parameters()).device
+    return [network_input(model, full_precision(batch.to(device))) for batch in images_of(stream, images)]
 
 
 class Training:
@@ -115,7 +116,9 @@ class Training:
         self.names = mark(reference)
         settings: dict[str, Any] = {"ends": ends, "overrides": overrides, "ignore": ignore}
         network = prepare(reference, bits, self.inputs, folded=False, per_channel=False, **settings)
-        self.naive = prepare(network_of(model), bits, self.inputs, folded=True, per_channel=False, **settings)
+        self.naive = prepare(network_of(model), bits, self.inputs, folded=True, per_channel=True, **settings)
+        # A teacher's network comes frozen; what was pruned stays so, also through a rounding that is learned.
+        hold_zeros(network.requires_grad_(True))
         if warm_start:  # at 2 bits the network rounded to nearest guesses, and training alone hardly leaves that
             first = torch.cat(self.inputs)
             reconstruct(network, first, steps=warm_start, batch_size=min(32, len(first)), seed=seed)
@@ -131,6 +134,7 @@ class Training:
             warmup=warmup,
             temperature=temperature,
             hold_norms=True,
+            clip=5.0,
             hints=Hints(network, reference, self.names, hints) if hints else None,
             accelerator=accelerator,
         )
@@ -150,6 +154,9 @@ class Training:
         for name in self.names:
             remove_call(network, name)
         name_quantizers(fold(network.eval()))
+        for name, value in network.state_dict().items():
+            if not torch.isfinite(value).all():
+                raise UserError(f"{name} is NaN or infinite after training with few bits; lower lr, or raise the bits")
         # In a wrapper of its own: Accelerate has changed the forward of the one that was trained.
         trained, naive = (with_network(self.given, each) for each in (network, self.naive))
         return result(self.given, trained, naive, self.inputs)

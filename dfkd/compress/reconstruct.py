@@ -48,7 +48,9 @@ class SoftRounding(nn.Module):
         """Give the layer's quantiser the learned steps and the layer weights on their grid: up where h > 1/2."""
         step = self.step * self.factor
         layer.quantizer.scale.copy_(step.view(-1))
-        layer.weight.copy_((self.floor + (self.alpha > 0)).clamp(self.low, self.high) * step)
+        pruned = layer.weight == 0  # what is zero stays zero
+        rounded = (self.floor + (self.alpha > 0)).clamp(self.low, self.high) * step
+        layer.weight.copy_(torch.where(pruned, 0.0, rounded))
 
 
 def undecided(h: Tensor, beta: float) -> Tensor:
