@@ -26,7 +26,7 @@ QAT = {f"W{w}A{a} QAT": ("qat", {"weights": w, "activations": a}) for w, a in ((
 WEIGHTS = {f"{100 * r:.0f} % weights": ("prune", {"kind": "weights", "ratio": r}) for r in (0.5, 0.8)}
 CHANNELS = {f"{100 * r:.0f} % channels": ("prune", {"kind": "channels", "ratio": r}) for r in (0.2, 0.5)}
 CLOSED = {
-    f"{100 * r:.0f} % channels, {method}": ("udfc", {"ratio": r, "method": method})
+    f"{100 * r:.0f} % channels by {method}": ("udfc", {"ratio": r, "method": method})
     for r in (0.2, 0.5)
     for method in ("udfc", "rectified")
 }
