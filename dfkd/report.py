@@ -143,12 +143,23 @@ def _task_rows(tasks: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _further(task: Mapping[str, Any]) -> dict[str, Any]:
+    """What the printed table has no room for: the other two intervals, and zeros among the weights."""
+    intervals, cost = _dict(task.get("intervals")), _dict(_dict(task.get("cost")).get("after"))
+    return {
+        "interval before": _figure(intervals.get("before")),
+        "interval naive": _figure(intervals.get("naive")),
+        "zeros %": _figure(cost.get("sparsity")),
+    }
+
+
 def _tasks(tasks: Mapping[str, Any]) -> str:
     """The tasks' table, what the figures mean, and per task its files and its layers."""
     if not tasks:
         return ""
     head, *rows = _task_rows(tasks)
-    text = _table([dict(zip(head, row)) for row in rows])
+    further = [_further(_dict(task)) for task in tasks.values()]
+    text = _table([dict(zip(head, row)) | more for row, more in zip(rows, further)])
     text += (
         "<p class='soft'>naive: rounded to nearest, or pruned without repair. Agreement: with the model before, on "
         "synthetic images; it is no accuracy. Bytes: of all weights at their bits. MACs: multiply-accumulates of one "
