@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from dfkd.assemble import load_recipe_zoo
 from dfkd.compress.fit import Fit
 from dfkd.recipe import load_recipe
 from dfkd.results import describe_device
@@ -44,6 +45,7 @@ def main() -> None:
     recipe = load_recipe([*arguments, f"output={options.out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     parts = build(recipe, accelerator, shard)
+    parts.zoo = load_recipe_zoo(recipe, shard.device, print)  # trains what has no weights
     path = options.out / "figures.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -57,7 +57,7 @@ def test_the_filters_with_the_largest_norms_stay(inner_only: bool | None) -> Non
     assert torch.equal(result.model.features[1].running_var, model.features[1].running_var[largest])
     assert result.model.linear.out_features == 4
     assert result.layers[0] | {"error_before": 0, "error_after": 0} == {
-        "layer": "features.0", "kept": 6, "of": 8, "sparsity": 0.25, "error_before": 0, "error_after": 0,
+        "layer": "features.0", "kept": 6, "of": 8, "sparsity": 25, "error_before": 0, "error_after": 0,
     }  # fmt: skip
 
 

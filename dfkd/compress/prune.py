@@ -60,8 +60,9 @@ def prune(
     inner_only: True takes only channels between one layer and the next, which needs no torch-pruning; False also those
     coupled by additions and concatenations, and refuses where some cannot be taken; None takes whatever can be.
 
-    Returns the model in eval mode, `naive` without the repair, a line per layer that has shrunk: kept, of, sparsity and
-    the relative error of its output before and after the repair; structure["channels"] for dfkd.compress.channels.
+    Returns the model in eval mode, `naive` without the repair, a line per layer that has shrunk: kept, of, sparsity (%)
+    and the relative error of its output before and after the repair; structure["channels"] for
+    dfkd.compress.channels.
     Raises UserError on bad arguments, where nothing can be pruned, and as the repairs do.
     """
     _check(ratio, kind, repair, images, ridge)
@@ -301,7 +302,7 @@ def _lines(
         figures = (
             {"kept": nonzero, "of": old.weight.numel()} if same else {"kept": len(new.weight), "of": len(old.weight)}
         )
-        lines.append({"layer": name, **figures, "sparsity": 1 - nonzero / old.weight.numel()})
+        lines.append({"layer": name, **figures, "sparsity": 100 * (1 - nonzero / old.weight.numel())})
     for key, pruned in (("error_before", naive), ("error_after", repaired)):
         errors = output_errors(network, pruned, inputs, kept, [line["layer"] for line in lines])
         for line in lines:

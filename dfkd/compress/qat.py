@@ -69,9 +69,10 @@ def quantize(
     network = network_of(model)
     graph = prepare(network, pair, inputs, folded=True, per_channel=True, ends=ends, overrides=overrides, ignore=ignore)
     naive = with_network(model, copy.deepcopy(graph))
+    learned: list[dict[str, Any]] = []
     if method == "reconstruct":
-        reconstruct(graph, torch.cat(inputs), autocast=autocast, **options)
-    return result(model, with_network(model, graph), naive, inputs)
+        learned = reconstruct(graph, torch.cat(inputs), autocast=autocast, **options)
+    return result(model, with_network(model, graph), naive, inputs, learned)
 
 
 @torch.no_grad()
@@ -170,8 +171,14 @@ def as_teacher(model: nn.Module, network: nn.Module) -> Teacher:
     return Teacher(network, mean=mean, std=std, input_size=model.input_size).to(model.mean.device)
 
 
-def result(model: nn.Module, quantized: nn.Module, naive: nn.Module, inputs: Sequence[Tensor]) -> Compressed:
-    """What quantize hands back: figures per layer, and what a file needs."""
+def result(
+    model: nn.Module,
+    quantized: nn.Module,
+    naive: nn.Module,
+    inputs: Sequence[Tensor],
+    learned: Sequence[Mapping[str, Any]] = (),
+) -> Compressed:
+    """What quantize hands back: figures per layer, what reconstruction had to skip, and what a file needs."""
     network: Any = network_of(quantized)
     round_biases(network)
     signal = signal_to_noise(fold(trace(network_of(model))), network, inputs[0])
@@ -179,6 +186,11 @@ def result(model: nn.Module, quantized: nn.Module, naive: nn.Module, inputs: Seq
     layers = [
         {"layer": name, "weight_bits": each[0], "activation_bits": each[1], "sqnr_db": signal[name]}
         for name, each in bits.items()
+    ]
+    layers += [
+        {"layer": each["unit"], "note": f"rounded to nearest: {each['skipped']}"}
+        for each in learned
+        if "skipped" in each
     ]
     signed = [name for name, quantizer in activation_quantizers(network).items() if quantizer.signed]
     about = {"bits": {name: list(each) for name, each in bits.items()}, "signed": signed}
