@@ -19,6 +19,11 @@ from dfkd.errors import UserError
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
 
+def learning_rates(phase: str) -> str:
+    """The keys of the learning rates of a phase or of a logged group of terms."""
+    return "synthesis.lr, distill.lr" if phase in ("generator", "student", "distill") else f"{phase}.lr"
+
+
 class Metrics:
     """Writes a run's figures; on every rank but 0 it only takes part in the averaging.
 
@@ -51,12 +56,11 @@ class Metrics:
         values = torch.stack([value.float() for value in terms.values()])
         mean_over_processes([values])
         figures = dict(zip(terms, values.tolist()))
-        rates = "synthesis.lr, distill.lr" if phase in ("generator", "student") else f"{phase}.lr"
         broken = [name for name, value in figures.items() if not math.isfinite(value)]
         if broken:
             raise UserError(
                 f"{phase} step {step}: the term {broken[0]!r} is {figures[broken[0]]}; the checkpoint before is kept: "
-                f"lower a learning rate ({rates}) or that term's weight, or try runtime.precision=fp32"
+                f"lower a learning rate ({learning_rates(phase)}) or that term's weight, or try runtime.precision=fp32"
             )
         self.write(phase, step, figures)
         return figures

@@ -44,7 +44,7 @@ def plans(recipe: Recipe) -> list[Plan]:
                     f"task {task} needs a generator (if only to measure agreement): put generator or distill before "
                     "it, or give generator.checkpoint"
                 )
-            phases.append(Plan(task, 0, 0, getattr(settings(recipe, task), "steps", 0) if task != "ptq" else 0))
+            phases.append(Plan(task, 0, 0, {"qat": recipe.qat.steps, "prune": recipe.prune.steps}.get(task, 0)))
         elif task == "generator":
             phases.append(Plan("generator", synthesis, per if adversary else 0, 0))
             live = False

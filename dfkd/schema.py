@@ -157,8 +157,8 @@ class Distill:
 
 
 @dataclass
-class Qat:
-    """Quantisation-aware training with learned steps (LSQ, Esser et al. 2020), as in MixMix section 5.2."""
+class FewBits:
+    """What qat and ptq have in common: what is quantised, and to how many bits."""
 
     input: str = key("main", INPUT)
     source: Source = key("generator", SOURCE)
@@ -167,6 +167,12 @@ class Qat:
     ends: list[int] = key([8, 8], "bits of weights and input of the first and the last layer", 2, 8)
     overrides: dict[str, list[int]] = key({}, "bits by layer name pattern, e.g. {'layer1.*': [8, 4]}")
     ignore: list[str] = key([], "name patterns of layers that stay float")
+
+
+@dataclass
+class Qat(FewBits):
+    """Quantisation-aware training with learned steps (LSQ, Esser et al. 2020), as in MixMix section 5.2."""
+
     images: int = key(512, "images for the first ranges and the warm start", 2)
     warm_start: int = key(150, "updates per block of reconstruction (as ptq does) to start from; 0: from nearest", 0)
     steps: int = key(1000, "updates", 1)
@@ -179,17 +185,10 @@ class Qat:
 
 
 @dataclass
-class Ptq:
+class Ptq(FewBits):
     """Quantisation after training: nearest, AdaRound (Nagel et al. 2020) or BRECQ (Li et al. 2021)."""
 
-    input: str = key("main", INPUT)
-    source: Source = key("generator", SOURCE)
     method: Literal["nearest", "layer", "block"] = key("block", "nearest; layer: AdaRound; block: BRECQ")
-    weights: int = key(4, "bits of the weights", 2, 8)
-    activations: int = key(4, "bits of the activations", 2, 8)
-    ends: list[int] = key([8, 8], "bits of weights and input of the first and the last layer", 2, 8)
-    overrides: dict[str, list[int]] = key({}, "bits by layer name pattern, e.g. {'layer1.*': [8, 4]}")
-    ignore: list[str] = key([], "name patterns of layers that stay float")
     images: int = key(512, "images drawn once", 32)
     steps: int = key(400, "updates per layer or block", 1)
     drop: float = key(0.5, "share of activations left float at random while learning (QDrop, Wei et al. 2022)", 0, 1)

@@ -31,7 +31,7 @@ from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx, require_onnx
 from dfkd.models.checkpoints import read_description
 from dfkd.runtime import Shard
-from dfkd.schema import Recipe
+from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator, from_images, from_noise
 from dfkd.teachers import Teacher
 from dfkd.verify import verify
@@ -117,8 +117,7 @@ def check_layers(parts: Parts) -> None:
         fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
         graph = trace(network_of(task_input(parts, name)[0] if fresh is None else fresh))
         if task in ("qat", "ptq"):
-            ends = (keys.ends[0], keys.ends[-1])
-            layer_bits(graph, (keys.weights, keys.activations), ends, keys.overrides, keys.ignore)
+            layer_bits(graph, (keys.weights, keys.activations), **_layers(keys))
         for pattern in keys.ignore if task in ("prune", "udfc") else ():
             matching(layer_names(graph), pattern, f"{task}.ignore")
 
@@ -195,6 +194,11 @@ def training_stream(
 Train = Callable[[Fit], None]  # runs a Fit to its end, with logging and checkpoints
 
 
+def _layers(keys: FewBits) -> dict[str, Any]:
+    """Which layers have other bits than the rest."""
+    return {"ends": (keys.ends[0], keys.ends[-1]), "overrides": keys.overrides, "ignore": keys.ignore}
+
+
 def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
     keys = parts.recipe.ptq
     options: dict[str, Any] = {}
@@ -207,9 +211,7 @@ def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         (keys.weights, keys.activations),
         method="nearest" if keys.method == "nearest" else "reconstruct",
         images=keys.images,
-        ends=(keys.ends[0], keys.ends[-1]),
-        overrides=keys.overrides,
-        ignore=keys.ignore,
+        **_layers(keys),
         autocast=parts.accelerator.autocast,
         **options,
     )
@@ -223,9 +225,7 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         (keys.weights, keys.activations),
         calibration=calibration(parts, source),
         images=keys.images,
-        ends=(keys.ends[0], keys.ends[-1]),
-        overrides=keys.overrides,
-        ignore=keys.ignore,
+        **_layers(keys),
         warm_start=keys.warm_start,
         seed=parts.recipe.seed,
         steps=keys.steps,

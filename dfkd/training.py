@@ -15,7 +15,7 @@ from dfkd.collectives import batch_norm_buffers, mean_over_processes
 from dfkd.compress.fit import Fit
 from dfkd.errors import UserError
 from dfkd.evaluate import diversity
-from dfkd.metrics import Metrics
+from dfkd.metrics import Metrics, learning_rates
 from dfkd.runtime import Shard, eval_mode
 from dfkd.synthesis import Synthesizer, draw_latents
 from dfkd.teachers import Teacher
@@ -113,11 +113,6 @@ class Loop:
         due = torch.tensor(time.perf_counter() - saved >= self.checkpoint_every, device=self.shard.device)
         return bool(broadcast(due.int()).item())
 
-    @property
-    def rates(self) -> str:
-        """The learning rates of this phase."""
-        return "synthesis.lr, distill.lr" if self.plan.name in ("generator", "distill") else f"{self.plan.name}.lr"
-
     def _refuse_broken(self, done: int) -> None:
         """Raise UserError where a weight or statistic is NaN or infinite: no checkpoint may hold it."""
         learners = {"generator": self.generator if self.synthesizer else None, "student": self.fit and self.fit.student}
@@ -126,7 +121,7 @@ class Loop:
                 if not torch.isfinite(value).all():
                     raise UserError(
                         f"step {self.offset + done}: {key} of the {name} holds NaN or infinity; the checkpoint before "
-                        f"is kept: lower a learning rate ({self.rates}) or a loss weight"
+                        f"is kept: lower a learning rate ({learning_rates(self.plan.name)}) or a loss weight"
                     )
 
     def _log(self, done: int, terms: dict[str, Tensor]) -> None:

@@ -12,12 +12,23 @@ from fnmatch import fnmatch
 from typing import Any
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.compress.channels import changed_shapes, largest_filters, shapes, shrink
-from dfkd.compress.graph import RELUS, Chain, affine, chains, is_layer, kind, network_of, norms, trace, with_network
+from dfkd.compress.graph import (
+    RELUS,
+    Chain,
+    affine,
+    chains,
+    is_layer,
+    kind,
+    network_of,
+    norms,
+    own_name,
+    trace,
+    with_network,
+)
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
@@ -93,25 +104,19 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
         plan.bits[name] = None if bits is None or name in ignored else 8 if outer else bits
     for name, norm in norms(graph).items():
         if graph.get_submodule(norm).running_var is not None:
-            plan.norms[name] = _own_name(network, norm)
+            plan.norms[name] = own_name(network, norm)
     reasons = {}
     for chain in chains(graph):
         if reason := _unusable(graph, chain, ignored):
             reasons[chain.first] = reason
         else:
             plan.windows[chain.first] = _window(graph, chain, nodes[chain.second])
-            plan.chains[chain.first] = dataclasses.replace(chain, norm=_own_name(network, str(chain.norm)))
+            plan.chains[chain.first] = dataclasses.replace(chain, norm=own_name(network, str(chain.norm)))
     if ratio and not plan.chains:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
         why = why or "no layer hands its channels to one ungrouped layer alone"
         raise UserError(f"no filter can be taken out: {why}; leave ratio at 0 or give another model")
     return plan
-
-
-def _own_name(network: nn.Module, norm: str) -> str:
-    """A batch norm's name in the network: the trace takes timm's joint batch norm and activation apart."""
-    parent = norm.rpartition(".")[0]
-    return parent if isinstance(network.get_submodule(parent), BatchNormAct2d) else norm
 
 
 def _unusable(graph: fx.GraphModule, chain: Chain, ignored: set[str]) -> str:

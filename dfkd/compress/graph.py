@@ -121,6 +121,11 @@ def _with_one_input(network: nn.Module) -> None:
         network.__class__ = type(own.__name__, (own,), {"forward": lambda self, x: own.forward(self, x)})
 
 
+def own_name(network: nn.Module, name: str) -> str:
+    """A layer's name in the network by its name in the graph, where a timm BatchNormAct2d has it one level down."""
+    return name if name in dict(network.named_modules()) else name.rpartition(".")[0]
+
+
 def _taken_apart(norm: BatchNormAct2d) -> nn.Sequential:
     plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine).to(norm.running_var)
     plain.load_state_dict(norm.state_dict(), strict=False)

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune as torch_prune
 
 from dfkd.compress import channels
-from dfkd.compress.graph import Chain, chains, images_of, network_of, trace, with_network
-from dfkd.compress.repair import least_squares, output_errors, own_norm, paired_batch_norm
+from dfkd.compress.graph import Chain, chains, images_of, network_of, own_name, trace, with_network
+from dfkd.compress.repair import least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
 
@@ -178,8 +178,7 @@ def _inner(network: nn.Module, chain: Chain, ratio: float) -> Cut:
     weight: Any = network.get_submodule(chain.first).weight
     removed = set(range(len(weight))) - set(channels.largest_filters(weight, ratio).tolist())
     columns = {index * chain.spatial + place for index in removed for place in range(chain.spatial)}
-    names = {module: name for name, module in network.named_modules()}
-    makers = [chain.first] if chain.norm is None else [chain.first, names[own_norm(network, chain.norm)]]
+    makers = [chain.first] if chain.norm is None else [chain.first, own_name(network, chain.norm)]
     return Cut(dict.fromkeys(makers, removed), {chain.second: columns}) if removed else Cut()
 
 

@@ -270,7 +270,7 @@ def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -
             for name, x in seen.items():
                 flat = full_precision(x).flatten()
                 every = -(-len(flat) // sample) | 1  # odd, or it would always meet the same columns of a map
-                kept[name].append(torch.cat([flat[::every], flat.aminmax().min[None], flat.max()[None]]))
+                kept[name].append(torch.cat([flat[::every], torch.stack(flat.aminmax())]))
     for name, quantizer in quantizers.items():
         values = torch.cat(kept[name]) if kept[name] else torch.empty(0)
         if not len(values) or not torch.isfinite(values).all():

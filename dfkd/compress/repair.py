@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd.compress.graph import ADDS, affine, extract, is_layer, kind, norms, trace, units, watch
+from dfkd.compress.graph import ADDS, affine, extract, is_layer, kind, norms, own_name, trace, units, watch
 from dfkd.errors import UserError
 
 LARGEST = 8192  # inputs of a filter: above, the normal equations alone take more than half a gigabyte
@@ -102,7 +102,7 @@ def least_squares(
             _put(layer, norm, change, name)
             _hand_over(layer, pruned.get_submodule(name))
             if norm is not None:
-                _hand_over(norm, own_norm(pruned, behind[name]))
+                _hand_over(norm, pruned.get_submodule(own_name(pruned, behind[name])))
 
 
 def _equations(
@@ -211,12 +211,6 @@ def _put(layer: Any, norm: Any, change: Tensor, name: str) -> None:
             norm.running_mean.sub_(intercept)
 
 
-def own_norm(network: nn.Module, name: str) -> nn.Module:
-    """The network's own batch norm by its name in the graph, where a timm BatchNormAct2d has it one level down."""
-    known = dict(network.named_modules())
-    return known[name] if name in known else known[name.rpartition(".")[0]]
-
-
 def _hand_over(solved: nn.Module, own: nn.Module) -> None:
     """Take over the values of a graph's layer."""
     for key, value in own.state_dict().items():
@@ -243,7 +237,7 @@ def paired_batch_norm(teacher: nn.Module, pruned: nn.Module, inputs: Tensor, kep
             if not is_layer(part, node, _BatchNorm):
                 continue
             name, before = str(node.target), node.all_input_nodes[0].name
-            own = own_norm(pruned, name)
+            own = pruned.get_submodule(own_name(pruned, name))
             left = kept.get(names[own])
             sums: Any = [0.0, 0.0]
             for pair in values({before}):
