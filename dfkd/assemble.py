@@ -19,11 +19,12 @@ from dfkd.errors import UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
 from dfkd.pretrain import train_teacher
-from dfkd.runtime import Shard, resolve_precision, rng
+from dfkd.runtime import Shard, eval_mode, resolve_precision, rng
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
 from dfkd.teachers import Teacher, load_zoo
-from generators import GENERATORS, ImageGenerator, build_generator, load_generator
+from generators import GENERATORS, ImageGenerator, PoolGenerator, build_generator, load_generator
 
+TRAINABLE = tuple(name for name, kind in GENERATORS.items() if kind is not PoolGenerator)
 Say = Callable[[str], None]
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -41,6 +42,7 @@ class Parts:
     student: Classifier | None
     student_about: dict[str, Any]
     test: RealImages | None
+    worker: ImageGenerator | None = None  # what works in rounds for the pool that `generator` then is
     bn: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -107,7 +109,7 @@ def load_recipe_zoo(recipe: Recipe, device: torch.device, say: Say, *, train: bo
         classes=recipe.classes,
         channels=recipe.image.channels,
         size=recipe.image.size,
-        needs_bn=recipe.synthesis.losses.bn > 0 and recipe.generator.checkpoint is None,
+        needs_bn=min(recipe.synthesis.losses.bn, recipe.synthesis.steps) > 0 and recipe.generator.checkpoint is None,
         device=device,
         channels_last=recipe.runtime.channels_last,
         trust_code=recipe.trust_code,
@@ -252,19 +254,22 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
             if description[key] != wanted:
                 raise UserError(f"the generator in {spec.checkpoint} has {key}={description[key]}, the recipe {wanted}")
         return generator, description
-    if spec.arch not in GENERATORS:
-        raise UserError(f"generator.arch={spec.arch!r} is unknown; choose from {sorted(GENERATORS)}")
+    if spec.arch not in TRAINABLE:
+        raise UserError(f"generator.arch={spec.arch!r} is unknown; choose from {list(TRAINABLE)}")
     mean, std = pixel_statistics(zoo, recipe.image.channels)
-    description = {
-        "arch": spec.arch,
+    known = {
         "latent": spec.latent,
         "classes": recipe.classes,
         "channels": recipe.image.channels,
         "size": recipe.image.size,
         "width": spec.width,
-        "conditional": spec.conditional,
         "mean": mean,
         "std": std,
+    }
+    description = {
+        "arch": spec.arch,
+        "conditional": spec.conditional,
+        **{key: value for key, value in known.items() if key in GENERATORS[spec.arch].keys},
         "teachers": {name: {"model": t.model, "weights": t.weights} for name, t in recipe.zoo_specs.items()},
         "seed": recipe.seed,
         "recipe": recipe.name,
@@ -273,3 +278,27 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
     if recipe.runtime.channels_last:
         generator.to(memory_format=torch.channels_last)
     return generator, description
+
+
+def check_coarse(recipe: Recipe, networks: Sequence[Classifier]) -> None:
+    """Raise UserError where synthesis.coarse asks for images that a network does not take at half their size."""
+    half = recipe.image.size // 2
+    images = torch.zeros(2, recipe.image.channels, half, half, device=networks[0].mean.device)
+    for network in networks if recipe.synthesis.coarse else []:
+        try:
+            with torch.no_grad(), eval_mode(network):
+                network(images)
+        except Exception as error:  # whatever a stranger's network may raise
+            raise UserError(
+                f"{network.name} does not take images [B, {recipe.image.channels}, {half}, {half}], as "
+                f"synthesis.coarse={recipe.synthesis.coarse} shows it ({' '.join(str(error).split())[:200]}); set it "
+                "to 0, or give the teacher its input_size"
+            ) from None
+
+
+def make_pool(recipe: Recipe, description: dict[str, Any], shard: Shard) -> tuple[ImageGenerator, dict[str, Any]]:
+    """What is streamed where the generator of a description works in rounds: a pool of the images they leave."""
+    synthesis = recipe.synthesis
+    made = synthesis.steps * synthesis.batch_size * shard.world
+    description = {**description, "arch": "pool", "made_by": description["arch"], "capacity": min(synthesis.pool, made)}
+    return build_generator(description).to(shard.device), description

@@ -144,6 +144,15 @@ def mean_over_processes(tensors: list[Tensor]) -> None:
         tensor.copy_(value.view_as(tensor))
 
 
+def all_gather(x: Tensor) -> Tensor:
+    """The rows of every process's x [B, ...] in the order of ranks [world * B, ...], without gradient."""
+    if world_size() == 1:
+        return x.detach()
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(pieces, x.detach().contiguous())
+    return torch.cat(pieces)
+
+
 def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
     """The floating-point buffers of a module: running means and variances that differ between processes."""
     return [buffer for buffer in module.buffers() if buffer.is_floating_point()]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from dfkd.data import RealImages
 from dfkd.errors import UserError
-from dfkd.runtime import eval_mode
+from dfkd.runtime import Autocast, eval_mode
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
-Autocast = Callable[[], AbstractContextManager]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def accuracy(
                 )
             guesses.append(logits.argmax(1))
             broken.append(~logits.isfinite().all(1))
-    _refuse_broken(broken, "the model's")
+    refuse_broken(broken, "the model's")
     correct = torch.cat(guesses).cpu() == data.labels  # [N]
     seen = data.labels.bincount()
     right = data.labels[correct].bincount(minlength=len(seen))
@@ -100,8 +99,8 @@ def agreement(
             broken_teacher.append(~theirs.isfinite().all(1))
     if not same:
         raise UserError("no synthetic image to measure agreement on: the stream gave no batch")
-    _refuse_broken(broken_model, "the model's")
-    _refuse_broken(broken_teacher, "the teacher's")
+    refuse_broken(broken_model, "the model's")
+    refuse_broken(broken_teacher, "the teacher's")
     hits, n = int(torch.cat(same).sum()), sum(map(len, same))
     kl = torch.cat(divergence).cpu().double().mean().item()
     return {"percent": 100 * hits / n, "kl": kl, "n": n, "interval": list(wilson(hits, n))}
@@ -144,7 +143,7 @@ def _kl(logits: Tensor, other_logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-def _refuse_broken(broken: list[Tensor], whose: str) -> None:
+def refuse_broken(broken: list[Tensor], whose: str) -> None:
     """Raise UserError where logits were NaN or infinite: their argmax would still count as a guess."""
     rows = torch.cat(broken)
     if count := int(rows.sum()):

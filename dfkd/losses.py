@@ -1,5 +1,6 @@
 """Losses as pure functions on tensors; every one is a float32 scalar, a mean over the batch."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -40,7 +41,20 @@ def bn_kl(batch: Sequence[Moments], stored: Sequence[Moments], eps: float = 1e-5
     return torch.stack(terms).sum()
 
 
-BN_DISTANCES = {"l2": bn_l2, "kl": bn_kl}
+def bn_square(batch: Sequence[Moments], stored: Sequence[Moments], eps: float = 1e-6) -> Tensor:
+    """Sum over layers of ||mu - mu^||_2^2 + ||sigma - sigma^||_2^2, sigma = sqrt(var + eps); moments [C] per layer.
+
+    ZeroQ (Cai et al. 2020) eq. 3, eps as in its code: the slope of sqrt stays finite where a channel is dead. The
+    moments are the batch's, where that code takes each image's own.
+    """
+    terms = []
+    for (mean, var), (mu, sigma2) in zip(batch, stored):
+        deviation, wanted = (var + eps).sqrt(), (sigma2 + eps).sqrt()
+        terms.append((mean - mu).square().sum() + (deviation - wanted).square().sum())
+    return torch.stack(terms).sum()
+
+
+BN_DISTANCES = {"l2": bn_l2, "kl": bn_kl, "square": bn_square}
 
 
 def kd_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
@@ -65,7 +79,30 @@ def kd_l1(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction:
     return each.mean() if reduction == "mean" else each
 
 
-STUDENT_LOSSES = {"kl": kd_kl, "l1": kd_l1}
+def kd_mae(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "mean") -> Tensor:
+    """Mean |student - teacher| over logits [B, K] as they are; `temperature` plays no part, reduction as in kd_kl.
+
+    DFAD (Fang et al. 2019) eq. 3.
+    """
+    each = (full_precision(student) - full_precision(teacher)).abs().mean(1)
+    return each.mean() if reduction == "mean" else each
+
+
+def js(student: Tensor, teacher: Tensor, temperature: float = 3.0, reduction: str = "mean") -> Tensor:
+    """Jensen-Shannon divergence of student and teacher at temperature T, 0 to log 2 nats; logits [B, K].
+
+    Adaptive DeepInversion (Yin et al. 2020) eq. 8, of whose 1 - JS the 1 has no gradient; its code takes the two KL
+    terms the other way round, of probabilities clamped to [0.01, 0.99]. reduction as in kd_kl.
+    """
+    p = F.log_softmax(full_precision(teacher) / temperature, dim=1)
+    q = F.log_softmax(full_precision(student) / temperature, dim=1)
+    middle = torch.logaddexp(p, q) - math.log(2)
+    each = 0.5 * (p.exp() * (p - middle) + q.exp() * (q - middle)).sum(1)
+    return each.mean() if reduction == "mean" else each
+
+
+STUDENT_LOSSES = {"kl": kd_kl, "l1": kd_l1, "mae": kd_mae}
+ADVERSARIES = {**STUDENT_LOSSES, "js": js}
 
 
 def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -78,14 +115,30 @@ def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def masked_divergence(student: Tensor, teacher: Tensor, kind: str) -> Tensor:
-    """Student-teacher divergence over the images where both name the same class, per image of the whole batch.
+def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Sum over layers of the mean squared difference of attention maps, of feature maps [B, C, H, W] whose channels may
+    differ in number: an image's attention is its mean square over channels [H W], divided by its norm.
+
+    Zagoruyko and Komodakis 2017, eq. 2, with the mean over H W of ZSKT's code (Micaelli and Storkey 2019, eq. 2).
+    """
+
+    def attended(maps: Tensor) -> Tensor:
+        return F.normalize(full_precision(maps).square().mean(1).flatten(1))
+
+    terms = [(attended(ours) - attended(theirs)).square().mean() for ours, theirs in zip(student, teacher)]
+    return torch.stack(terms).sum()
+
+
+def masked_divergence(student: Tensor, teacher: Tensor, kind: str, masked: bool = True) -> Tensor:
+    """Student-teacher divergence by its name in ADVERSARIES, per image of the whole batch; where masked, the images
+    count on which both name the same class.
 
     Maximised by the generator: where they disagree already there is nothing to gain. CMI (Fang et al. 2021) eq. 8.
     """
-    agree = student.argmax(1) == teacher.argmax(1)
-    each = STUDENT_LOSSES[kind](student, teacher, reduction="none")
-    return (each * agree).mean()
+    each = ADVERSARIES[kind](student, teacher, reduction="none")
+    if masked:
+        each = each * (student.argmax(1) == teacher.argmax(1))
+    return each.mean()
 
 
 def total_variation(images: Tensor) -> Tensor:
@@ -98,6 +151,57 @@ def total_variation(images: Tensor) -> Tensor:
 def pixel_l2(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Mean square of normalised pixels; images [B, C, H, W], mean and std [1, C, 1, 1]. DeepInversion eq. 3."""
     return ((images - mean) / std).square().mean()
+
+
+def smooth(images: Tensor, sigma: float = 1.0) -> Tensor:
+    """Mean squared difference of images [B, C, H, W], H and W at least 2, and themselves blurred by a Gaussian of 3x3
+    pixels, deviation sigma in pixels, edges reflected.
+
+    The smoothness prior of The Knowledge Within (Haroush et al. 2020), section 3; size and sigma are ours.
+    """
+    side = math.exp(-0.5 / sigma**2)
+    blurred = full_precision(images)
+    # Slices, not a convolution and a padding: autocast leaves them in float32, and their backward is deterministic on
+    # every device, which that of a reflecting padding is not.
+    for axis in (2, 3):
+        size = blurred.shape[axis]
+        padded = torch.cat([blurred.narrow(axis, 1, 1), blurred, blurred.narrow(axis, size - 2, 1)], axis)
+        neighbours = padded.narrow(axis, 0, size) + padded.narrow(axis, 2, size)
+        blurred = (blurred + side * neighbours) / (1 + 2 * side)
+    return (images - blurred).square().mean()
+
+
+def spread(images: Tensor, probabilities: Tensor) -> Tensor:
+    """||p1 - p2||_F / ||x1 - x2||_F over all pairs of the global batch: low where images that differ get like answers.
+
+    images [B, C, H, W], a teacher's probabilities [B, K]. RDSKD's (Han et al. 2021) diversity-seeking loss, as in its
+    code. Of four rows the outer and the inner two are a pair: rows are drawn at random, but neighbours are of one class
+    (synthesis.draw_labels) and rows two apart are mixed (mixing.partners). Rows left over do not count.
+    """
+    changes = []
+    for x in (probabilities, images):
+        blocks = full_precision(x[: len(x) // 4 * 4]).flatten(1).unflatten(0, (len(x) // 4, 4))
+        changes.append((blocks[:, :2] - blocks[:, 2:].flip(1)).square().sum())
+    # The root of a zero would have an infinite slope.
+    moved, apart = all_reduce_mean(torch.stack(changes)).clamp_min(1e-12).sqrt().unbind()
+    return moved / apart
+
+
+def info_nce(
+    queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float, usable: Tensor | None = None
+) -> Tensor:
+    """Mean of -log softmax of a query's own key among it and the negatives, by cosine / temperature, nats per image.
+
+    queries and keys [B, D], row by row a pair; negatives [N, D], N may be 0, of which those count that `usable`, bool
+    [N] or [B, N], says (None: all). CMI (Fang et al. 2021) eq. 5 and 6, the positive in the denominator as in its code.
+    """
+    queries, keys, negatives = (F.normalize(full_precision(x), dim=1) for x in (queries, keys, negatives))
+    positive = (queries * keys).sum(1, keepdim=True) / temperature
+    with torch.autocast(queries.device.type, enabled=False):  # a low temperature magnifies bfloat16's rounding
+        against = queries @ negatives.mT / temperature
+    if usable is not None:
+        against = against.masked_fill(~usable, -math.inf)
+    return (torch.cat([positive, against], 1).logsumexp(1) - positive.squeeze(1)).mean()
 
 
 def mode_seeking(images: Tensor, latents: Tensor, labels: Tensor, eps: float = 0.01) -> Tensor:

@@ -78,8 +78,7 @@ class Metrics:
         """Write images [N, C, H, W] in [0, 1] as a grid, to images/PHASE-STEP.png and TensorBoard."""
         if not self.main:
             return
-        zoom = max(1, 32 // images.shape[-1])
-        picture = make_grid(images.cpu().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3), nrow=columns)
+        picture = make_grid(enlarged(images.cpu()), nrow=columns)
         path = self.folder / "images" / f"{phase}-{step:06d}.png"
         path.parent.mkdir(exist_ok=True)
         save_image(picture, path)
@@ -115,6 +114,12 @@ class Metrics:
         if self.main:
             self.file.close()
             self.board.close()
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """Images [N, C, H, W] with every pixel repeated, where they are smaller than 32 pixels."""
+    zoom = max(1, 32 // images.shape[-1])
+    return images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
 
 
 def _lines_until(path: Path, step: int) -> list[str]:

@@ -27,7 +27,8 @@ python train.py --help                               this page
 python train.py recipe=NAME --print-config           every key, its value and where that comes from
 python train.py recipe=NAME --dry-run                build and check everything, train nothing
 
-recipe=NAME is recipes/NAME.yaml, recipe=path/x.yaml a file. A recipe extends others with `base: NAME`.
+recipe=NAME is recipes/NAME.yaml, recipe=path/x.yaml a file. A recipe extends others with `base: NAME`;
+base=NAME on the command line stands in for that: recipe=methods/dafl base=cifar10_zoo.
 """
 WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", NoneType: "null", Any: "any"}
 
@@ -70,9 +71,10 @@ def load_recipe(arguments: Sequence[str]) -> Loaded:
     if not name:
         raise UserError(f"no recipe given: add recipe=NAME; the recipes are {', '.join(_names())}")
     path = _find(name, Path() if "/" in name or name.endswith(".yaml") else None, COMMAND_LINE)
+    base = overrides.pop("base", None)
     builder = _Builder()
-    builder.set(("name",), path.stem, _label(path))
-    for file, layer in _layers(path).items():
+    builder.set(("name",), path.stem if base is None else f"{path.stem}-{Path(base).stem}", _label(path))
+    for file, layer in _layers(path, base=base).items():
         if file != path:  # two recipes on one base must not share its name, hence its output folder
             layer = {key: value for key, value in layer.items() if key not in ("name", "description")}
         builder.set((), layer, _label(file))
@@ -246,20 +248,23 @@ def _label(path: Path) -> str:
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def _layers(path: Path, trail: tuple[Path, ...] = ()) -> dict[Path, dict[Any, Any]]:
-    """The contents of a recipe by file, bases first; what two bases share comes once, before both."""
+def _layers(path: Path, trail: tuple[Path, ...] = (), base: str | None = None) -> dict[Path, dict[Any, Any]]:
+    """The contents of a recipe by file, bases first; what two bases share comes once, before both. A base given here
+    stands in for the recipe's own, or for that of the method it builds on."""
     if path in trail:
         circle = " -> ".join(map(_label, (*trail[trail.index(path) :], path)))
         raise UserError(f"base goes in a circle: {circle}")
     layer = _read(path)
     bases = layer.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+    if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
         raise UserError(f"{_label(path)}: base={_show(bases)} is not allowed; it takes one or a list of recipes")
+    found = [_find(name, path.parent, f"{_label(path)}: base") for name in bases]
+    if base is not None and all(file.parent != FOLDER / "methods" for file in found):
+        found, base = [_find(base, Path(), f"{COMMAND_LINE}: base")], None
     layers: dict[Path, dict[Any, Any]] = {}
-    for base in bases:
-        inherited = _layers(_find(base, path.parent, f"{_label(path)}: base"), (*trail, path))
-        layers |= inherited  # a file that is there already keeps its place
+    for file in found:
+        layers |= _layers(file, (*trail, path), base)  # a file that is there already keeps its place
     return {**layers, path: layer}
 
 
@@ -408,8 +413,9 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield f"tasks has generator, and generator.checkpoint={_show(checkpoint)} is frozen; leave one out"
     if "generator" in tasks and tasks[0] != "generator":
         yield f"tasks={_show(tasks)} is not allowed: the generator comes first, tasks=[generator, distill, ...]"
-    if not recipe.synthesis.steps and not checkpoint:
+    if not recipe.synthesis.steps and not checkpoint and recipe.generator.arch != "pixels":
         yield "synthesis.steps=0 leaves the generator untrained; set it above 0, or give generator.checkpoint"
+    yield from _synthesis_problems(recipe)
     for task in ("qat", "ptq"):
         keys = getattr(recipe, task)
         for name, pair in {
@@ -418,11 +424,42 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         }.items():
             if len(pair) not in (1, 2):
                 yield f"{task}.{name}={pair} is not allowed; it takes [weights, input], or [both]"
-    weights = recipe.synthesis.losses
-    if not (recipe.generator.conditional or checkpoint) and weights.ce + weights.diversity > 0:
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"synthesis.betas={betas} is not allowed; it takes two numbers from 0 to below 1"
+
+
+def _synthesis_problems(recipe: Recipe) -> Iterator[str]:
+    synthesis, weights = recipe.synthesis, recipe.synthesis.losses
+    if recipe.generator.checkpoint or not synthesis.steps:
+        return
+    if not recipe.generator.conditional and weights.ce + weights.diversity > 0:
         yield (
             "generator.conditional=false draws no class on request; set synthesis.losses.ce=0 and .diversity=0, and "
             "give synthesis.losses.one_hot and .information some weight (DAFL)"
         )
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield f"synthesis.betas={betas} is not allowed; it takes two numbers from 0 to below 1"
+    if synthesis.penalise and not weights.ce + weights.one_hot + weights.information:
+        yield (
+            "synthesis.penalise=true weighs ce, one_hot and information, and none has weight; give one of "
+            "synthesis.losses.{ce,one_hot,information} some"
+        )
+    rounds = synthesis.inner > 1
+    for key, given in (
+        ("latent_lr", synthesis.latent_lr),
+        ("renew", synthesis.renew != "none"),
+        ("coarse", synthesis.coarse),
+    ):
+        if given and not rounds:
+            yield f"synthesis.{key}={getattr(synthesis, key)} is about rounds; set synthesis.inner above 1 too"
+    if rounds and "distill" in recipe.tasks and recipe.distill.replay:
+        yield (
+            f"distill.replay={recipe.distill.replay} and synthesis.inner={synthesis.inner}: rounds keep their images "
+            "in a pool already; set distill.replay=0"
+        )
+    if recipe.generator.arch == "pixels":
+        if not rounds or not synthesis.latent_lr:
+            yield (
+                "generator.arch=pixels has no network to train; set synthesis.inner above 1 and synthesis.latent_lr "
+                "above 0 (image inversion), or synthesis.steps=0 (noise)"
+            )
+        if synthesis.redraw:
+            yield f"synthesis.redraw={synthesis.redraw} and generator.arch=pixels: it has no layers; set it to 0"

@@ -100,19 +100,19 @@ def closing_table(results: Mapping[str, Any]) -> str:
         accuracy = UNMEASURED if each.get("accuracy") is None else f"{each['accuracy']:.2f}"
         interval, n = ("-" if each.get(key) is None else _figure(each[key]) for key in ("interval", "n"))
         rows.append([title, _figure(each.get("model")), _figure(each.get("parameters")), accuracy, interval, n])
-    lines = _columns(rows, "<<>>>>")
+    lines = columns(rows, "<<>>>>")
     if student:
         lines.append(f"student parameters over its teacher's: {_figure(student.get('ratio'))}")
     if student.get("agreement") or (student and student.get("accuracy") is None):
         lines.append(f"student's agreement with its teacher: {_agreement(student.get('agreement'))}")
     if tasks := _dict(results.get("tasks")):
-        lines += ["", *_columns(_task_rows(tasks))]
+        lines += ["", *columns(_task_rows(tasks))]
     if results.get("seconds"):
         lines.append(f"seconds: {_figure(results['seconds'])}")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _columns(rows: list[list[str]], sides: str = "") -> list[str]:
+def columns(rows: list[list[str]], sides: str = "") -> list[str]:
     """Rows of cells as lines of text: names to the left, numbers to the right."""
     sides = sides or "<" + ">" * (len(rows[0]) - 1)
     widths = [max(map(len, column)) for column in zip(*rows)]

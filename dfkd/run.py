@@ -12,11 +12,13 @@ from torch import nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
+from dfkd.classifier import Classifier
 from dfkd.collectives import sync_batchnorm
 from dfkd.compress.files import save_compressed
-from dfkd.compress.fit import Fit, hold_zeros
+from dfkd.compress.fit import Fit, Hints, hold_zeros, map_pairs
 from dfkd.errors import UserError
 from dfkd.folder import may_run, open_folder, owner
+from dfkd.losses import attention
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
 from dfkd.recipe import Loaded
@@ -25,10 +27,12 @@ from dfkd.results import finish
 from dfkd.runtime import Shard, make_accelerator, say, shut_down
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
-from dfkd.synthesis import Synthesizer, check_losses
+from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TASKS, check_layers, check_tasks, finished, run_task, settings, task_input
+from dfkd.teachers import Teacher
+from dfkd.terms import check_losses
 from dfkd.training import Loop, Plan
-from generators import save_generator
+from generators import PoolGenerator, save_generator
 
 
 def plans(recipe: Recipe) -> list[Plan]:
@@ -75,8 +79,16 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     parts = Parts(recipe, accelerator, shard, zoo, generator, description, None, {}, test)
     if recipe.student.model:
         new_student(parts)
-    if recipe.generator.checkpoint is None:
-        check_losses(dataclasses.asdict(recipe.synthesis.losses), zoo, parts.student)
+    synthesis = recipe.synthesis
+    if recipe.generator.checkpoint is None and synthesis.steps:
+        check_losses(dataclasses.asdict(synthesis.losses), zoo, parts.student, generator, synthesis.bank)
+        adversary = [parts.student] if parts.student is not None and synthesis.losses.adversary else []
+        assemble.check_coarse(recipe, [*zoo, *adversary])
+        if synthesis.inner > 1:
+            parts.worker = generator
+            parts.generator, parts.description = assemble.make_pool(recipe, description, shard)
+    if parts.student is not None:
+        attention_hints(recipe, parts.student, assemble.main_teachers(recipe, zoo)[0])  # raises where there is no pair
     make_mix(recipe.synthesis.mix.kind)
     check_layers(parts)
     return parts
@@ -100,7 +112,9 @@ def dry_run(loaded: Loaded) -> None:
         spec = recipe.teachers[teacher.name]
         origin = spec.weights or f"to be trained on {recipe.data.dataset}"
         say(f"  teacher {teacher.name}: {spec.model}, {assemble.parameters(teacher):,} parameters, {origin}")
-    say(f"  generator: {parts.description['arch']}, {assemble.parameters(parts.generator):,} parameters")
+    worker = parts.worker or parts.generator
+    kept = f", a pool of {parts.description['capacity']:,} images" if parts.worker is not None else ""
+    say(f"  generator: {recipe.generator.arch}, {assemble.parameters(worker):,} parameters{kept}")
     if parts.student is not None:
         say(f"  student: {recipe.student.model}, {assemble.parameters(parts.student):,} parameters")
     for phase in phases:
@@ -120,15 +134,15 @@ def dry_run(loaded: Loaded) -> None:
 @torch.no_grad()
 def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     """A rough figure in bytes per process: weights with gradients and optimiser states, twice the activations of the
-    largest teacher or student at the batch size (the generator's are of that order), the replay ring."""
-    weights = sum(assemble.parameters(t) for t in parts.zoo) + 4 * assemble.parameters(parts.generator)
+    largest teacher or student at the batch size (the generator's are of that order), the replay ring or the pool."""
+    weights = sum(assemble.parameters(t) for t in parts.zoo) + 4 * assemble.parameters(parts.worker or parts.generator)
     weights += 3 * assemble.parameters(parts.student) if parts.student is not None else 0
     shape = (2, recipe.image.channels, recipe.image.size, recipe.image.size)
-    images = torch.zeros(shape, device=next(parts.generator.parameters()).device)
+    images = torch.zeros(shape, device=parts.generator.device)
     networks: list[nn.Module] = [*parts.zoo, *([parts.student] if parts.student else [])]
     largest = max(_activations(network, images) for network in networks)
-    replay = recipe.distill.replay * recipe.distill.batch_size / 2 * images[0].numel()
-    return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + replay
+    kept = recipe.distill.replay * recipe.distill.batch_size / 2 + parts.description.get("capacity", 0)
+    return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 
 
 def _activations(network: nn.Module, images: torch.Tensor) -> float:
@@ -267,7 +281,7 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
     recipe, synthesis = parts.recipe, parts.recipe.synthesis
     mix = synthesis.mix
     return Synthesizer(
-        parts.generator,
+        parts.worker or parts.generator,
         parts.zoo,
         losses=dataclasses.asdict(synthesis.losses),
         steps=synthesis.steps,
@@ -281,9 +295,20 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
         bn_distance=synthesis.bn_distance,
         equalise=synthesis.equalise,
         learn_weights=synthesis.learn_weights,
+        penalise=synthesis.penalise,
         adversary_loss=synthesis.adversary_loss,
+        adversary_mask=synthesis.adversary_mask,
         warmup=synthesis.warmup,
         redraw=synthesis.redraw,
+        pool=parts.generator if isinstance(parts.generator, PoolGenerator) else None,
+        inner=synthesis.inner,
+        renew=synthesis.renew,
+        latent_lr=synthesis.latent_lr,
+        cosine=synthesis.cosine,
+        jitter=synthesis.jitter,
+        flip=synthesis.flip,
+        coarse=synthesis.coarse,
+        bank=synthesis.bank,
         seed=recipe.seed,
         accelerator=parts.accelerator,
         shard=parts.shard,
@@ -295,6 +320,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
     recipe, distill = parts.recipe, parts.recipe.distill
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
+    hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
     stream = SyntheticStream(
         parts.generator,
         batch_size=distill.batch_size,
@@ -317,8 +343,20 @@ def make_fit(parts: Parts, steps: int) -> Fit:
         warmup=distill.warmup,
         loss=distill.loss,
         temperature=distill.temperature,
+        clip=distill.clip,
+        hints=hints,
         accelerator=parts.accelerator,
     )
+
+
+def attention_hints(recipe: Recipe, student: Classifier, teacher: Teacher) -> Hints | None:
+    """What distill.attention makes the student learn besides the logits; None where it has no weight."""
+    if not recipe.distill.attention:
+        return None
+    size = recipe.image.size
+    image = torch.zeros(1, recipe.image.channels, size, size, device=teacher.mean.device)
+    pairs = map_pairs(student, teacher, image)
+    return Hints(student, teacher, pairs, recipe.distill.attention, attention, inputs=True)
 
 
 def save_phase(parts: Parts, plan: Plan, synthesizer: Synthesizer | None) -> None:
@@ -327,9 +365,10 @@ def save_phase(parts: Parts, plan: Plan, synthesizer: Synthesizer | None) -> Non
     if synthesizer is not None:
         for name, value in synthesizer.bn_start.items():
             parts.bn[name] = {"start": float(value), "end": float(synthesizer.bn_end[name])}
-        if main:
-            about = {**parts.description, "steps": plan.synthesis, "bn_loss": parts.bn}
-            save_generator(folder / "generator", parts.generator, about)
+    untrained = not parts.recipe.synthesis.steps and parts.recipe.generator.checkpoint is None  # noise
+    if main and (synthesizer is not None or untrained):
+        about = {**parts.description, "steps": plan.synthesis, "bn_loss": parts.bn}
+        save_generator(folder / "generator", parts.generator, about)
     if plan.name == "generator" and parts.student is not None:
         new_student(parts)
     if plan.name == "distill" and main and parts.student is not None:

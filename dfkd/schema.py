@@ -77,7 +77,7 @@ class Zoo:
 class GeneratorSpec:
     """The network from latents and labels to images."""
 
-    arch: str = key("conv", "name in generators.GENERATORS")
+    arch: str = key("conv", "conv: a network; pixels: no network, the pixels themselves are optimised (or stay noise)")
     latent: int = key(128, "length of the latent vector", 1)
     width: int = key(32, "channels of the last stage; earlier stages have twice as many", 1)
     conditional: bool = key(True, "draw an image of a given class (labels are exact and balanced)")
@@ -102,8 +102,11 @@ class Losses:
     adversary: float = key(1.0, "student-teacher divergence, masked where they disagree already", 0)
     diversity: float = key(1.0, "mode-seeking term over same-class pairs, in pixels (MSGAN eq. 3)", 0)
     likeness: float = key(0.0, "squared correlation of same-class feature maps; for classes without a pose", 0)
+    spread: float = key(0.0, "RDSKD: change of the prediction per change of the image, over random pairs", 0)
+    contrastive: float = key(0.0, "CMI eq. 5: views of one image alike, unlike those of a memory bank", 0)
     tv: float = key(0.0, "total variation of the images (DeepInversion eq. 3)", 0)
     l2: float = key(0.0, "mean square of the normalised images (DeepInversion eq. 3)", 0)
+    smooth: float = key(0.0, "distance of the images to themselves blurred (The Knowledge Within)", 0)
     one_hot: float = key(0.0, "DAFL eq. 2: cross-entropy to the teacher's own argmax", 0)
     activation: float = key(0.0, "DAFL eq. 3: large features", 0)
     information: float = key(0.0, "DAFL eq. 4: entropy of the mean prediction", 0)
@@ -113,20 +116,33 @@ class Losses:
 class Synthesis:
     """Training of the generator."""
 
-    steps: int = key(600, "generator updates", 0)
-    student_steps: int = key(4, "student updates after each generator update, where a student trains alongside", 0)
+    steps: int = key(600, "generator updates, or with inner above 1 rounds of them", 0)
+    student_steps: int = key(4, "student updates after each of the steps, where a student trains alongside", 0)
     batch_size: int = key(128, "images per process and generator update", 4)
     lr: float = key(3e-3, "learning rate of Adam", 0)
     betas: list[float] = key([0.5, 0.999], "Adam's decay rates")
     clip: float = key(5.0, "largest gradient norm of the generator; 0: no clipping", 0)
     losses: Losses = key(Losses, "loss weights by name")
     mix: Mix = key(Mix, "Data Mixing")
-    bn_distance: Literal["l2", "kl"] = key("l2", "distance of batch-norm statistics; kl: The Knowledge Within")
+    bn_distance: Literal["l2", "kl", "square"] = key(
+        "l2", "distance of batch-norm statistics; kl: The Knowledge Within; square: ZeroQ, of means and deviations"
+    )
     equalise: bool = key(True, "divide each teacher's batch-norm loss by its value at the start")
     learn_weights: bool = key(False, "learn the weights of ce and bn (uncertainty weights, Kendall et al. 2018)")
-    adversary_loss: Literal["kl", "l1"] = key("kl", "divergence of the adversary")
+    penalise: bool = key(False, "take exp(ce - ce before) for ce, likewise one_hot and information (RDSKD)")
+    adversary_loss: Literal["kl", "l1", "mae", "js"] = key("kl", "divergence of the adversary; mae: DFAD; js: ADI")
+    adversary_mask: bool = key(True, "count it only where student and teacher name the same class (CMI)")
     warmup: float = key(0.1, "share of the steps before the adversary starts; it ramps up over as many again", 0, 0.5)
     redraw: int = key(6, "times the generator's first layers are drawn anew, evenly over the first 80 % of steps", 0)
+    inner: int = key(1, "updates on the same labels and latents; above 1 a step is a round, and its images are kept", 1)
+    pool: int = key(51200, "inner above 1: images kept, in uint8; the stream draws from them alone", 16)
+    renew: Literal["none", "first", "all"] = key("none", "inner above 1: layers drawn anew before each round")
+    latent_lr: float = key(0.0, "inner above 1: learning rate of Adam on the latents (arch=pixels: the pixels)", 0)
+    cosine: bool = key(False, "learning rates go to 0 as a cosine over a round, or without rounds over all steps")
+    jitter: int = key(0, "pixels by which the images are shifted at random before the teachers see them", 0, 64)
+    flip: bool = key(False, "flip all images at random before the teachers see them")
+    coarse: float = key(0.0, "share of a round in which the teachers see the images at half their size", 0, 1)
+    bank: int = key(0, "features kept for the contrastive loss", 0)
 
 
 @dataclass
@@ -147,8 +163,12 @@ class Distill:
     lr: float = key(0.1, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
     weight_decay: float = key(5e-4, "weight decay", 0)
     warmup: int = key(100, "steps of linear learning-rate warm-up", 0)
-    loss: Literal["kl", "l1"] = key("kl", "kl: Hinton et al. 2015 at `temperature`; l1: on standardised logits")
+    loss: Literal["kl", "l1", "mae"] = key(
+        "kl", "kl: Hinton et al. 2015 at `temperature`; l1: on standardised logits; mae: on logits as they are"
+    )
     temperature: float = key(20.0, "temperature of kl", 0.1)
+    attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
+    clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
     replay: int = key(200, "batches kept of what the generator drew; 0: fresh images only", 0)
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
     flip: bool = key(False, "augmentation: random horizontal flip")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.utils import save_image
 
@@ -207,7 +207,7 @@ class SyntheticStream(IterableDataset):
 def default_shard(source: object) -> Shard:
     """This process's shard, on the device of a generator, else on Accelerate's."""
     state = PartialState()
-    device = next(source.parameters()).device if isinstance(source, nn.Module) else state.device
+    device = source.device if isinstance(source, ImageGenerator) else state.device
     return Shard(device, state.process_index, state.num_processes)
 
 

@@ -1,28 +1,44 @@
-"""Training of the generator against the zoo: one update is one `Synthesizer.step`."""
+"""Training of the generator against the zoo: one update, or one round of them, is one `Synthesizer.step`."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from kornia.augmentation import MixAugmentationBaseV2
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd import losses as L
-from dfkd.collectives import all_reduce_mean, mean_over_processes, sync_batchnorm
+from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm
+from dfkd.contrast import Contrast
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng
-from dfkd.teachers import Teacher, batch_norms, sample_teachers
-from generators import ImageGenerator
+from dfkd.teachers import Teacher, sample_teachers
+from dfkd.terms import TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
+from generators import ImageGenerator, PixelGenerator, PoolGenerator
 
 # Larger than torch's 1e-8: the first steps divide each gradient by its own size, and one that is rounding noise would
 # become a full step in a random direction, different on one process and on two.
 ADAM_EPS = 1e-6
-TEACHER_LOSSES = ("ce", "bn", "adversary", "one_hot", "activation", "information", "likeness")
-LOSSES = (*TEACHER_LOSSES, "diversity", "tv", "l2")
+PENALISED = ("ce", "one_hot", "information")
+
+
+def every_layer(generator: ImageGenerator) -> list[nn.Module]:
+    """The layers of a generator that hold weights."""
+    return [module for module in generator.modules() if hasattr(module, "reset_parameters")]
+
+
+RENEWED: dict[str, Callable[[ImageGenerator], list[nn.Module]]] = {
+    "none": lambda generator: [],
+    "first": lambda generator: generator.first_layers(),
+    "all": every_layer,
+}
 
 
 def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, repeats: int = 1) -> Tensor:
@@ -52,35 +68,27 @@ def redraw_steps(steps: int, times: int) -> set[int]:
     return {round(0.8 * steps * k / times) for k in range(1, times + 1)} - {0} if times else set()
 
 
-def check_losses(losses: Mapping[str, float], zoo: Sequence[Teacher], student: nn.Module | None) -> None:
-    """Raise UserError for loss weights by name (LOSSES) that are unknown, or that these teachers cannot serve."""
-    unknown = sorted(set(losses) - set(LOSSES))
-    if unknown:
-        raise UserError(f"unknown generator losses {unknown}; choose from {list(LOSSES)}")
-    if losses.get("adversary") and student is None:
-        raise UserError(
-            "synthesis.losses.adversary needs a student to disagree with; set student.model or its weight to 0"
-        )
-    if not any(losses.get(name) for name in TEACHER_LOSSES):
-        wanted = ", ".join(f"synthesis.losses.{name}" for name in TEACHER_LOSSES)
-        raise UserError(f"no loss asks a teacher anything; give one of {wanted} some weight")
-    if len({teacher.name for teacher in zoo}) < len(zoo):
-        raise UserError(f"teachers need names of their own, got {[teacher.name for teacher in zoo]}")
-    for teacher in zoo:
-        if losses.get("bn") and not batch_norms(teacher.model):
-            raise UserError(f"teacher {teacher.name} has no batch norm; set synthesis.losses.bn=0")
-        if losses.get("activation") and not any(isinstance(module, nn.Linear) for module in teacher.modules()):
-            raise UserError(
-                f"teacher {teacher.name} has no linear layer to read features from; set synthesis.losses.activation=0"
-            )
+def jitter(images: Tensor, pixels: int, flip: bool, *position: int | str) -> Tensor:
+    """All images [B, C, H, W] rolled by one random offset of up to `pixels` each way, and mirrored half the time if
+    asked (DeepInversion, Yin et al. 2020, appendix A)."""
+    if not pixels and not flip:
+        return images
+    # Host values, so that roll needs no sync; by position, so that every process moves its images alike.
+    u = torch.rand(3, generator=rng("cpu", *position, "jitter")).tolist()
+    down, across = (int(x * (2 * pixels + 1)) - pixels for x in u[:2])
+    images = images.roll((down, across), (2, 3)) if pixels else images
+    return images.flip(3) if flip and u[2] < 0.5 else images
 
 
 class Synthesizer:
-    """Trains a generator against a zoo: MixMix's Data and Feature Mixing, an image prior, an adversary (see losses.py).
+    """Trains a generator against a zoo: MixMix's Data and Feature Mixing, an image prior, an adversary (see terms.py).
 
-    losses gives a weight per name (LOSSES); weight 0 is not computed. With an accelerator the generator is prepared by
-    it, its batch norms are synchronised, and the statistics of teachers are those of the global batch. student is the
-    adversary: a module on images [B, C, H, W] in [0, 1].
+    losses gives a weight per name (terms.LOSSES); weight 0 is not computed. With an accelerator the generator is
+    prepared by it, its batch norms are synchronised, and the statistics of teachers are those of the global batch.
+    student is the adversary: a module on images [B, C, H, W] in [0, 1].
+
+    With a pool every step is a round: labels and latents are drawn once, `inner` updates work on them, and what comes
+    out is put into the pool. With latent_lr the latents are learned too: those of a PixelGenerator are the images.
     """
 
     def __init__(
@@ -100,49 +108,109 @@ class Synthesizer:
         bn_distance: str = "l2",
         equalise: bool = True,
         learn_weights: bool = False,
+        penalise: bool = False,
         adversary_loss: str = "l1",
+        adversary_mask: bool = True,
         warmup: float = 0.1,
         redraw: int = 0,
+        pool: PoolGenerator | None = None,
+        inner: int = 1,
+        renew: str = "none",
+        latent_lr: float = 0.0,
+        cosine: bool = False,
+        jitter: int = 0,
+        flip: bool = False,
+        coarse: float = 0.0,
+        bank: int = 0,
         seed: int = 0,
         accelerator: Accelerator | None = None,
         shard: Shard | None = None,
     ) -> None:
-        check_losses(losses, zoo, student)
-        for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.STUDENT_LOSSES)):
+        check_losses(losses, zoo, student, generator, bank)
+        for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.ADVERSARIES), (renew, RENEWED)):
             if given not in table:
-                raise UserError(f"unknown distance {given!r}; choose from {sorted(table)}")
-        self.shard = shard or Shard(next(generator.parameters()).device)
+                raise UserError(f"unknown choice {given!r}; choose from {sorted(table)}")
+        self.shard = shard or Shard(generator.device)
         self.generator = generator.train()
         sync_batchnorm(generator)
-        self.prepared = accelerator.prepare(generator) if accelerator else generator
-        self.autocast = accelerator.autocast if accelerator else nullcontext
+        self.accelerator, self.autocast = accelerator, accelerator.autocast if accelerator else nullcontext
+        has_weights = next(generator.parameters(), None) is not None
+        self.prepared = accelerator.prepare(generator) if accelerator and has_weights else generator
         self.zoo, self.student, self.mix = list(zoo), student, mix
         self.weights = {name: float(weight) for name, weight in losses.items() if weight}
-        self.steps, self.batch_size, self.sample, self.clip = steps, batch_size, sample, clip
-        self.bn_distance, self.equalise = L.BN_DISTANCES[bn_distance], equalise
-        self.adversary_loss, self.warmup, self.seed = adversary_loss, warmup, seed
+        self.steps, self.batch_size, self.sample = steps, batch_size, sample
+        self.clip = clip if has_weights else 0.0
+        self.manner = Manner(bn_distance, adversary_loss, adversary_mask)
+        self.equalise, self.penalise, self.warmup, self.seed = equalise, penalise, warmup, seed
+        self.pool, self.inner, self.renew, self.latent_lr = pool, inner, renew, latent_lr
+        self.lr, self.betas, self.cosine = lr, (betas[0], betas[1]), cosine
+        self.jitter, self.flip, self.coarse = jitter, flip, coarse
         self.redraws = redraw_steps(steps, redraw)
         self.bn_start: dict[str, Tensor] = {}
         self.bn_last: dict[str, Tensor] = {}
         self.bn_end: dict[str, Tensor] = {}
         names = [name for name in ("ce", "bn") if name in self.weights] if learn_weights else []
         self.log_variance = {n: torch.zeros((), device=self.shard.device, requires_grad=True) for n in names}
-        parameters = [*generator.parameters(), *self.log_variance.values()]
-        self.optimizer = torch.optim.Adam(parameters, lr=lr, betas=(betas[0], betas[1]), eps=ADAM_EPS, fused=True)
+        self.contrast = self._contrast(bank) if "contrastive" in self.weights else None
+        # What every process holds alike but DDP does not know of.
+        self.shared = [*self.log_variance.values(), *(self.contrast.parameters() if self.contrast else ())]
+        parameters = [*generator.parameters(), *self.shared]
+        self.optimizer = self._adam(parameters, lr) if parameters else None
         self.last: dict[str, Tensor] = {}
 
+    def _adam(self, parameters: list[Tensor], lr: float) -> torch.optim.Adam:
+        return torch.optim.Adam(parameters, lr=lr, betas=self.betas, eps=ADAM_EPS, fused=True)
+
+    def _contrast(self, bank: int) -> Contrast:
+        position = (self.seed, "contrast")
+        latents = draw_latents(self.shard, 2, self.generator.latent, *position)
+        labels = draw_labels(self.shard, 2, self.generator.classes, *position)
+        with torch.no_grad(), eval_mode(self.generator), self.zoo[0].tap_means() as means:
+            self.zoo[0](self.generator(latents, labels))
+        return Contrast(sum(each.shape[1] for each in means), self.shard, size=bank, seed=self.seed)
+
     def step(self, step: int) -> dict[str, Tensor]:
-        """One generator update. Returns the unweighted terms, detached scalars on the device (no host sync)."""
-        if step in self.redraws:
-            self._redraw(step)
+        """One generator update, or with a pool one round of them. Returns the unweighted terms of the last update,
+        detached scalars on the device (no host sync)."""
+        self._renew(step)
+        labels, latents = self._draw(step)
+        optimizers = [self.optimizer] if self.optimizer is not None else []
+        if self.latent_lr:
+            latents.requires_grad_()
+            self._project(latents)
+            optimizers.append(self._adam([latents], self.latent_lr))
         if self.equalise and "bn" in self.weights and not self.bn_start:
-            self.bn_start = self._bn_losses(0)
-        self.optimizer.zero_grad(set_to_none=True)
-        images, latents, labels = self._draw(step)
-        mixed = self._mix(images, labels, step)
+            self.bn_start = self._bn_losses(self._images(latents, labels))
+        for k in range(self.inner):
+            self._schedule(optimizers, (k, self.inner) if self.pool is not None else (step, self.steps))
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+            self.last = self._backward(step, k, labels, latents)
+            self._update(optimizers, latents)
+        if self.pool is not None or self.contrast is not None:
+            self._keep(labels, latents)
+        return self.last
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor]:
+        position = (self.seed, "synthesis", step)
+        labels = draw_labels(self.shard, self.batch_size, self.generator.classes, *position, repeats=2)
+        return labels, draw_latents(self.shard, self.batch_size, self.generator.latent, *position)
+
+    def _images(self, latents: Tensor, labels: Tensor) -> Tensor:
+        with self.autocast():
+            return full_precision(self.prepared(latents, labels))
+
+    def _backward(self, step: int, k: int, labels: Tensor, latents: Tensor) -> dict[str, Tensor]:
+        """The gradients of one update; returns its terms."""
+        position: tuple[int | str, ...] = (self.seed, "synthesis", step, *([k] if k else []))
+        images = self._images(latents, labels)
+        seen = jitter(images, self.jitter, self.flip, *position)
+        if k < self.coarse * self.inner:
+            seen = F.avg_pool2d(seen, 2)
+        mixed = self._mix(seen, labels, position)
         leaf = mixed.images.detach().requires_grad_()
-        terms = self._teacher_terms(mixed, leaf, step)
-        extra = self._image_terms(images, latents, labels)
+        terms = self._teacher_terms(mixed, leaf, step, k, position)
+        extra = image_terms(images, latents.detach(), labels, self.zoo[0], self.weights)
         terms |= {name: value.detach() for name, value in extra.items()}
         roots: list[Tensor] = [mixed.images] if leaf.grad is not None else []
         gradients: list[Tensor | None] = [leaf.grad] if leaf.grad is not None else []
@@ -152,87 +220,49 @@ class Synthesizer:
             gradients.append(None)
         if roots:
             torch.autograd.backward(roots, gradients)
-        self._update()
-        self.last = terms
         return terms
 
-    def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        position = (self.seed, "synthesis", step)
-        labels = draw_labels(self.shard, self.batch_size, self.generator.classes, *position, repeats=2)
-        latents = draw_latents(self.shard, self.batch_size, self.generator.latent, *position)
-        with self.autocast():
-            return full_precision(self.prepared(latents, labels)), latents, labels
-
-    def _mix(self, images: Tensor, labels: Tensor, step: int) -> Mixed:
+    def _mix(self, images: Tensor, labels: Tensor, position: tuple[int | str, ...]) -> Mixed:
         if self.mix is None:
             return Mixed(images, labels, labels, torch.zeros_like(labels, dtype=images.dtype))
-        return mix_batch(self.mix, images, labels, self.shard, self.seed, "synthesis", step)
+        return mix_batch(self.mix, images, labels, self.shard, *position)
 
-    def _teacher_terms(self, mixed: Mixed, leaf: Tensor, step: int) -> dict[str, Tensor]:
+    def _teacher_terms(
+        self, mixed: Mixed, leaf: Tensor, step: int, k: int, position: tuple[int | str, ...]
+    ) -> dict[str, Tensor]:
         """Backward every teacher's loss into the mixed images, one teacher at a time: peak memory is that of one."""
         ramp = self._ramp(step)
         # Where the adversary is all that asks them anything, the teachers rest until its warm-up is over.
-        asked = any(name in self.weights for name in TEACHER_LOSSES if name != "adversary" or ramp)
-        chosen = sample_teachers(self.zoo, self.sample, self.seed, step) if asked else []
+        asked = any(name in self.weights for name in TEACHER_TERMS if name != "adversary" or ramp)
+        chosen = sample_teachers(self.zoo, self.sample, self.seed, step * self.inner + k) if asked else []
         seen: dict[str, list[Tensor]] = {}
-        answer = answer_leaf = None
+        reply = reply_leaf = None
         if ramp and self.student is not None:
             with eval_mode(self.student), frozen(self.student), self.autocast():
-                answer = self.student(leaf)
-            answer_leaf = answer.detach().requires_grad_()
+                reply = self.student(leaf)
+            reply_leaf = reply.detach().requires_grad_()
         for teacher in chosen:
-            terms = self._one_teacher(teacher, mixed, leaf, answer_leaf)
+            answer = ask(teacher, mixed, leaf, self.weights, self.manner, self.autocast, self.contrast, position)
+            answer.student = reply_leaf
+            if answer.bn is not None:
+                self.bn_last[teacher.name] = answer.bn.detach()
+                answer.bn = answer.bn / self.bn_start.get(teacher.name, 1.0)
+            terms = teacher_terms(answer, self.weights)
             total = torch.stack([self._weigh(name, value, ramp) for name, value in terms.items()]).sum()
             (total / len(chosen)).backward()
             for name, value in terms.items():
                 seen.setdefault(name, []).append(value.detach())
-        if answer is not None and answer_leaf is not None:
-            answer.backward(answer_leaf.grad)
+        if reply is not None and reply_leaf is not None:
+            reply.backward(reply_leaf.grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
-
-    def _one_teacher(self, teacher: Teacher, mixed: Mixed, leaf: Tensor, answer: Tensor | None) -> dict[str, Tensor]:
-        wanted = self.weights
-        with ExitStack() as stack:
-            statistics = stack.enter_context(teacher.tap()) if "bn" in wanted else None
-            features = stack.enter_context(teacher.tap_features()) if "activation" in wanted else None
-            likeness: list[Tensor] = []
-            if "likeness" in wanted:
-                likeness = stack.enter_context(teacher.tap_maps(lambda maps: L.likeness(maps, mixed.labels)))
-            with self.autocast():
-                logits = teacher(leaf)
-        terms = {}
-        if "ce" in wanted:
-            terms["ce"] = L.mixed_ce(logits, mixed.labels, mixed.other, mixed.beta)
-        if statistics is not None:
-            distance = self.bn_distance(statistics.gather(), statistics.stored)
-            self.bn_last[teacher.name] = distance.detach()
-            terms["bn"] = distance / self.bn_start.get(teacher.name, 1.0)
-        if answer is not None:
-            terms["adversary"] = -L.masked_divergence(answer, logits, self.adversary_loss)
-        if likeness:
-            terms["likeness"] = torch.stack(likeness).mean()
-        if "one_hot" in wanted:
-            terms["one_hot"] = L.one_hot(logits)
-        if features is not None:
-            terms["activation"] = L.activation(features[-1])
-        if "information" in wanted:
-            terms["information"] = L.information(all_reduce_mean(logits.softmax(1).mean(0)))
-        return terms
-
-    def _image_terms(self, images: Tensor, latents: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        terms = {}
-        if "diversity" in self.weights:
-            terms["diversity"] = L.mode_seeking(images, latents, labels)
-        if "tv" in self.weights:
-            terms["tv"] = L.total_variation(images)
-        if "l2" in self.weights:
-            terms["l2"] = L.pixel_l2(images, self.zoo[0].mean, self.zoo[0].std)
-        return terms
 
     def _weigh(self, name: str, value: Tensor, ramp: float) -> Tensor:
         weight = self.weights[name] * (ramp if name == "adversary" else 1.0)
         if name in self.log_variance:
             return weight * torch.exp(-self.log_variance[name]) * value
+        if self.penalise and name in PENALISED:
+            before = self.last.get(name, value.detach())
+            return weight * torch.exp(all_reduce_mean(value - before))
         return weight * value
 
     def _ramp(self, step: int) -> float:
@@ -242,66 +272,111 @@ class Synthesizer:
         warmup = self.warmup * self.steps
         return min(1.0, max(0.0, (step + 1 - warmup) / warmup)) if warmup else 1.0
 
-    def _update(self) -> None:
-        mean_over_processes([s.grad for s in self.log_variance.values() if s.grad is not None])
+    def _schedule(self, optimizers: Sequence[torch.optim.Optimizer], progress: tuple[int, int]) -> None:
+        if not self.cosine:
+            return
+        factor = 0.5 * (1 + math.cos(math.pi * progress[0] / progress[1]))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * (self.lr if optimizer is self.optimizer else self.latent_lr)
+
+    def _update(self, optimizers: Sequence[torch.optim.Optimizer], latents: Tensor) -> None:
+        mean_over_processes([p.grad for p in self.shared if p.grad is not None])
         if self.clip:
             torch.nn.utils.clip_grad_norm_(self.generator.parameters(), self.clip)
-        self.optimizer.step()
+        if latents.grad is not None:
+            latents.grad /= self.shard.world  # the loss is a mean over the global batch
+        for optimizer in optimizers:
+            optimizer.step()
+        self._project(latents)
+
+    def _project(self, latents: Tensor) -> None:
+        if self.latent_lr and isinstance(self.generator, PixelGenerator):
+            self.generator.project_(latents)
 
     @torch.no_grad()
-    def _bn_losses(self, step: int) -> dict[str, Tensor]:
-        """Each teacher's batch-norm loss on the images of a step, unmixed. At the start it is what the loss is divided
-        by from then on."""
-        images, _, _ = self._draw(step)
+    def _keep(self, labels: Tensor, latents: Tensor) -> None:
+        """Put the images of a round into the pool, and their features into the memory bank."""
+        images = self._images(latents, labels)
+        if self.contrast is not None:
+            with self.autocast():
+                self.contrast.remember(self.zoo[0], images)
+        if self.pool is not None:
+            self.pool.push(all_gather(images), all_gather(labels))
+
+    @torch.no_grad()
+    def _bn_losses(self, images: Tensor) -> dict[str, Tensor]:
+        """Each teacher's batch-norm loss on images, unmixed. At the start it is what the loss is divided by from then
+        on."""
         losses = {}
         for teacher in self.zoo:
             with teacher.tap() as statistics, self.autocast():
                 teacher(images)
-            losses[teacher.name] = self.bn_distance(statistics.gather(), statistics.stored)
+            losses[teacher.name] = L.BN_DISTANCES[self.manner.bn_distance](statistics.gather(), statistics.stored)
         return losses
 
-    def _redraw(self, step: int) -> None:
-        """Draw the generator's first layers anew and forget their optimiser state: images it had settled on give way
-        to others, while the later layers keep what they learned (FastDFKD, Fang et al. 2022, section 3.3)."""
+    def _renew(self, step: int) -> None:
+        """Draw layers of the generator anew and forget their optimiser state: images it had settled on give way to
+        others, while the other layers keep what they learned (FastDFKD, Fang et al. 2022, section 3.3)."""
+        modules = self.generator.first_layers() if step in self.redraws else []
+        modules = (RENEWED[self.renew](self.generator) if step and self.renew != "none" else []) or modules
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng("cpu", self.seed, "redraw", step).initial_seed())
-            for module in self.generator.first_layers():
-                device = next(module.parameters()).device
+            for module in modules:
+                device = next(chain(module.parameters(False), module.buffers(False))).device
                 module.cpu().reset_parameters()  # type: ignore[operator]
                 module.to(device)
                 for parameter in module.parameters():
-                    self.optimizer.state.pop(parameter, None)
+                    if self.optimizer is not None:
+                        self.optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
     def settle(self, batches: int = 50) -> ImageGenerator:
-        """Finish the generator: running statistics become the mean over fresh batches of what its batch norms see in
-        training, so that eval mode draws the images that were trained. Returns it frozen, in eval mode."""
-        norms = [module for module in self.generator.modules() if isinstance(module, _BatchNorm)]
+        """Finish what is streamed, frozen and in eval mode, and return it: the pool, or the generator, whose running
+        statistics become the mean over fresh batches of what its batch norms see in training, so that eval mode draws
+        the images that were trained."""
+        done = self.generator if self.pool is None else self.pool
+        norms = [module for module in done.modules() if isinstance(module, _BatchNorm)]
         momenta = [norm.momentum for norm in norms]
-        for k in range(batches):
+        for k in range(batches if norms else 0):
             for norm in norms:
                 norm.momentum = 1 / (k + 1)
-            self._draw(self.steps + k)
+            labels, latents = self._draw(self.steps + k)
+            self._images(latents, labels)
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
+        done.eval().requires_grad_(False)
         if self.bn_start:
-            self.bn_end = self._bn_losses(self.steps + batches)
-        return self.generator.eval().requires_grad_(False)
+            position = (self.seed, "synthesis", self.steps + batches)
+            labels = draw_labels(self.shard, self.batch_size, done.classes, *position, repeats=2)
+            latents = draw_latents(self.shard, self.batch_size, done.latent, *position)
+            with self.autocast():
+                self.bn_end = self._bn_losses(full_precision(done(latents, labels)))
+        return done
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resume needs beside the generator's weights."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
+        """All that a resume needs beside the weights or images of what is streamed."""
+        state: dict[str, Any] = {
+            "optimizer": self.optimizer.state_dict() if self.optimizer is not None else None,
             "bn_start": self.bn_start,
             "bn_last": self.bn_last,
             "bn_end": self.bn_end,
             "last": self.last,
             "log_variance": {name: value.detach() for name, value in self.log_variance.items()},
+            "contrast": self.contrast.state_dict() if self.contrast is not None else None,
         }
+        if self.pool is not None:
+            state["generator"] = self.generator.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a state_dict of the same recipe."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if self.contrast is not None:
+            self.contrast.load_state_dict(state["contrast"])
+        if self.pool is not None:
+            self.generator.load_state_dict(state["generator"])
         self.bn_start, self.bn_last = dict(state["bn_start"]), dict(state["bn_last"])
         self.bn_end, self.last = dict(state["bn_end"]), dict(state["last"])
         for name, value in state["log_variance"].items():

@@ -1,7 +1,7 @@
 """Frozen teachers with their own normalisation and input size, a scoped tap on their batch norms, and the zoo."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,6 @@ MAP_LAYERS = 6  # neighbouring layers say much the same, and a deep teacher shou
 class BatchNormStatistics:
     """What the batch norms saw in one forward: per layer the moments [C] of this process's batch, and the stored."""
 
-    names: list[str] = field(default_factory=list)
     batch: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -77,51 +76,42 @@ class Teacher(Classifier):
         """Collect batch-norm input statistics of the forwards in its scope; no hook outlives it."""
         seen = BatchNormStatistics()
 
-        def collect(name: str, norm: Any, x: Tensor) -> None:
-            seen.names.append(name)
+        def collect(norm: Any, x: Tensor) -> None:
             seen.batch.append(batch_moments(x))
             seen.stored.append((full_precision(norm.running_mean), full_precision(norm.running_var)))
 
-        handles = [
-            norm.register_forward_pre_hook(lambda module, inputs, name=name: collect(name, module, inputs[0]))
-            for name, norm in batch_norms(self.model).items()
-        ]
-        try:
+        with tap_inputs(batch_norms(self.model).values(), collect):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    @contextmanager
-    def tap_maps(self, look: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    def tap_means(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect what CMI tells images apart by: per batch norm the means over pixels [B, C] of its input."""
+        return tap_inputs(batch_norms(self.model).values(), lambda _, x: full_precision(x).flatten(2).mean(2))
+
+    def tap_maps(self, look: Callable[[Tensor], Tensor]) -> AbstractContextManager[list[Tensor]]:
         """Collect look(maps) of the forwards in its scope, maps [B, C, ...] being the inputs of map_layers."""
-        seen: list[Tensor] = []
+        return tap_inputs(map_layers(self.model), lambda _, x: look(x) if x.dim() > 2 else None)
 
-        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if inputs[0].dim() > 2:
-                seen.append(look(inputs[0]))
-
-        handles = [module.register_forward_pre_hook(collect) for module in map_layers(self.model)]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def tap_features(self) -> Iterator[list[Tensor]]:
+    def tap_features(self) -> AbstractContextManager[list[Tensor]]:
         """Collect the features of the forwards in its scope: the input [B, D] of the last linear layer, if any."""
-        seen: list[Tensor] = []
         linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1:]
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs: seen.append(full_precision(inputs[0].flatten(1))))
-            for module in linear
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+        return tap_inputs(linear, lambda _, x: full_precision(x.flatten(1)))
+
+
+@contextmanager
+def tap_inputs(layers: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], Any]) -> Iterator[list[Any]]:
+    """Collect look(layer, input) of every forward of some layers in its scope, None left out; no hook outlives it."""
+    seen: list[Any] = []
+
+    def collect(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if (found := look(layer, inputs[0])) is not None:
+            seen.append(found)
+
+    handles = [layer.register_forward_pre_hook(collect) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:

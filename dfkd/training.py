@@ -115,7 +115,10 @@ class Loop:
 
     def _refuse_broken(self, done: int) -> None:
         """Raise UserError where a weight or statistic is NaN or infinite: no checkpoint may hold it."""
-        learners = {"generator": self.generator if self.synthesizer else None, "student": self.fit and self.fit.student}
+        learners = {
+            "generator": self.synthesizer and self.synthesizer.generator,
+            "student": self.fit and self.fit.student,
+        }
         for name, module in learners.items():
             for key, value in module.state_dict().items() if module is not None else ():
                 if not torch.isfinite(value).all():

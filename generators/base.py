@@ -1,20 +1,29 @@
 """What every generator of the table is to the rest of the project."""
 
-from typing import Any
+from itertools import chain
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 
 class ImageGenerator(nn.Module):
     """latents [B, latent] and labels [B] int64 -> images [B, channels, size, size] in [0, 1].
 
-    description holds what generator.json says, once loaded. Convolutions and linear layers before a batch norm have no
-    bias: its gradient is rounding noise, which Adam would blow up to full steps.
+    description holds what generator.json says, once loaded; `keys` are those of it that build the generator again.
+    Convolutions and linear layers before a batch norm have no bias: its gradient is rounding noise, which Adam would
+    blow up to full steps.
     """
 
+    keys: ClassVar[tuple[str, ...]]
     latent: int
     classes: int
     description: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights or images are."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     def first_layers(self) -> list[nn.Module]:
         """The layers that decide what is drawn for which latent and label: drawn anew by `synthesis.redraw`."""
@@ -25,3 +34,20 @@ class ImageGenerator(nn.Module):
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         """Draw images."""
         raise TypeError(f"{type(self).__name__} has no forward")
+
+
+class _StraightClamp(torch.autograd.Function):
+    """Clamp to [0, 1] whose gradient is one everywhere, so that saturated pixels can still come back."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def straight_clamp(x: Tensor) -> Tensor:
+    """x clamped to [0, 1]; the gradient passes unchanged."""
+    return _StraightClamp.apply(x)

@@ -7,19 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generators.base import ImageGenerator
-
-
-class _StraightClamp(torch.autograd.Function):
-    """Clamp to [0, 1] whose gradient is one everywhere, so that saturated pixels can still come back."""
-
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
+from generators.base import ImageGenerator, straight_clamp
 
 
 class PixelHead(nn.Module):
@@ -31,12 +19,20 @@ class PixelHead(nn.Module):
 
     def __init__(self, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        self.mean, self.std = mean, std
         self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.shift = nn.Parameter(torch.tensor(mean).view(1, -1, 1, 1))
-        self.scale = nn.Parameter(torch.tensor(std).view(1, -1, 1, 1))
+        self.shift = nn.Parameter(torch.empty(1, channels, 1, 1))
+        self.scale = nn.Parameter(torch.empty(1, channels, 1, 1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the statistics given."""
+        self.shift.copy_(torch.tensor(self.mean).view_as(self.shift))
+        self.scale.copy_(torch.tensor(self.std).view_as(self.scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        return _StraightClamp.apply(self.norm(x.to(self.shift.dtype)) * self.scale + self.shift)
+        return straight_clamp(self.norm(x.to(self.shift.dtype)) * self.scale + self.shift)
 
 
 class ConvGenerator(ImageGenerator):
@@ -45,6 +41,8 @@ class ConvGenerator(ImageGenerator):
     forward(latents [B, latent], labels [B] int64) -> images [B, channels, size, size] in [0, 1]; a generator built
     with conditional=False takes no notice of the labels. mean and std are the pixel statistics its head starts from.
     """
+
+    keys = ("latent", "classes", "channels", "size", "width", "conditional", "mean", "std")
 
     def __init__(
         self,

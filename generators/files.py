@@ -10,24 +10,23 @@ from safetensors.torch import load_file, save_file
 
 from generators.base import ImageGenerator
 
-ARCHITECTURE_KEYS = ("latent", "classes", "channels", "size", "width", "conditional", "mean", "std")
-
 
 class GeneratorError(ValueError):
     """A generator folder or description that cannot be used: which, and why, in one line."""
 
 
 def build_generator(description: dict[str, Any]) -> ImageGenerator:
-    """The generator that a description (`arch` and the keys of ARCHITECTURE_KEYS) names, with random weights."""
+    """The generator that a description (`arch` and that generator's `keys`) names, with random weights."""
     from generators import GENERATORS
 
     arch = description.get("arch")
     if arch not in GENERATORS:
         raise GeneratorError(f"unknown generator {arch!r}; choose from {sorted(GENERATORS)}")
-    missing = [key for key in ARCHITECTURE_KEYS if key not in description]
+    kind = GENERATORS[arch]
+    missing = [key for key in kind.keys if key not in description]
     if missing:
-        raise GeneratorError(f"the generator's description lacks {missing}; it must give {list(ARCHITECTURE_KEYS)}")
-    return GENERATORS[arch](**{key: description[key] for key in ARCHITECTURE_KEYS})
+        raise GeneratorError(f"the generator's description lacks {missing}; it must give {list(kind.keys)}")
+    return kind(**{key: description[key] for key in kind.keys})
 
 
 def save_generator(folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """What several test files share: one thread, the smallest networks that have every part, a watch on host reads."""
 
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,11 +100,13 @@ def teacher_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def runs(tmp_path: Path, teacher_cache: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Runs:
+def runs(tmp_path: Path, teacher_cache: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """A folder to run the tiny recipe in, and it is the working directory."""
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
-    return Runs(tmp_path, teacher_cache, capfd)
+    gc.freeze()  # a run ends with a collection, which would take half its time to look at what all tests imported
+    yield Runs(tmp_path, teacher_cache, capfd)
+    gc.unfreeze()
 
 
 READS = {"tolist", "numpy", "__array__", "item", "cpu", "__bool__", "__int__", "__float__", "__index__", "__repr__"}

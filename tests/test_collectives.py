@@ -140,7 +140,8 @@ def process(rank: int, folder: str, port: int) -> None:
     """One of two processes; leaves what it found in a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "ACCELERATE_NUM_PROCESSES": "2"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"ACCELERATE_NUM_PROCESSES": "2"}
     accelerator, shard = make_accelerator("fp32")
     assert dist.get_world_size() == 2
     tensors = [torch.full((2, 3), float(rank)), torch.tensor(5.0 - rank)]

@@ -33,6 +33,9 @@ def softmaxed(classes, channels):
     return nn.Sequential(nn.Conv2d(channels, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, classes),
                          nn.Softmax(1))
 
+def sized(classes, channels):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, classes))
+
 def small(classes, channels):
     return nn.Sequential(nn.Conv2d(channels, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 7))
 """
@@ -68,6 +71,7 @@ def prepared(runs: Runs) -> Runs:
     return runs
 
 
+ROUNDS = ("synthesis.inner=2", "distill.replay=0")
 PLAIN, THEIRS = "teachers.plain.model", "python:theirs.py"
 INPUTS: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (["synthesis.step=3"], ["unknown key 'synthesis.step'", "did you mean synthesis.steps"]),
@@ -111,6 +115,24 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
     "code that is not trusted": ([f"{PLAIN}={THEIRS}:small"], ["runs other people's code", "trust_code=true"]),
     "no generator": (["generator.checkpoint=empty"], ["no generator in empty"]),
     "torn generator": (["generator.checkpoint=torn-generator"], ["the generator in torn-generator is torn"]),
+    "generator that is made by a run": (["generator.arch=pool"], ["generator.arch='pool'", "['conv', 'pixels']"]),
+    "half-size images": (
+        [f"{PLAIN}={THEIRS}:sized", "trust_code=true", *ROUNDS, "synthesis.coarse=0.5"],
+        ["does not take images [B, 1, 4, 4]", "synthesis.coarse=0.5", "set it to 0", "input_size"],
+    ),
+    "half-size images for the adversary": (
+        [f"student.model={THEIRS}:sized", "student.kwargs={}", "trust_code=true", *ROUNDS, "synthesis.coarse=0.5"],
+        ["student does not take images [B, 1, 4, 4]", "synthesis.coarse=0.5"],
+    ),
+    "contrastive without a bank": (["synthesis.losses.contrastive=1"], ["losses.contrastive=1 and synthesis.bank=0"]),
+    "contrastive with two teachers": (
+        ["synthesis.losses.contrastive=1", "synthesis.bank=64"],
+        ["the zoo has plain, residual"],
+    ),
+    "diversity of pixels": (
+        [*ROUNDS, "generator.arch=pixels", "synthesis.latent_lr=0.1", "synthesis.redraw=0"],
+        ["synthesis.losses.diversity", "generator.arch=pixels"],
+    ),
     "no adversary": (
         ["student.model=", "tasks=[generator]"],
         ["synthesis.losses.adversary needs a student to disagree with"],

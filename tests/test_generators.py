@@ -2,14 +2,27 @@
 
 import json
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from generators import GENERATORS, ConvGenerator, GeneratorError, build_generator, load_generator, save_generator
+from generators import (
+    GENERATORS,
+    ConvGenerator,
+    GeneratorError,
+    ImageGenerator,
+    PixelGenerator,
+    PoolGenerator,
+    build_generator,
+    load_generator,
+    save_generator,
+)
 from generators.conv import PixelHead
 
 DESCRIPTION = {
@@ -22,6 +35,13 @@ DESCRIPTION = {
     "conditional": True,
     "mean": [0.2, 0.6],
     "std": [0.1, 0.3],
+}
+SIZES = {"classes": 3, "channels": 2, "size": 9}
+# What builds each generator of the table: a new one needs a line here.
+DESCRIPTIONS: dict[str, dict[str, Any]] = {
+    "conv": DESCRIPTION,
+    "pixels": {"arch": "pixels", **SIZES, "mean": [0.2, 0.6], "std": [0.1, 0.3]},
+    "pool": {"arch": "pool", **SIZES, "capacity": 12, "conditional": True},
 }
 
 
@@ -41,12 +61,23 @@ def saved(folder: Path) -> ConvGenerator:
     return generator
 
 
+def build(arch: str, **changes: Any) -> ImageGenerator:
+    """A generator of the table that has images to draw."""
+    torch.manual_seed(3)
+    generator = build_generator(DESCRIPTIONS[arch] | changes)
+    if isinstance(generator, PoolGenerator):
+        about = DESCRIPTIONS[arch] | changes
+        generator.push(torch.rand(8, about["channels"], about["size"], about["size"]), torch.arange(8) % 3)
+    return generator
+
+
 @pytest.mark.parametrize("arch", sorted(GENERATORS))
 @pytest.mark.parametrize("size", [4, 8, 15, 28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_have_the_exact_size_and_stay_in_range(arch: str, size: int, channels: int) -> None:
-    generator = build_generator(DESCRIPTION | {"arch": arch, "size": size, "channels": channels, "mean": [], "std": []})
-    latents, labels = latents_and_labels(8)
+    unspecified = {key: [] for key in ("mean", "std") if key in DESCRIPTIONS[arch]}
+    generator = build(arch, size=size, channels=channels, **unspecified)
+    latents, labels = latents_and_labels(8, generator.latent)
     for mode in (True, False):
         images = generator.train(mode)(100 * latents, labels)
         assert images.shape == (8, channels, size, size)
@@ -54,6 +85,25 @@ def test_images_have_the_exact_size_and_stay_in_range(arch: str, size: int, chan
         assert images.min() >= 0
         assert images.max() <= 1
         assert images.std() > 0
+
+
+@pytest.mark.parametrize("arch", sorted(GENERATORS))
+def test_every_generator_comes_back_from_its_folder(tmp_path: Path, arch: str) -> None:
+    generator, about = build(arch), DESCRIPTIONS[arch] | {"made_by": "somebody"}
+    assert set(GENERATORS[arch].keys) == set(DESCRIPTIONS[arch]) - {"arch"}
+    save_generator(tmp_path, generator, about)
+    loaded = load_generator(tmp_path)
+    assert type(loaded) is GENERATORS[arch]
+    assert loaded.description == about
+    assert (loaded.latent, loaded.classes, loaded.device) == (generator.latent, 3, torch.device("cpu"))
+    assert not any(module.training for module in loaded.modules())
+    inputs = latents_and_labels(16, generator.latent)
+    with torch.no_grad():
+        assert torch.equal(loaded(*inputs), generator.eval()(*inputs))
+        assert not torch.equal(loaded(*inputs), loaded(-inputs[0], inputs[1]))
+    for key in GENERATORS[arch].keys:
+        with pytest.raises(GeneratorError, match=rf"lacks \['{key}'\]; it must give"):
+            build_generator({k: v for k, v in DESCRIPTIONS[arch].items() if k != key})
 
 
 def test_pixels_start_with_the_given_mean_and_spread() -> None:
@@ -109,6 +159,70 @@ def test_every_weight_gets_a_gradient(make_generator: Callable[..., ConvGenerato
     generator = make_generator()
     (generator(*latents_and_labels(32)) * torch.rand(32, 1, 8, 8)).sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in generator.parameters())
+
+
+# --- pixels ---
+
+
+def pixels(**options: Any) -> PixelGenerator:
+    return PixelGenerator(**{**SIZES, "mean": [0.2, 0.6], "std": [0.1, 0.3], **options})
+
+
+def test_pixels_are_the_latents_scaled_shifted_and_clamped() -> None:
+    generator, (latents, labels) = pixels(), latents_and_labels(5, 2 * 9 * 9)
+    assert generator.latent == latents.shape[1]
+    images = generator(3 * latents, labels)
+    by_hand = 3 * latents.double().numpy().reshape(5, 2, 81)
+    wanted = np.clip(by_hand * np.array([[0.1], [0.3]]) + np.array([[0.2], [0.6]]), 0, 1).reshape(5, 2, 9, 9)
+    assert (wanted == 0).any()
+    assert (wanted == 1).any()
+    np.testing.assert_allclose(images.numpy(), wanted, atol=1e-6)
+    assert torch.equal(images, generator(3 * latents, (labels + 1) % 3))
+    assert generator.first_layers() == []
+    assert not list(generator.parameters())
+
+
+def test_saturated_pixels_keep_their_gradient() -> None:
+    latents = torch.full((1, 162), 50.0, requires_grad=True)
+    pixels()(latents, torch.zeros(1, dtype=torch.int64)).sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.view(2, 81)[:, 0].tolist() == pytest.approx([0.1, 0.3])
+
+
+def test_projected_latents_are_the_nearest_of_images_in_range() -> None:
+    generator, (latents, _) = pixels(), latents_and_labels(6, 162)
+    latents *= 5
+    raw = latents.view(6, 2, 9, 9) * generator.std + generator.mean
+    inside = ((raw > 1e-5) & (raw < 1 - 1e-5)).flatten(1)
+    assert 0.1 < inside.float().mean() < 0.9
+    projected = latents.clone().requires_grad_()
+    generator.project_(projected)  # a leaf that learns, as the synthesizer has it
+    assert torch.equal(projected[inside], latents[inside])
+    seen = (projected.detach().view(6, 2, 9, 9) * generator.std + generator.mean).double()
+    assert -1e-6 < float(seen.min()) <= float(seen.max()) < 1 + 1e-6
+    torch.testing.assert_close(seen, raw.clamp(0, 1).double(), atol=1e-6, rtol=0)
+    again = projected.detach().clone()
+    generator.project_(again)
+    assert torch.equal(again, projected.detach())
+
+
+def test_noise_has_the_statistics_of_a_clamped_normal() -> None:
+    latents, labels = latents_and_labels(400, 162)
+    images = pixels()(latents, labels).double().transpose(0, 1).flatten(1)
+    count = images.shape[1]
+    for channel, mean, std in zip(images.numpy(), (0.2, 0.6), (0.1, 0.3)):
+        normal = statistics.NormalDist(mean, std)
+        low, high = normal.cdf(0), 1 - normal.cdf(1)
+        for share, found in ((low, (channel == 0).mean()), (high, (channel == 1).mean())):
+            assert found == pytest.approx(share, abs=5 * (share * (1 - share) / count) ** 0.5 + 1 / count)
+        x = np.linspace(0, 1, 20001)
+        density = np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * (2 * np.pi) ** 0.5)
+        expected = high + np.trapezoid(x * density, x)
+        assert channel.mean() == pytest.approx(expected, abs=5 * std / count**0.5)
+        assert channel.std() == pytest.approx((high + np.trapezoid(x**2 * density, x) - expected**2) ** 0.5, rel=0.02)
+
+
+# --- files ---
 
 
 def test_a_folder_alone_rebuilds_the_generator(tmp_path: Path) -> None:

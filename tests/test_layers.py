@@ -27,11 +27,16 @@ CORE: dict[str, set[str]] = {
     "recipe": {"errors", "schema"},
     "evaluate": {"data", "errors", "runtime"},
     "teachers": {"classifier", "collectives", "errors", "models", "runtime"},
-    "synthesis": {"collectives", "errors", "generators", "losses", "mixing", "runtime", "teachers"},
+    "contrast": {"collectives", "losses", "runtime", "teachers"},
+    "terms": {"collectives", "contrast", "errors", "generators", "losses", "mixing", "runtime", "teachers"},
+    "synthesis": {
+        *("collectives", "contrast", "errors", "generators", "losses", "mixing", "runtime", "teachers", "terms"),
+    },
     "stream": {"classifier", "errors", "generators", "mixing", "runtime", "synthesis", "teachers"},
     "pretrain": {"classifier", "errors", "runtime", "stream"},
     "compress": {"classifier", "collectives", "errors", "losses", "models", "runtime", "stream", "teachers"},
     "export": {"classifier", "compress", "errors"},
+    "quality": {"errors", "evaluate", "losses", "stream", "teachers"},
     "verify": {"classifier", "compress", "errors", "export", "runtime"},
     "checkpoints": {"errors", "runtime"},
     "metrics": {"collectives", "errors"},
@@ -40,7 +45,7 @@ CORE: dict[str, set[str]] = {
         *("stream", "synthesis", "teachers"),
     },
 }
-COMMAND_LINE = {"run", "assemble", "cli", "tasks", "results", "folder"}
+COMMAND_LINE = {"run", "assemble", "cli", "tasks", "results", "folder", "judge"}
 PUBLIC = {
     "classifier",
     "compress",

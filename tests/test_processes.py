@@ -18,7 +18,7 @@ from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, batch_norms
-from generators import ConvGenerator
+from generators import ConvGenerator, ImageGenerator, PixelGenerator, PoolGenerator
 
 BATCH, STEPS, REPLAY_STEPS = 8, 20, 5  # images of each of two processes; steps
 LOSSES = {"ce": 1.0, "bn": 1.0, "diversity": 0.1, "adversary": 1.0}
@@ -94,12 +94,85 @@ def training(
     }
 
 
+SIZES: dict[str, Any] = {"classes": 3, "channels": 1, "size": 8}
+ROUNDS: dict[str, dict[str, Any]] = {
+    "network": {
+        "losses": {"ce": 1.0, "bn": 0.5, "contrastive": 0.8, "diversity": 0.1, "one_hot": 0.3, "information": 0.5},
+        "bank": 20,
+        "renew": "first",
+        "penalise": True,
+        "latent_lr": 0.01,
+        "jitter": 2,
+        "flip": True,
+    },
+    "pixels": {
+        "losses": {"ce": 1.0, "bn": 0.5, "adversary": 0.5, "tv": 0.1, "spread": 0.1, "smooth": 0.2},
+        "adversary_loss": "js",
+        "adversary_mask": False,
+        "warmup": 0.0,
+        "latent_lr": 0.05,
+        "coarse": 0.5,
+        "cosine": True,
+        "bn_distance": "square",
+        "equalise": False,
+    },
+}
+
+
+class DoubleLatents(Synthesizer):
+    """Learns the float32 latents at float64."""
+
+    def _draw(self, step: int) -> tuple[Tensor, Tensor]:
+        labels, latents = super()._draw(step)
+        return labels, latents.double()
+
+
+def rounds(shard: Shard, accelerator: Any, kind: str) -> dict[str, Any]:
+    """Four rounds of three updates in float64: what they learned, and what they put into pool and memory bank."""
+    torch.manual_seed(5)
+    generator: ImageGenerator = AnyDtypeGenerator(latent=6, width=4, **SIZES)
+    generator = (generator if kind == "network" else PixelGenerator(**SIZES)).double()
+    pool = PoolGenerator(capacity=3 * 2 * BATCH, **SIZES)
+    student = build_model("dfkd:tiny_plain", classes=3, channels=1, kwargs={"width": 4}).double()
+    teacher = zoo(torch.float64)[0]
+    with torch.no_grad():  # sure of one class whatever the image, it would leave nothing to spread
+        teacher.model.linear.bias -= teacher(torch.rand(64, 1, 8, 8).double()).mean(0)  # type: ignore[operator, union-attr]
+    synthesizer = DoubleLatents(
+        generator,
+        [teacher],
+        steps=4,
+        batch_size=2 * BATCH // shard.world,
+        inner=3,
+        pool=pool,
+        student=student,
+        accelerator=accelerator,
+        shard=shard,
+        **ROUNDS[kind],
+    )
+    if synthesizer.contrast is not None:
+        synthesizer.contrast.double()
+    latents: list[Tensor] = []
+    generator.register_forward_pre_hook(lambda module, given: latents.append(given[0].detach().clone()))
+    terms = [{name: all_reduce_mean(x) for name, x in synthesizer.step(step).items()} for step in range(4)]
+    contrast = synthesizer.contrast.state_dict() if synthesizer.contrast is not None else {}
+    contrast.pop("_extra_state", None)
+    return {
+        "terms": terms,
+        "learned": generator.state_dict(),
+        "contrast": contrast,
+        "latents": [latents[0], latents[-1]],
+        "pool": pool.state_dict(),
+        "draw": pool(torch.linspace(-2, 2, 50).view(-1, 1), torch.arange(50) % 3),
+    }
+
+
 def runs(shard: Shard, accelerator: Any) -> dict[str, Any]:
     single, double = torch.float32, torch.float64
     return {
         "double": training(shard, accelerator, double, steps=STEPS, **RATES),
         "single": training(shard, accelerator, single, steps=STEPS, **GENTLE),
         "replay": training(shard, accelerator, double, steps=REPLAY_STEPS, replay=3, **RATES),
+        "rounds": {kind: rounds(shard, accelerator, kind) for kind in ROUNDS},
     }
 
 
@@ -107,7 +180,7 @@ def process(rank: int, folder: str, port: int) -> None:
     """One of two processes; leaves what it found in a file."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     accelerator, shard = make_accelerator("fp32")
     torch.save(runs(shard, accelerator), Path(folder) / f"{rank}.pt")
     shut_down(accelerator)
@@ -145,7 +218,8 @@ def test_the_reference_learns(one: dict[str, Any]) -> None:
     fresh = training(Shard(torch.device("cpu")), None, torch.float64, steps=0, **RATES)
     for network in ("generator", "student"):
         assert distance(one["double"][network], fresh[network]) > 0.05
-    for run in one.values():
+    for name in ("double", "single", "replay"):
+        run = one[name]
         assert all({"ce", "bn", "diversity", "student loss"} <= set(terms) for terms in run["terms"])
     assert "adversary" in one["single"]["terms"][-1]
     assert one["double"]["bn"].keys() == {"plain", "residual", "inverted"}
@@ -195,3 +269,29 @@ def test_with_replay_each_process_keeps_its_part_of_the_ring(two: list[dict[str,
     for found in two:  # a grey level that rounds the other way is 1/255 of a pixel
         assert distance(found["replay"]["generator"], one["replay"]["generator"]) < 1e-6
         assert distance(found["replay"]["student"], one["replay"]["student"]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ROUNDS)
+def test_in_float64_rounds_fill_the_same_pool(two: list[dict[str, Any]], one: dict[str, Any], kind: str) -> None:
+    wanted = one["rounds"][kind]
+    first, last = wanted["latents"]
+    assert (last - first).abs().max() > 0.01  # they learned
+    assert set(wanted["terms"][-1]) == set(ROUNDS[kind]["losses"])
+    parts = [torch.cat([found["rounds"][kind]["latents"][k] for found in two]) for k in (0, 1)]
+    assert torch.equal(parts[0], first)
+    torch.testing.assert_close(parts[1], last, rtol=0, atol=1e-8)
+    for found in (each["rounds"][kind] for each in two):
+        for terms, expected in zip(found["terms"], wanted["terms"]):
+            for name, value in expected.items():
+                torch.testing.assert_close(terms[name], value, rtol=1e-7, atol=1e-9, msg=name)
+        for group in ("learned", "contrast"):
+            assert found[group].keys() == wanted[group].keys()
+            for key, value in wanted[group].items():
+                torch.testing.assert_close(found[group][key], value, rtol=1e-7, atol=1e-9, msg=key)
+        for key, value in wanted["pool"].items():
+            assert int((found["pool"][key].long() - value.long()).abs().max()) <= (key == "images")  # a grey level
+        assert (found["pool"]["images"] != wanted["pool"]["images"]).float().mean() < 0.01
+        torch.testing.assert_close(found["draw"], wanted["draw"], rtol=0, atol=1.01 / 255)
+    assert bool(wanted["contrast"]) == ("bank" in ROUNDS[kind])
+    ours, theirs = (each["rounds"][kind]["pool"] for each in two)
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)  # every process draws from the very same images

@@ -159,7 +159,8 @@ def test_hints_are_what_the_float_networks_units_give() -> None:
     hints = training.fit.hints
     assert hints is not None
     assert hints.weight == 0.5
-    assert len(hints.names) == 4  # the stem and three blocks
+    assert len(hints.pairs) == 4  # the stem and three blocks
+    assert all(ours == theirs for ours, theirs in hints.pairs)
     assert Training(model(), STREAM, (4, 4), images=32, steps=1, hints=0.0).fit.hints is None
 
 

@@ -83,6 +83,37 @@ def test_name_and_description_are_not_inherited(folder: Path) -> None:
     assert load("name=mine").recipe.name == "mine"
 
 
+def test_a_base_on_the_command_line_stands_in_for_the_recipes_own(folder: Path) -> None:
+    (folder / "child.yaml").write_text("base: tiny\nseed: 2\nimage: {size: 12}\ndescription: mine\n")
+    (folder / "other.yaml").write_text(MINIMAL.replace("vgg", "wrn") + "seed: 1\nclasses: 5\nimage: {size: 8}\n")
+    (folder / "upper.yaml").write_text("base: other\nname: above\ndescription: theirs\nclasses: 6\n")
+    loaded = load_recipe(["recipe=child", "base=upper", "image.channels=3"])
+    recipe = loaded.recipe
+    assert list(recipe.teachers) == ["wrn"]  # nothing of tiny is left
+    assert (recipe.seed, recipe.classes, recipe.image.size) == (2, 6, 12)
+    assert (recipe.name, recipe.folder, recipe.description) == ("child-upper", "runs/child-upper", "mine")
+    assert loaded.sources["classes"] == "recipes/upper.yaml"
+    assert loaded.sources["seed"] == "recipes/child.yaml"
+    assert load_recipe(["recipe=child", "base=other", "name=own"]).recipe.name == "own"
+    assert load_recipe(["recipe=child", f"base={folder}/other.yaml"]).recipe.name == "child-other"
+    assert load_recipe(["recipe=other", "base=tiny"]).recipe.teachers.keys() == {"vgg", "wrn"}  # it had none
+    again = folder.parent / "config.yaml"
+    again.write_text(loaded.yaml())
+    assert load_recipe(["recipe=config.yaml"]).recipe == recipe  # a saved recipe has no base left to replace
+    assert "recipes/child.yaml -> recipes/child.yaml" in message("recipe=child", "base=child")
+    assert "base is given twice" in message("recipe=child", "base=tiny", "base=other")
+
+
+def test_a_method_keeps_the_method_it_builds_on_when_its_base_is_replaced(folder: Path) -> None:
+    (folder / "methods").mkdir()
+    (folder / "methods/first.yaml").write_text("base: tiny\nsynthesis: {lr: 0.5, clip: 0}\n")
+    (folder / "methods/second.yaml").write_text("base: first\nsynthesis: {lr: 0.25}\n")
+    (folder / "other.yaml").write_text(MINIMAL.replace("vgg", "wrn").replace("{steps: 10}", "{steps: 10, clip: 9}"))
+    recipe = load_recipe(["recipe=methods/second", "base=other"]).recipe
+    assert (recipe.name, list(recipe.teachers)) == ("second-other", ["wrn"])
+    assert (recipe.synthesis.lr, recipe.synthesis.clip) == (0.25, 0)
+
+
 def test_shared_base_applies_once(folder: Path) -> None:
     (folder / "left.yaml").write_text("base: tiny\nseed: 5\n")
     (folder / "right.yaml").write_text("base: tiny\nclasses: 6\n")
@@ -196,7 +227,8 @@ def message_of_file(folder: Path, name: str, text: str) -> str:
         ("student.kwargs=8", ["student.kwargs=", "mapping"]),
         ("student.kwargs={width: ", ["student.kwargs='{width: '", "not YAML"]),
         ("name=${", ["name"]),
-        ("base=other", ["unknown key 'base'"]),
+        ("base=tinny", ["base: no recipe 'tinny'", "did you mean 'tiny'?", "the recipes are tiny"]),
+        ("base=", ["base: no recipe ''"]),
     ],
 )
 def test_wrong_arguments(folder: Path, argument: str, parts: list[str]) -> None:
@@ -254,6 +286,9 @@ def test_trust_code_on_the_command_line(folder: Path) -> None:
     assert "command line" in message("recipe=saved", "overwrite=true")
 
 
+ROUNDS = ("synthesis.inner=4", "distill.replay=0")
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -271,6 +306,15 @@ def test_trust_code_on_the_command_line(folder: Path) -> None:
         (["tasks=[distill, distill]"], 'tasks=["distill", "distill"]'),
         (["tasks=[generator]", "generator.checkpoint=runs/a"], 'generator.checkpoint="runs/a"'),
         (["synthesis.steps=0", "distill.steps=0"], "synthesis.steps=0 leaves the generator untrained"),
+        (["synthesis.latent_lr=0.1"], "synthesis.latent_lr=0.1 is about rounds; set synthesis.inner above 1"),
+        (["synthesis.renew=first"], "synthesis.renew=first is about rounds; set synthesis.inner above 1"),
+        (["synthesis.coarse=0.5"], "synthesis.coarse=0.5 is about rounds; set synthesis.inner above 1"),
+        (["synthesis.inner=2"], "distill.replay=200 and synthesis.inner=2"),
+        ([*ROUNDS, "generator.arch=pixels", "synthesis.redraw=0"], "synthesis.latent_lr above 0 (image inversion)"),
+        (["generator.arch=pixels", "synthesis.redraw=0"], "set synthesis.inner above 1 and synthesis.latent_lr"),
+        ([*ROUNDS, "generator.arch=pixels", "synthesis.latent_lr=0.1"], "synthesis.redraw=6 and generator.arch=pixels"),
+        (["synthesis.penalise=true", "synthesis.losses.ce=0"], "synthesis.losses.{ce,one_hot,information}"),
+        (["generator.conditional=false"], "synthesis.losses.ce=0 and .diversity=0"),
         (["synthesis.betas=[0.5]"], "synthesis.betas=[0.5]"),
         (["synthesis.betas=[0.5, 1]"], "synthesis.betas=[0.5, 1.0]"),
     ],
@@ -284,6 +328,12 @@ def test_what_does_not_contradict(folder: Path) -> None:
     load("tasks=[generator]", "student.model=")
     load("teachers.vgg.weights=")
     load("data.dataset=none", "zoo.main=vgg")
+    load(*ROUNDS, "synthesis.latent_lr=0.1", "synthesis.renew=all", "synthesis.coarse=0.5")
+    load("synthesis.inner=4", "tasks=[generator]")  # whose replay nobody asks for
+    load(*ROUNDS, "generator.arch=pixels", "synthesis.latent_lr=0.1", "synthesis.redraw=0")
+    load("generator.arch=pixels", "synthesis.steps=0", "distill.steps=5")  # noise, whatever else is said of synthesis
+    load("generator.conditional=false", "generator.checkpoint=runs/a")
+    load("synthesis.penalise=true", "synthesis.losses.ce=0", "synthesis.losses.one_hot=0.1")
 
 
 def test_check_refuses_a_recipe_made_by_hand() -> None:

@@ -18,8 +18,24 @@ import torch
 from runs_fixture import RECIPE, ROOT, STEPS, Job, Runs, start, wait_for
 
 KILLS = 4
-# One process and two, and what is computed in: every one has its own uninterrupted run to compare with.
-SETTINGS = {"fp32": (1, "fp32"), "bf16": (1, "bf16"), "two": (2, "fp32")}
+ROUNDS = ("synthesis.inner=2", "distill.replay=0", "synthesis.pool=200", "synthesis.jitter=1", "synthesis.flip=true")
+POOLED = (
+    *("teachers.residual.enabled=false", "synthesis.latent_lr=0.01", "synthesis.renew=first", "synthesis.cosine=true"),
+    *("synthesis.losses.contrastive=0.5", "synthesis.losses.one_hot=0.1", "synthesis.bank=100"),
+    *("synthesis.penalise=true", *ROUNDS),
+)
+INVERSION = (
+    *("generator.arch=pixels", "synthesis.latent_lr=0.1", "synthesis.redraw=0", "synthesis.losses.diversity=0"),
+    *("synthesis.adversary_loss=js", "synthesis.adversary_mask=false", *ROUNDS),
+)
+# How many processes, what is computed in, other keys: every one has its own uninterrupted run to compare with.
+SETTINGS: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "fp32": (1, "fp32", ()),
+    "bf16": (1, "bf16", ()),
+    "two": (2, "fp32", ()),
+    "inversion": (1, "bf16", INVERSION),
+    "pooled two": (2, "fp32", POOLED),
+}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -44,7 +60,7 @@ class Place:
         self.whole: dict[str, Path] = {}
 
     def arguments(self, setting: str, name: str, *given: str) -> list[str]:
-        return self.runs.arguments(name, f"runtime.precision={SETTINGS[setting][1]}", *given)
+        return self.runs.arguments(name, f"runtime.precision={SETTINGS[setting][1]}", *SETTINGS[setting][2], *given)
 
     def start(self, setting: str, name: str, *given: str) -> Job:
         return start(self.arguments(setting, name, *given), self.log(name), SETTINGS[setting][0])

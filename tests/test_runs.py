@@ -147,6 +147,43 @@ def test_a_generator_is_reused_without_one_update(runs: Runs) -> None:
     assert set(torch.load(folder / "checkpoints" / "latest" / "rank0.pt")) == {"phase", "done", "spent", "fit"}
 
 
+def test_noise_is_streamed_without_one_update(runs: Runs) -> None:
+    """The control: Gaussian noise of the teachers' mean and std, drawn again wherever the folder goes."""
+    given = ("generator.arch=pixels", "synthesis.steps=0", "distill.steps=4", "runtime.log_every=1")
+    called = runs.run("noise", *given)
+    assert (called.code, called.err) == (0, "")
+    folder = runs.folder / "noise"
+    assert {line["phase"] for line in lines(folder)} == {"student", "images"}
+    assert [line["step"] for line in lines(folder) if line["phase"] == "student"] == [1, 2, 3, 4]
+    assert results(folder)["student"]["n"] == 540
+    generator = load_generator(folder / "generator")
+    assert {"arch": "pixels", "steps": 0, "mean": [pytest.approx(0.3)]}.items() <= generator.description.items()
+    images = generator(torch.randn(500, 64), torch.zeros(500, dtype=torch.int64))
+    inside = images[(images > 0) & (images < 1)]
+    assert images.shape == (500, 1, 8, 8)
+    assert float((images == 0).float().mean()) == pytest.approx(0.182, abs=0.01)  # normal, 0.3 / 0.33 below its mean
+    assert float(inside.median()) == pytest.approx(0.369, abs=0.01)  # halfway in probability from 0 to 1
+    reused = (f"generator.checkpoint={folder / 'generator'}", "distill.steps=4", "runtime.log_every=1")
+    assert runs.run("again", *reused).code == 0
+    assert files(runs.folder / "again" / "student") == files(folder / "student")
+
+
+def test_a_pool_goes_on_to_serve_other_tasks_and_other_runs(runs: Runs) -> None:
+    rounds = ("synthesis.inner=2", "synthesis.latent_lr=0.1", "distill.replay=0", "synthesis.pool=40", *SHORT)
+    called = runs.run(
+        "made", *rounds, "tasks=[distill,ptq]", "ptq.method=nearest", "ptq.images=32", "export.input=none"
+    )
+    assert (called.code, called.err) == (0, "")
+    folder = runs.folder / "made"
+    pool = load_generator(folder / "generator")
+    assert {"arch": "pool", "made_by": "conv", "capacity": 40, "steps": 3}.items() <= pool.description.items()
+    assert pool.description["bn_loss"].keys() == {"plain", "residual"}
+    assert (pool.labels < 10).all()  # 3 rounds of 16 images
+    assert "ptq" in results(folder)["tasks"]
+    assert runs.run("served", f"generator.checkpoint={folder / 'generator'}", "distill.steps=4").code == 0
+    assert results(runs.folder / "served")["student"]["n"] == 540
+
+
 def test_a_generator_alone_and_then_a_student(runs: Runs) -> None:
     assert runs.run("alone", *SHORT, "tasks=[generator]").code == 0
     alone = runs.folder / "alone"

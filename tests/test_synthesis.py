@@ -1,6 +1,7 @@
 """One generator update against the same update written naively in float64, and what it must leave alone."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -16,17 +17,19 @@ from dfkd import losses
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix
 from dfkd.runtime import Shard
-from dfkd.synthesis import LOSSES, Synthesizer, draw_labels, draw_latents, redraw_steps
+from dfkd.synthesis import Synthesizer, draw_labels, draw_latents, redraw_steps
 from dfkd.teachers import Teacher, map_layers
-from generators import ConvGenerator
+from dfkd.terms import LOSSES
+from generators import ConvGenerator, PixelGenerator
 
 MakeTeacher = Callable[..., Teacher]
 MakeGenerator = Callable[..., ConvGenerator]
 BATCH = 8
 CPU = torch.device("cpu")
 MIXMIX = {"ce": 1.0, "bn": 0.5}
-IMAGE = {"diversity": 0.3, "tv": 0.7, "l2": 0.2}
+IMAGE = {"diversity": 0.3, "tv": 0.7, "l2": 0.2, "smooth": 0.9}
 LIKENESS = {"likeness": 0.9}
+SPREAD = {"spread": 0.5}
 DAFL = {"one_hot": 0.6, "activation": 0.4, "information": 0.8}
 
 
@@ -87,6 +90,11 @@ def look(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor, list[tuple[T
 def bn_distance(norms: list[tuple[Tensor, ...]], kind: str) -> Tensor:
     if kind == "l2":
         return sum(((m - mu) ** 2).sum().sqrt() + ((v - s) ** 2).sum().sqrt() for m, v, mu, s in norms)  # type: ignore[return-value]
+    if kind == "square":
+        eps = 1e-6
+        return sum(  # type: ignore[return-value]
+            ((m - mu) ** 2).sum() + (((v + eps).sqrt() - (s + eps).sqrt()) ** 2).sum() for m, v, mu, s in norms
+        )
     eps = 1e-5  # of each variance, as the networks have it
     normal = torch.distributions.Normal
     return sum(  # type: ignore[return-value]
@@ -150,6 +158,9 @@ def naive(
         each["ce"].append(-(targets * logits.log_softmax(1)).sum(1).mean())
         each["bn"].append(bn_distance(norms, kind) / (start[teacher.name] if start else 1))
         each["likeness"].append(torch.stack([alike(maps, labels) for maps in inputs_of(teacher, mixed)]).mean())
+        pairs = [(k + a, k + b) for k in range(0, len(mixed), 4) for a, b in ((0, 3), (1, 2))]
+        moved, apart = (sum((x[i] - x[j]).square().sum() for i, j in pairs).sqrt() for x in (p, mixed))
+        each["spread"].append(moved / apart)
         each["one_hot"].append(-p.max(1).values.log().mean())
         each["activation"].append(-features.abs().mean())
         each["information"].append((p.mean(0) * p.mean(0).log()).sum())
@@ -162,13 +173,17 @@ def naive(
     terms = {name: torch.stack(values).mean() for name, values in each.items() if name in weights}
     assert terms.get("adversary", 1.0) != 0
     if "diversity" in weights:
-        pairs = range(0, len(images), 2)
-        dx = [(images[k] - images[k + 1]).abs().mean() / (latents[k] - latents[k + 1]).abs().mean() for k in pairs]
-        terms["diversity"] = sum((labels[k] == labels[k + 1]) / (0.01 + d) for k, d in zip(pairs, dx)) / len(dx)  # type: ignore[assignment]
+        even = range(0, len(images), 2)
+        dx = [(images[k] - images[k + 1]).abs().mean() / (latents[k] - latents[k + 1]).abs().mean() for k in even]
+        terms["diversity"] = sum((labels[k] == labels[k + 1]) / (0.01 + d) for k, d in zip(even, dx)) / len(dx)  # type: ignore[assignment]
     if "tv" in weights:
         terms["tv"] = images.diff(dim=2).abs().mean() + images.diff(dim=3).abs().mean()
     if "l2" in weights:
         terms["l2"] = ((images - 0.4) / 0.3).square().mean()  # the first teacher's normalisation
+    if "smooth" in weights:
+        line = torch.tensor([1.0, math.exp(0.5), 1.0], dtype=torch.float64) / (2 + math.exp(0.5))
+        blurred = F.conv2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), torch.outer(line, line)[None, None])
+        terms["smooth"] = (images - blurred).square().mean()
     gradients = torch.autograd.grad(sum(weights[name] * terms[name] for name in weights), list(generator.parameters()))
     return {name: value.detach() for name, value in terms.items()}, list(gradients)
 
@@ -192,9 +207,14 @@ CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "without mixing": (MIXMIX, {}),
     "kl": ({"bn": 1.0}, {"bn_distance": "kl"}),
     "image prior and diversity": (MIXMIX | IMAGE, {"mix": make_mix("resize")}),
+    "square": ({"bn": 1.0}, {"bn_distance": "square"}),
+    "spread": (MIXMIX | SPREAD, {"mix": make_mix("resize")}),
     "likeness": (MIXMIX | LIKENESS, {"mix": make_mix("resize")}),
     "DAFL": (DAFL, {}),
-    "everything": (MIXMIX | IMAGE | LIKENESS | DAFL | {"adversary": 2.0}, {"mix": make_mix("resize"), "warmup": 0.0}),
+    "everything": (
+        MIXMIX | IMAGE | LIKENESS | SPREAD | DAFL | {"adversary": 2.0},
+        {"mix": make_mix("resize"), "warmup": 0.0},
+    ),
 }
 
 
@@ -216,7 +236,7 @@ def test_an_update_is_that_of_the_formulas(
     assert all(changed)
 
 
-@pytest.mark.parametrize("kind", ["l2", "kl"])
+@pytest.mark.parametrize("kind", ["l2", "kl", "square"])
 def test_teachers_are_equalised_by_their_loss_at_the_start(
     zoo: list[Teacher], make_generator: MakeGenerator, kind: str
 ) -> None:
@@ -310,6 +330,8 @@ COMPUTED_BY = {
     "likeness": "likeness",
     "tv": "total_variation",
     "l2": "pixel_l2",
+    "smooth": "smooth",
+    "spread": "spread",
     "one_hot": "one_hot",
     "activation": "activation",
     "information": "information",
@@ -327,7 +349,7 @@ def fail(*args: Any, **options: Any) -> Tensor:
 def test_a_loss_of_weight_zero_is_not_computed(
     zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert set(COMPUTED_BY) | {"bn"} == set(LOSSES)
+    assert set(COMPUTED_BY) | {"bn", "contrastive"} == set(LOSSES)  # contrastive: test_rounds.py
     for name in set(COMPUTED_BY) - {"ce"}:
         monkeypatch.setattr(losses, COMPUTED_BY[name], fail)
     monkeypatch.setitem(losses.BN_DISTANCES, "l2", fail)
@@ -337,7 +359,7 @@ def test_a_loss_of_weight_zero_is_not_computed(
     weights = dict.fromkeys(LOSSES, 0.0) | {"ce": 1.0}
     options: dict[str, Any] = {"student": student, "warmup": 0.0, "equalise": True}
     assert set(build(make_generator(), zoo, weights, **options).step(0)) == {"ce"}
-    for name in set(LOSSES) - {"ce"}:  # and with weight it is
+    for name in set(LOSSES) - {"ce", "contrastive"}:  # and with weight it is
         with pytest.raises(Asked):
             build(make_generator(), zoo, weights | {name: 1.0}, **options).step(0)
 
@@ -467,7 +489,7 @@ def test_resumed_training_ends_bitwise_where_uninterrupted_does(
 def test_an_update_waits_for_no_value(
     zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, no_host_read: Any
 ) -> None:
-    weights = MIXMIX | IMAGE | DAFL | {"adversary": 1.0}
+    weights = MIXMIX | IMAGE | SPREAD | LIKENESS | DAFL | {"adversary": 1.0}
     synthesizer = build(
         make_generator(), zoo, weights, student=student, mix=make_mix("resize"), warmup=0.0, clip=5.0, equalise=True
     )
@@ -528,6 +550,48 @@ def test_bad_losses_are_refused_by_name(zoo: list[Teacher], make_generator: Make
         UserError, match=r"no loss asks a teacher anything; give one of synthesis.losses.ce, .* some weight"
     ):
         build(make_generator(), zoo, {"ce": 0.0, "tv": 1.0})
+
+
+PIXELS = PixelGenerator(classes=3, channels=1, size=8)
+REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], list[str]]] = {
+    "contrastive without a bank": ({"contrastive": 0.8}, {}, ["synthesis.losses.contrastive=0.8", "synthesis.bank=0"]),
+    "a bank without contrastive": ({"bn": 1.0}, {"bank": 64}, ["synthesis.losses.contrastive=0 ", "synthesis.bank=64"]),
+    "contrastive with three teachers": (
+        {"contrastive": 1.0},
+        {"bank": 64},
+        ["synthesis.losses.contrastive", "one teacher", "plain, residual, inverted", "disable the others"],
+    ),
+    "diversity of pixels": (
+        {"ce": 1.0, "diversity": 0.5},
+        {"generator": PIXELS},
+        ["synthesis.losses.diversity", "generator.arch=pixels", "set its weight to 0"],
+    ),
+    "adversary without a student": ({"adversary": 1.0}, {}, ["synthesis.losses.adversary", "set student.model"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_losses_that_do_not_fit_are_refused_in_one_line(
+    zoo: list[Teacher], make_generator: MakeGenerator, case: str
+) -> None:
+    weights, options, words = REFUSED[case]
+    generator = options.get("generator") or make_generator()
+    with pytest.raises(UserError) as caught:
+        build(generator, zoo, weights, **{key: value for key, value in options.items() if key != "generator"})
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_terms_without_their_layers_are_refused_by_the_teachers_name(make_generator: MakeGenerator) -> None:
+    bare = Teacher(nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), name="bare")
+    for name, bank in (("bn", 0), ("contrastive", 8)):
+        with pytest.raises(UserError, match=f"teacher bare has no batch norm; set synthesis.losses.{name}=0"):
+            build(make_generator(), [bare], {name: 1.0}, bank=bank)
+    with pytest.raises(UserError, match=r"teacher bare has no linear layer .* set synthesis.losses.activation=0"):
+        build(make_generator(), [bare], {"activation": 1.0})
+    with pytest.raises(UserError, match=r"teachers need names of their own, got \['bare', 'bare'\]"):
+        build(make_generator(), [bare, bare], {"ce": 1.0})
 
 
 @pytest.mark.parametrize(("key", "choices"), [("bn_distance", "l2"), ("adversary_loss", "l1")])

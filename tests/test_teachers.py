@@ -52,24 +52,23 @@ class Fixed(nn.Module):
 def test_the_tap_sees_mean_and_biased_variance_of_every_batch_norms_input(make_teacher: MakeTeacher, case: str) -> None:
     spec, channels, size, kwargs = NETWORKS[case]
     teacher = make_teacher("t", spec, channels=channels, kwargs=kwargs)
-    seen: list[Tensor] = []
+    seen: list[tuple[nn.modules.batchnorm._BatchNorm, Tensor]] = []
     norms = [module for module in teacher.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     assert len(norms) > 3
     handles = [
-        norm.register_forward_hook(lambda m, x, y: seen.append(x[0].detach().double().clone())) for norm in norms
+        norm.register_forward_hook(lambda m, x, y: seen.append((m, x[0].detach().double().clone()))) for norm in norms
     ]
     with teacher.tap() as statistics:
         teacher(images(6, channels, size))
     for handle in handles:
         handle.remove()
-    assert len(statistics.batch) == len(statistics.stored) == len(statistics.names) == len(norms)
-    modules = dict(teacher.model.named_modules())
-    for name, (mean, var), (mu, sigma2), x in zip(statistics.names, statistics.gather(), statistics.stored, seen):
+    assert len(statistics.batch) == len(statistics.stored) == len(norms)
+    for (mean, var), (mu, sigma2), (norm, x) in zip(statistics.gather(), statistics.stored, seen):
         assert mean.dtype == var.dtype == torch.float32
         assert torch.allclose(mean.double(), x.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
         assert torch.allclose(var.double(), x.var((0, 2, 3), unbiased=False), rtol=1e-5, atol=1e-7)
-        assert torch.equal(mu, modules[name].running_mean)
-        assert torch.equal(sigma2, modules[name].running_var)
+        assert torch.equal(mu, norm.running_mean)
+        assert torch.equal(sigma2, norm.running_var)
 
 
 def test_tapping_changes_neither_logits_nor_buffers_and_leaves_no_hook(make_teacher: MakeTeacher) -> None:

@@ -1,8 +1,8 @@
 """The one student loop: whatever is to be trained from a stream is trained here."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from dfkd.compress.graph import images_of, watch
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, hints
-from dfkd.runtime import Shard, rng
+from dfkd.runtime import Shard, eval_mode, rng
 from dfkd.stream import SyntheticStream
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, batch_norms
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -63,12 +63,54 @@ class Batches:
 
 @dataclass
 class Hints:
-    """Layers whose outputs a student learns besides the logits: of the same names in both networks."""
+    """Layers whose outputs (or with `inputs` what they are given) a student learns besides the logits: pairs of names,
+    the student's and the teacher's, and one of losses.py's functions of the two lists of tensors."""
 
     student: nn.Module
     teacher: nn.Module
-    names: Sequence[str]
+    pairs: Sequence[tuple[str, str]]
     weight: float
+    loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] = hints
+    inputs: bool = False
+
+    def watch_student(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Collect what the student's layers give in the forwards of its scope, by name."""
+        return watch(self.student, [name for name, _ in self.pairs], self.inputs)
+
+    def watch_teacher(self) -> AbstractContextManager[dict[str, Tensor]]:
+        """Collect what the teacher's layers give in the forwards of its scope, by name."""
+        return watch(self.teacher, [name for _, name in self.pairs], self.inputs)
+
+    def term(self, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+        """The weighted loss of what was collected from the student and from the teacher, a float32 scalar."""
+        return self.weight * self.loss([ours[name] for name, _ in self.pairs], [theirs[name] for _, name in self.pairs])
+
+
+@torch.no_grad()
+def last_maps(model: nn.Module, image: Tensor) -> dict[tuple[int, ...], str]:
+    """Per size (H, W) above 1 the last batch norm that one forward of image [1, C, H, W] gives a map of that size."""
+    with eval_mode(model), watch(model, batch_norms(model), inputs=True) as seen:
+        model(image)
+    # In order of execution: the last of a size stays.
+    return {tuple(x.shape[2:]): name for name, x in seen.items() if x.dim() == 4 and min(x.shape[2:]) > 1}
+
+
+def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+    """The layers (student's, teacher's) between which attention is transferred, to be watched by their inputs: at every
+    size that both have, the last batch norm of each for an image [1, C, H, W].
+
+    The input, since a ReLU that works in place overwrites the output; in a WideResNet, as in ZSKT, it is the output of
+    a group of blocks. Raises UserError where there is no common size.
+    """
+    ours, theirs = last_maps(student, image), last_maps(teacher, image)
+    pairs = [(name, theirs[size]) for size, name in ours.items() if size in theirs]
+    if not pairs:
+        found = [", ".join("x".join(map(str, size)) for size in sizes) or "none" for sizes in (ours, theirs)]
+        raise UserError(
+            f"attention needs feature maps of one size at batch norms of both networks, the student has {found[0]} and "
+            f"the teacher {found[1]}; set distill.attention=0"
+        )
+    return pairs
 
 
 def hold_zeros(model: nn.Module) -> None:
@@ -113,18 +155,18 @@ class Fit:
     def step(self, step: int) -> dict[str, Tensor]:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
         wanted = self.hints
-        with watch(wanted.teacher, wanted.names) if wanted else nullcontext() as theirs:
+        with wanted.watch_teacher() if wanted else nullcontext() as theirs:
             images, targets = self.stream.batch(step)
         # Dropout and its like draw from torch's global generators: by position they are the same after a resume.
         position = (self.stream.seed, "student", self.stream.shard.rank, step)
         torch.manual_seed(rng("cpu", *position).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
-        with self.autocast(), watch(wanted.student, wanted.names) if wanted else nullcontext() as ours:
+        with self.autocast(), wanted.watch_student() if wanted else nullcontext() as ours:
             logits = self.prepared(images)
         loss = self.loss(logits, targets, self.temperature)
         if wanted is not None and ours is not None and theirs is not None:
-            loss = loss + wanted.weight * hints(*([seen[name] for name in wanted.names] for seen in (ours, theirs)))
+            loss = loss + wanted.term(ours, theirs)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.clip:

@@ -136,7 +136,7 @@ class Training:
             temperature=temperature,
             hold_norms=True,
             clip=5.0,
-            hints=Hints(network, reference, self.names, hints) if hints else None,
+            hints=Hints(network, reference, [(name, name) for name in self.names], hints) if hints else None,
             accelerator=accelerator,
         )
         # A step that reached zero would divide by it, one below would turn the grid round.

@@ -1,0 +1,158 @@
+"""The generator's losses by name: one table of what a teacher is asked, one of what the images are asked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dfkd import losses as L
+from dfkd.collectives import all_reduce_mean
+from dfkd.contrast import Contrast
+from dfkd.errors import UserError
+from dfkd.mixing import Mixed
+from dfkd.runtime import Autocast
+from dfkd.teachers import Teacher, batch_norms
+from generators import ImageGenerator, PixelGenerator
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How the terms are taken: distances by name, and whether the adversary is masked."""
+
+    bn_distance: str = "l2"
+    adversary_loss: str = "l1"
+    adversary_mask: bool = True
+
+
+@dataclass
+class Answer:
+    """What one teacher makes of a batch of (mixed) images, as far as the wanted terms ask for it."""
+
+    teacher: Teacher
+    images: Tensor
+    mixed: Mixed
+    manner: Manner
+    logits: Tensor
+    bn: Tensor | None = None
+    features: list[Tensor] = field(default_factory=list)
+    likeness: list[Tensor] = field(default_factory=list)
+    student: Tensor | None = None
+    contrastive: Tensor | None = None
+
+
+def _probabilities(answer: Answer) -> Tensor:
+    return answer.logits.softmax(1)
+
+
+TEACHER_TERMS: dict[str, Callable[[Answer], Tensor | None]] = {
+    "ce": lambda a: L.mixed_ce(a.logits, a.mixed.labels, a.mixed.other, a.mixed.beta),
+    "bn": lambda a: a.bn,
+    "adversary": lambda a: (
+        None
+        if a.student is None
+        else -L.masked_divergence(a.student, a.logits, a.manner.adversary_loss, a.manner.adversary_mask)
+    ),
+    "one_hot": lambda a: L.one_hot(a.logits),
+    "activation": lambda a: L.activation(a.features[-1]),
+    "information": lambda a: L.information(all_reduce_mean(_probabilities(a).mean(0))),
+    "likeness": lambda a: torch.stack(a.likeness).mean() if a.likeness else None,
+    "spread": lambda a: L.spread(a.images, _probabilities(a)),
+    "contrastive": lambda a: a.contrastive,
+}
+IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor, Teacher], Tensor]] = {  # of images, latents, labels
+    "diversity": lambda images, latents, labels, teacher: L.mode_seeking(images, latents, labels),
+    "tv": lambda images, latents, labels, teacher: L.total_variation(images),
+    "l2": lambda images, latents, labels, teacher: L.pixel_l2(images, teacher.mean, teacher.std),
+    "smooth": lambda images, latents, labels, teacher: L.smooth(images),
+}
+LOSSES = (*TEACHER_TERMS, *IMAGE_TERMS)
+
+
+def ask(
+    teacher: Teacher,
+    mixed: Mixed,
+    images: Tensor,
+    wanted: Mapping[str, float],
+    manner: Manner,
+    autocast: Autocast,
+    contrast: Contrast | None = None,
+    position: tuple[int | str, ...] = (),
+) -> Answer:
+    """One forward of a teacher over images [B, C, H, W] (`mixed.images`, as a leaf), tapped for the wanted terms."""
+    with ExitStack() as stack:
+        statistics = stack.enter_context(teacher.tap()) if "bn" in wanted else None
+        features = stack.enter_context(teacher.tap_features()) if "activation" in wanted else []
+        likeness: list[Tensor] = []
+        if "likeness" in wanted:
+            likeness = stack.enter_context(teacher.tap_maps(lambda maps: L.likeness(maps, mixed.labels)))
+        means = stack.enter_context(teacher.tap_means()) if contrast is not None else []
+        stack.enter_context(autocast())
+        logits = teacher(images)
+    answer = Answer(teacher, images, mixed, manner, logits, features=features, likeness=likeness)
+    if statistics is not None:
+        answer.bn = L.BN_DISTANCES[manner.bn_distance](statistics.gather(), statistics.stored)
+    if contrast is not None:
+        with autocast():
+            answer.contrastive = contrast(teacher, images, means, *position)
+    return answer
+
+
+def teacher_terms(answer: Answer, wanted: Mapping[str, float]) -> dict[str, Tensor]:
+    """The wanted terms of one teacher, unweighted float32 scalars; what does not apply is left out."""
+    found = {name: term(answer) for name, term in TEACHER_TERMS.items() if name in wanted}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def image_terms(
+    images: Tensor, latents: Tensor, labels: Tensor, teacher: Teacher, wanted: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The wanted terms of images [B, C, H, W] themselves; the teacher gives the normalisation."""
+    return {name: term(images, latents, labels, teacher) for name, term in IMAGE_TERMS.items() if name in wanted}
+
+
+def check_losses(
+    losses: Mapping[str, float],
+    zoo: Sequence[Teacher],
+    student: nn.Module | None,
+    generator: ImageGenerator | None = None,
+    bank: int = 0,
+) -> None:
+    """Raise UserError for loss weights by name (LOSSES) that are unknown, that contradict each other, or that these
+    teachers and this generator cannot serve."""
+    unknown = sorted(set(losses) - set(LOSSES))
+    if unknown:
+        raise UserError(f"unknown generator losses {unknown}; choose from {list(LOSSES)}")
+    if losses.get("adversary") and student is None:
+        raise UserError(
+            "synthesis.losses.adversary needs a student to disagree with; set student.model or its weight to 0"
+        )
+    if not any(losses.get(name) for name in TEACHER_TERMS):
+        wanted = ", ".join(f"synthesis.losses.{name}" for name in TEACHER_TERMS)
+        raise UserError(f"no loss asks a teacher anything; give one of {wanted} some weight")
+    if bool(losses.get("contrastive")) != bool(bank):
+        raise UserError(
+            f"synthesis.losses.contrastive={losses.get('contrastive', 0):g} and synthesis.bank={bank} go together: "
+            "the term contrasts images with the bank's; give both or none"
+        )
+    if losses.get("contrastive") and len(zoo) > 1:
+        raise UserError(
+            f"synthesis.losses.contrastive reads the features of one teacher, the zoo has "
+            f"{', '.join(teacher.name for teacher in zoo)}; disable the others or set its weight to 0"
+        )
+    if losses.get("diversity") and isinstance(generator, PixelGenerator):
+        raise UserError(
+            "synthesis.losses.diversity asks what latents make of images, and with generator.arch=pixels they are the "
+            "images; set its weight to 0"
+        )
+    if len({teacher.name for teacher in zoo}) < len(zoo):
+        raise UserError(f"teachers need names of their own, got {[teacher.name for teacher in zoo]}")
+    for teacher in zoo:
+        for name in ("bn", "contrastive"):
+            if losses.get(name) and not batch_norms(teacher.model):
+                raise UserError(f"teacher {teacher.name} has no batch norm; set synthesis.losses.{name}=0")
+        if losses.get("activation") and not any(isinstance(module, nn.Linear) for module in teacher.modules()):
+            raise UserError(
+                f"teacher {teacher.name} has no linear layer to read features from; set synthesis.losses.activation=0"
+            )
