@@ -9,11 +9,21 @@ from accelerate import PartialState
 
 from dfkd import recipe as recipes
 from dfkd.errors import UserError
+from dfkd.judge import FEWEST, IMAGES, USAGE, judge
 from dfkd.models import list_models
 from dfkd.run import dry_run, run
 from generators import GENERATORS, GeneratorError
 
-FLAGS = ("--list", "--help", "-h", "--print-config", "--dry-run")
+# What a flag takes: --FLAG=VALUE, or nothing.
+FLAGS = {
+    "--list": "",
+    "--help": "",
+    "-h": "",
+    "--print-config": "",
+    "--dry-run": "",
+    "--quality": "SOURCE, a generator's folder, a folder of images, noise or real",
+    "--images": f"an integer from {FEWEST}",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,24 +41,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _act(given: list[str]) -> int:
-    flags = {argument for argument in given if argument.startswith("-")}
-    unknown = sorted(flags - set(FLAGS))
-    if unknown:
-        raise UserError(f"unknown option {unknown[0]}; choose from {', '.join(FLAGS)}; keys are given as key=value")
-    if flags & {"--help", "-h"}:
-        print(recipes.help_text())
+    flags = _flags([argument for argument in given if argument.startswith("-")])
+    if flags.keys() & {"--help", "-h"}:
+        print(f"{recipes.help_text()}\n{USAGE}")
         return 0
     if "--list" in flags:
         print(recipes.list_text(list_models(), sorted(GENERATORS)))
         return 0
-    loaded = recipes.load_recipe([argument for argument in given if argument not in flags])
+    loaded = recipes.load_recipe([argument for argument in given if not argument.startswith("-")])
+    command = shlex.join(["accelerate", "launch", "train.py", *given])
     if "--print-config" in flags:
         print(recipes.print_config(loaded))
     elif "--dry-run" in flags:
         dry_run(loaded)
+    elif "--quality" in flags:
+        judge(loaded, flags["--quality"], int(flags.get("--images", IMAGES)), command)
     else:
-        run(loaded, shlex.join(["accelerate", "launch", "train.py", *given]))
+        run(loaded, command)
     return 0
+
+
+def _flags(given: list[str]) -> dict[str, str]:
+    """Flags with their values. Raises UserError for one that is unknown or takes no such value."""
+    flags = {}
+    for flag, equals, value in (argument.partition("=") for argument in given):
+        if flag not in FLAGS:
+            raise UserError(f"unknown option {flag}; choose from {', '.join(FLAGS)}; keys are given as key=value")
+        if bool(FLAGS[flag]) != bool(value) or bool(equals) != bool(value):
+            raise UserError(
+                f"{flag}{equals}{value}: {flag} takes {f'=VALUE: {FLAGS[flag]}' if FLAGS[flag] else 'no value'}"
+            )
+        flags[flag] = value
+    if "--images" in flags and not (flags["--images"].isdecimal() and int(flags["--images"]) >= FEWEST):
+        raise UserError(f"--images={flags['--images']} is not allowed; it takes {FLAGS['--images']}")
+    if "--images" in flags and "--quality" not in flags:
+        raise UserError("--images says of how many images --quality is measured; give --quality=SOURCE too")
+    if "--quality" in flags and flags.keys() & {"--dry-run", "--print-config"}:
+        raise UserError("--quality goes with --images alone; leave --dry-run and --print-config out")
+    return flags
 
 
 def _tell(text: str) -> None:

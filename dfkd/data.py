@@ -15,7 +15,12 @@ from torch.nn import functional as F
 
 from dfkd.errors import UserError
 
-PURPOSES = ("train teacher", "evaluate", "control")  # nothing else may look at a real image
+PURPOSES = {  # nothing else may look at a real image; and what to do where there is none
+    "train teacher": "give the teacher weights",
+    "evaluate": "leave evaluation out",
+    "control": "use noise as control",
+    "quality": "leave it out",
+}
 DOWNLOADS = {
     "mnist": "MNIST",
     "fashionmnist": "FashionMNIST",
@@ -68,12 +73,11 @@ def load_images(
     if dataset not in DATASETS:
         raise UserError(f"data.dataset={dataset!r} is unknown; choose from {', '.join(DATASETS)}")
     if dataset == "none":
-        remedy = "give the teacher weights" if train else "leave evaluation out"
         raise UserError(
-            f"data.dataset=none: no real images for {purpose!r}; {remedy}, or choose from {', '.join(DATASETS[:-1])}"
+            f"data.dataset=none: no real images for {purpose!r}; {PURPOSES[purpose]}, or choose from "
+            f"{', '.join(DATASETS[:-1])}"
         )
-    if channels not in (1, 3):
-        raise UserError(f"image.channels={channels}: real images are grey (1) or RGB (3)")
+    _check_channels(channels)
     if dataset == "imagefolder":
         data = _image_folder(_folder(train, root, train_root), channels, size, classes)
     else:
@@ -85,6 +89,65 @@ def load_images(
     split = "train" if train else "test"
     _ledger.append({"source": data.source, "split": split, "purpose": purpose, "n": len(data)})
     return data
+
+
+def load_folder(
+    folder: str | Path, *, channels: int, size: int, classes: int, limit: int
+) -> tuple[Tensor, Tensor | None]:
+    """At most `limit` images of a folder, evenly out of all, uint8 [N, channels, size, size], with labels int64 [N].
+
+    It holds a folder of images per class (stream.materialize writes such), or images alone: then labels are None.
+    The images may be synthetic or real: they are recorded as opened for `quality`. Raises UserError where there is no
+    image, one cannot be read, or the class folders do not fit `classes`.
+    """
+    _check_channels(channels)
+    paths, labels = _listed(Path(folder), classes)
+    n = min(limit, len(paths))
+    chosen = torch.arange(n) * len(paths) // max(1, n)
+    if not n:
+        raise UserError(f"{folder} holds no image; give a folder of images, or of a folder of images per class")
+    images = _all_decoded([str(paths[row]) for row in chosen.tolist()], channels, size)
+    _ledger.append({"source": f"folder {folder}", "split": "all", "purpose": "quality", "n": n})
+    return images, None if labels is None else labels[chosen]
+
+
+def _listed(folder: Path, classes: int) -> tuple[list[Path], Tensor | None]:
+    """The image files of a folder in the order of their names, and their labels [N] where they lie in class folders."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        below = {entry: sorted(filter(_is_image, entry.rglob("*"))) for entry in entries if entry.is_dir()}
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read as a folder: {error}") from error
+    flat = [entry for entry in entries if _is_image(entry)]
+    if not any(below.values()):
+        return flat, None
+    if flat:
+        raise UserError(f"{folder} holds images ({flat[0].name}, ...) beside folders of images; give either")
+    labels = dict(zip(below, _folder_labels(folder, [entry.name for entry in below], classes)))
+    found = [(path, labels[entry]) for entry, paths in below.items() for path in paths]
+    return [path for path, _ in found], torch.tensor([label for _, label in found])
+
+
+def _is_image(path: Path) -> bool:
+    return torchvision.datasets.folder.is_image_file(path.name) and path.is_file()
+
+
+def _folder_labels(folder: Path, names: list[str], classes: int) -> list[int]:
+    """The classes of sorted folder names: their positions where there is one for each class (torchvision's rule), else
+    the numbers they are, as a generator without some class leaves them."""
+    if len(names) == classes:
+        return list(range(classes))
+    if len(names) < classes and all(name.isdecimal() and int(name) < classes for name in names):
+        return [int(name) for name in names]
+    raise UserError(
+        f"{folder} has {len(names)} class folders ({', '.join(names[:5])}) but classes={classes}; give one for each "
+        f"class, or name them by their classes' numbers, {0:05d} to {classes - 1:05d}"
+    )
+
+
+def _check_channels(channels: int) -> None:
+    if channels not in (1, 3):
+        raise UserError(f"image.channels={channels}: real images are grey (1) or RGB (3)")
 
 
 def _check_classes(source: str, names: list[str], classes: int) -> None:
@@ -173,17 +236,22 @@ def _image_folder(folder: Path, channels: int, size: int, classes: int) -> RealI
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{folder} is not an image folder with one folder per class: {reason}") from error
     _check_classes(str(folder), listing.classes, classes)
-    shape = (len(listing.samples), size, size) if channels == 1 else (len(listing.samples), size, size, 3)
+    images = _all_decoded([path for path, _ in listing.samples], channels, size)
+    return RealImages(images, torch.tensor(listing.targets), listing.classes, f"imagefolder {folder}")
+
+
+def _all_decoded(paths: list[str], channels: int, size: int) -> Tensor:
+    """Image files as uint8 [N, channels, size, size]."""
+    shape = (len(paths), size, size) if channels == 1 else (len(paths), size, size, 3)
     pixels = np.empty(shape, np.uint8)
 
     def decode(start: int) -> None:
         for index in range(start, min(start + 64, len(pixels))):
-            pixels[index] = _decoded(listing.samples[index][0], channels, size)
+            pixels[index] = _decoded(paths[index], channels, size)
 
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes outside Python's lock
         list(pool.map(decode, range(0, len(pixels), 64)))  # list: raises here what decode raised
-    images = torch.from_numpy(pixels).view(len(pixels), size, size, channels).permute(0, 3, 1, 2).contiguous()
-    return RealImages(images, torch.tensor(listing.targets), listing.classes, f"imagefolder {folder}")
+    return torch.from_numpy(pixels).view(len(pixels), size, size, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def _decoded(path: str, channels: int, size: int) -> np.ndarray:
