@@ -1,0 +1,317 @@
+import importlib.util
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+from runs_fixture import Runs, reset_accelerate
+
+from dfkd.errors import UserError
+from dfkd.recipe import check
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "methods.py"
+NOISE = """
+base: tiny
+generator: {arch: pixels}
+synthesis: {steps: 0, redraw: 0}
+distill: {steps: 40}
+"""
+FROZEN = """
+base: tiny
+synthesis: {student_steps: 0, losses: {adversary: 0}}
+distill: {steps: 40}
+"""
+ROUNDS = """
+base: tiny
+synthesis: {steps: 8, inner: 3, student_steps: 4}
+distill: {steps: 0, replay: 0}
+"""
+NO_IMAGES = ["data.dataset=none", *(f"teachers.{name}.weights=x.pt" for name in ("plain", "residual"))]
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_methods", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmarks_methods"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def here(bench: ModuleType, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, str]]]:
+    """Four methods in the working directory, and the calls of children, which are called in this process."""
+    calls = []
+    for name, text in {"live": "base: tiny\n", "frozen": FROZEN, "rounds": ROUNDS, "noise": NOISE}.items():
+        Path(f"{name}.yaml").write_text(text)
+
+    def launch(child: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
+        calls.append((child, keys))
+        reset_accelerate()
+        try:
+            return json.loads(json.dumps(bench.CHILDREN[child](bench.written(keys), seconds)))
+        finally:
+            reset_accelerate()
+
+    monkeypatch.setattr(bench, "launch", launch)
+    return calls
+
+
+def line(method: str = "a", seed: int = 0, **given: Any) -> dict[str, Any]:
+    usual = {
+        **{"method": method, "seed": seed, "accuracy": 90.0, "n": 540, "agreement": 91.0, "seconds": 60.0},
+        **{"class_agreement": {"t": 80.0}, "teachers": {"t": 98.5}, "student": "dfkd:x", "note": "", "peak_mb": 500.0},
+        **{"memory": "process", "generator_updates": 1200, "student_updates": 4800, "device": "cpu, 1 threads"},
+        **{"precision": "bf16", "versions": {"torch": "2"}},
+    }
+    return {**usual, **given}
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+
+
+# --- arithmetic ---
+
+
+@pytest.mark.parametrize("budget", [7.0, 60.0, 3600.0])
+def test_scaled_work_takes_the_budget_and_keeps_its_proportions(bench: ModuleType, budget: float) -> None:
+    work, cost = bench.Work(600, 1, 4, 1200), bench.Cost(0.02, 0.005, run=1.0)
+    scaled, note = bench.scale(work, cost, budget)
+    seconds = 1.0 + scaled.rounds * (0.02 + 4 * 0.005) + scaled.frozen * 0.005
+    assert seconds == pytest.approx(budget, abs=0.005)
+    assert scaled.frozen / scaled.rounds == pytest.approx(2, rel=0.05)
+    assert (scaled.inner, scaled.per, note) == (1, 4, "")
+
+
+def test_noise_alone_is_scaled_too(bench: ModuleType) -> None:
+    assert bench.scale(bench.Work(0, 1, 4, 2400), bench.Cost(9.0, 0.01), 30.0) == (bench.Work(0, 1, 4, 3000), "")
+
+
+def test_rounds_stay_whole(bench: ModuleType) -> None:
+    cost = bench.Cost(0.02, 0.01)  # a round takes 4 + 2 s
+    assert bench.scale(bench.Work(10, 200, 200, 0), cost, 28.0) == (bench.Work(5, 200, 200, 0), "")
+    scaled, note = bench.scale(bench.Work(10, 200, 200, 600), cost, 31.0)  # 6.6 s with the share of those afterwards
+    assert (scaled, note) == (bench.Work(4, 200, 200, 700), "")
+    assert cost.of(scaled) == pytest.approx(31.0)
+
+
+@pytest.mark.parametrize("frozen", [0, 600])
+def test_a_round_that_is_too_long_is_shortened_and_said_so(bench: ModuleType, frozen: int) -> None:
+    cost = bench.Cost(0.02, 0.01)
+    scaled, note = bench.scale(bench.Work(3, 1000, 500, frozen), cost, 10.0)
+    assert scaled.rounds == 1
+    assert scaled.inner / scaled.per == pytest.approx(2, rel=0.01)
+    assert cost.of(scaled) == pytest.approx(10.0, rel=0.01)
+    assert note == f"inner 1000 → {scaled.inner}, student_steps 500 → {scaled.per}"
+    assert bool(scaled.frozen) == bool(frozen)
+
+
+def test_the_cost_is_that_of_the_trials(bench: ModuleType) -> None:
+    works = [bench.Work(10, 3, 1, 0), bench.Work(40, 3, 1, 0), bench.Work(1, 2, 1, 10), bench.Work(1, 2, 1, 300)]
+    trials = [(work, 0.5 + 0.03 * work.rounds * work.inner + 0.002 * work.student) for work in works]
+    assert bench.fit_cost(trials) == pytest.approx((0.03, 0.002, 0.5))
+    noise = [(bench.Work(0, 1, 0, size), 0.25 + 0.01 * size) for size in (10, 100)]
+    assert bench.fit_cost(noise) == pytest.approx((0, 0.01, 0.25), abs=2e-6)
+
+
+def test_work_is_what_a_recipe_asks_for_and_changes_lead_to_it(
+    bench: ModuleType, here: list[tuple[str, dict[str, str]]]
+) -> None:
+    expected = {"live": (20, 1, 1, 10), "frozen": (20, 1, 0, 40), "rounds": (8, 3, 4, 0)}
+    for name, of in expected.items():
+        method = bench.make_method(f"./{name}.yaml", {}, "plain")
+        assert bench.work_of(method.recipe) == of
+        wanted = bench.Work(5, 1 if of[1] == 1 else 2, of[2], 7)
+        keys = bench.changes(bench.Work(*of), wanted)
+        assert set(keys) <= {"synthesis.steps", "synthesis.inner", "distill.steps"}
+        assert bench.work_of(bench.load_recipe(bench.written({**method.keys, **keys})).recipe) == wanted
+    assert bench.changes(bench.Work(1, 2, 3, 4), bench.Work(1, 2, 3, 4)) == {}
+
+
+@pytest.mark.parametrize("name", ["live", "frozen", "rounds", "noise"])
+def test_probes_are_runs_that_a_method_allows(bench: ModuleType, here: list[Any], name: str) -> None:
+    recipe = bench.make_method(f"./{name}.yaml", {}, "plain").recipe
+    own = bench.work_of(recipe)
+    assert own.generator == {"live": 20, "frozen": 20, "rounds": 24, "noise": 0}[name]
+    for probe in (bench.generator_probe, bench.student_probe) if own.rounds else (bench.student_probe,):
+        for size in (2, 10, 99):
+            work = probe(own, size)
+            synthesis = replace(recipe.synthesis, steps=work.rounds, inner=work.inner, student_steps=work.per)
+            asked = replace(recipe, synthesis=synthesis, distill=replace(recipe.distill, steps=work.frozen))
+            check(asked)
+            found = bench.work_of(asked)
+            assert (found.generator, found.student) == (work.generator, work.student)
+            assert size * 0.6 <= (work.generator if probe is bench.generator_probe else work.student) <= size + 1
+
+
+# --- the table ---
+
+
+def test_table_has_means_and_deviations_and_the_best_first(bench: ModuleType) -> None:
+    accuracies = {"a": [90.0, 91.5, 94.0], "b": [95.0, 94.0, 98.5], "noise": [40.0]}
+    lines = [
+        line(name, seed, accuracy=value, seconds=58.0 + seed, peak_mb=500.0 + seed, class_agreement={"t": 80.0 + seed})
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    lines[-1] |= {"class_agreement": None, "note": "inner 9 → 3", "seconds": 75.0}
+    _, _, teacher, *found = rows(bench.table(lines, 60.0))
+    assert teacher[:2] == ["teacher t", "98.50"]
+    assert len({len(row) for row in rows(bench.table(lines, 60.0))}) == 1
+    assert [row[0] for row in found] == ["b", "a", "noise"]
+    for row in found[:2]:
+        values = accuracies[row[0]]
+        assert row[1] == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (3)"
+        assert row[2:] == ["59.0", "502", "1,200", "4,800", "81.0", ""]
+    assert found[2] == [
+        "noise",
+        "40.00 (1)",
+        "75.0",
+        "500",
+        "1,200",
+        "4,800",
+        "-",
+        "took 75.0 s, not 60; inner 9 → 3",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "flagged"), [(47.9, True), (48.1, False), (71.9, False), (72.1, True)])
+def test_time_that_is_off_by_a_fifth_is_flagged(bench: ModuleType, seconds: float, flagged: bool) -> None:
+    note = bench.cells([line(seconds=60.0), line(seed=1, seconds=seconds)], 60.0)[-1]
+    assert note == (f"took {seconds} s, not 60" if flagged else "")
+
+
+# --- the same teacher and student ---
+
+
+def test_every_method_of_the_project_has_the_same_teacher_and_student(bench: ModuleType) -> None:
+    names = bench.default_methods()
+    assert len(names) > 10
+    methods = [bench.make_method(name, {}, None) for name in names]
+    bench.check_alike(methods)
+    assert {len(method.recipe.zoo_specs) for method in methods if "zoo" not in method.name} == {1}
+    assert [len(method.recipe.zoo_specs) for method in methods if "zoo" in method.name] == [3]
+    assert all(bench.work_of(method.recipe).student for method in methods)
+
+
+def test_methods_that_are_no_match_are_refused(bench: ModuleType, here: list[tuple[str, dict[str, str]]]) -> None:
+    Path("wide.yaml").write_text("base: tiny\nstudent: {kwargs: {width: 9}}\n")
+    methods = [bench.make_method(f"./{name}.yaml", {}, "plain") for name in ("live", "wide")]
+    with pytest.raises(UserError, match="wide and live are no match: they differ in student"):
+        bench.check_alike(methods)
+    other = [bench.make_method("./live.yaml", {}, teacher) for teacher in ("plain", "residual")]
+    with pytest.raises(UserError, match="differ in zoo_specs"):
+        bench.check_alike(other)
+    bench.check_alike([bench.make_method(name, {}, "plain") for name in ("./live.yaml:zoo", "./live.yaml")])
+
+
+# --- the whole ---
+
+
+def test_methods_run_for_the_seconds_given_and_go_on_where_they_stopped(
+    bench: ModuleType,
+    here: list[tuple[str, dict[str, str]]],
+    runs: Runs,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bench, "FIRST_PROBE", 4)
+    common = ["--seconds", "0.3", "--out", "out", f"training.cache={runs.cache}"]
+    assert bench.main(["--methods", "./frozen.yaml,./rounds.yaml", "--seeds", "3", *common]) == 0
+    lines = [json.loads(text) for text in Path("out/figures.jsonl").read_text().splitlines()]
+    assert {(each["method"], each["seed"]) for each in lines} == {("frozen", 3), ("rounds", 3)}
+    for each in lines:
+        results = json.loads(Path(f"out/{each['method']}-3/results.json").read_text())
+        assert each["accuracy"] == results["student"]["accuracy"]
+        assert each["seconds"] == sum(results["seconds"].get(name, 0) for name in ("generator", "distill"))
+        assert list(each["teachers"]) == ["residual"]
+        assert 0 < each["seconds"] < 3  # of 0.3, on a machine that may be busy
+        assert each["peak_mb"] > 50
+    rounds = next(each for each in lines if each["method"] == "rounds")
+    assert rounds["student_updates"] == rounds["generator_updates"] / 3 * 4
+    keys = [keys for child, keys in here if child == "run"]
+    assert len({key["teachers.residual.weights"] for key in keys}) == 1
+    out = capfd.readouterr().out
+    assert "| teacher residual |" in out
+    here.clear()
+    assert bench.main(["--methods", "./frozen.yaml,./rounds.yaml", "--seeds", "3", *common]) == 0
+    assert here == []
+    assert capfd.readouterr().out.splitlines()[-5:] == out.splitlines()[-5:]
+    assert bench.main(["--methods", "./frozen.yaml", "--seeds", "3", *common[2:], "--seconds", "9"]) == 2
+    assert "(seconds: 0.3 there, 9.0 here)" in capfd.readouterr().err  # nothing else has changed
+
+
+def test_what_fails_is_reported_and_the_rest_runs(
+    bench: ModuleType, here: list[Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def launch(child: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
+        if child == "run" and "frozen" in keys["recipe"]:
+            raise UserError("out of memory")
+        return {"teachers": {}, "cost": bench.Cost(1.0, 1.0)._asdict(), "run": {"peak_mb": 1}}[child]
+
+    def figures(method: Any, seed: int, *rest: Any) -> dict[str, Any]:
+        return line(method.name, seed)
+
+    monkeypatch.setattr(bench, "launch", launch)
+    monkeypatch.setattr(bench, "figures", figures)
+    assert bench.main(["--methods", "./frozen.yaml,./live.yaml", "--seeds", "0,1", "--out", "out"]) == 1
+    out = capfd.readouterr().out
+    assert "frozen-0 failed: out of memory" in out
+    assert [row[0] for row in rows(out.split("\n\n")[-1])][2:] == ["teacher t", "live"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["seed=1"], "'seed=1' is not for all methods"),
+        (["--nonsense"], "'--nonsense' is not for all methods"),
+        (["--methods", "./live.yaml", "--teacher", "plane"], "choose from plain, residual"),
+        (["--methods", "./live.yaml", *NO_IMAGES], "nothing to judge the student on"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    bench: ModuleType, here: list[Any], arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main([*arguments, "--out", "out"]) == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert said in error
+    assert not Path("out").exists()
+
+
+def test_a_process_of_its_own_tells_its_peak_memory(bench: ModuleType, runs: Runs) -> None:
+    arguments = dict(argument.partition("=")[::2] for argument in runs.arguments("one", "synthesis.steps=2"))
+    found = bench.launch("run", arguments, 0, Path("logs/one.txt"), 1)
+    assert (runs.folder / "one" / "results.json").exists()
+    assert found["memory"] == "process"
+    assert 100 < found["peak_mb"] < 20_000
+    assert "student" in Path("logs/one.txt").read_text()
+
+
+def test_a_process_that_fails_is_quoted(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "child.py").write_text("import sys; print('begun'); sys.exit('\\n'.join(sys.argv[1:]))")
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "child.py"))
+    log = tmp_path / "logs" / "one.txt"
+    with pytest.raises(UserError, match=r"logs/one\.txt ends in: a=1"):
+        bench.launch("run", {"b": "2", "a": "1"}, 0, log, 1)
+    assert log.read_text().splitlines() == ["begun", "--child", "run", "--seconds", "0", "b=2", "a=1"]
+
+
+def test_peak_memory_is_no_less_than_what_is_held(bench: ModuleType) -> None:
+    held = bytearray(b"x" * 200_000_000)
+    now = psutil.Process().memory_info().rss
+    assert bench.peak_resident() >= 0.99 * now > 200_000_000
+    del held
+    assert bench.peak_resident() >= 0.99 * now
