@@ -300,5 +300,11 @@ def make_pool(recipe: Recipe, description: dict[str, Any], shard: Shard) -> tupl
     """What is streamed where the generator of a description works in rounds: a pool of the images they leave."""
     synthesis = recipe.synthesis
     made = synthesis.steps * synthesis.batch_size * shard.world
-    description = {**description, "arch": "pool", "made_by": description["arch"], "capacity": min(synthesis.pool, made)}
+    description = {
+        **description,
+        "arch": "pool",
+        "made_by": description["arch"],
+        "inner": synthesis.inner,
+        "capacity": min(synthesis.pool, made),
+    }
     return build_generator(description).to(shard.device), description

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from accelerate import PartialState
 
 from dfkd import recipe as recipes
+from dfkd.assemble import TRAINABLE
 from dfkd.errors import UserError
 from dfkd.judge import FEWEST, IMAGES, USAGE, judge
 from dfkd.models import list_models
 from dfkd.run import dry_run, run
-from generators import GENERATORS, GeneratorError
+from generators import GeneratorError
 
 # What a flag takes: --FLAG=VALUE, or nothing.
 FLAGS = {
@@ -46,7 +47,7 @@ def _act(given: list[str]) -> int:
         print(f"{recipes.help_text()}\n{USAGE}")
         return 0
     if "--list" in flags:
-        print(recipes.list_text(list_models(), sorted(GENERATORS)))
+        print(recipes.list_text(list_models(), list(TRAINABLE)))
         return 0
     loaded = recipes.load_recipe([argument for argument in given if not argument.startswith("-")])
     command = shlex.join(["accelerate", "launch", "train.py", *given])

@@ -11,6 +11,7 @@ from dfkd.losses import info_nce
 from dfkd.runtime import Shard, rng
 from dfkd.teachers import Teacher
 
+NEGATIVES = 4096  # rows of the bank that an update is contrasted with, as in CMI
 SMALLEST = 0.25  # share of the area of a crop, as in CMI's code (RandomResizedCrop)
 
 
@@ -38,7 +39,7 @@ class Contrast(nn.Module):
 
     An image's features are the means over pixels of what each batch norm of the teacher is given; a head of two layers
     projects them. The query is a random crop of an image, its key the image, the negatives the keys of the global
-    batch's other images and of `size` earlier ones, projected by the head as it is now.
+    batch's other images and of up to NEGATIVES of the bank's `size` earlier ones, projected by the head as it is now.
     """
 
     bank: Tensor
@@ -63,10 +64,17 @@ class Contrast(nn.Module):
         queries = self.head(torch.cat(seen, 1))
         with torch.no_grad():  # as in CMI's code, keys are not pulled towards their queries
             everyone = all_gather(keys)
-            negatives = torch.cat([everyone, self.head(self.bank[: self.filled])])
+            negatives = torch.cat([everyone, self.head(self._earlier(*position))])
             own = torch.arange(len(keys), device=keys.device) + self.shard.rank * len(keys)
             usable = own.unsqueeze(1) != torch.arange(len(negatives), device=keys.device)
         return info_nce(queries, keys.detach(), negatives, self.temperature, usable)
+
+    def _earlier(self, *position: int | str) -> Tensor:
+        """Rows of the bank: all, or NEGATIVES at random where there are more."""
+        if self.filled <= NEGATIVES:
+            return self.bank[: self.filled]
+        generator = rng(self.bank.device, *position, "bank")
+        return self.bank[torch.randint(self.filled, (NEGATIVES,), generator=generator, device=self.bank.device)]
 
     def _view(self, images: Tensor, *position: int | str) -> Tensor:
         """A crop of a quarter to the whole of every image, of any place, mirrored half the time."""

@@ -432,16 +432,18 @@ def _synthesis_problems(recipe: Recipe) -> Iterator[str]:
     synthesis, weights = recipe.synthesis, recipe.synthesis.losses
     if recipe.generator.checkpoint or not synthesis.steps:
         return
-    if not recipe.generator.conditional and weights.ce + weights.diversity > 0:
+    if not recipe.generator.conditional and weights.ce + weights.diversity + weights.likeness > 0:
         yield (
-            "generator.conditional=false draws no class on request; set synthesis.losses.ce=0 and .diversity=0, and "
-            "give synthesis.losses.one_hot and .information some weight (DAFL)"
+            "generator.conditional=false draws no class on request; set synthesis.losses.ce, .diversity and .likeness "
+            "to 0, and give synthesis.losses.one_hot and .information some weight (DAFL)"
         )
     if synthesis.penalise and not weights.ce + weights.one_hot + weights.information:
         yield (
             "synthesis.penalise=true weighs ce, one_hot and information, and none has weight; give one of "
             "synthesis.losses.{ce,one_hot,information} some"
         )
+    if synthesis.penalise and synthesis.learn_weights:
+        yield "synthesis.penalise and synthesis.learn_weights both change the weight of ce; set one of them to false"
     rounds = synthesis.inner > 1
     for key, given in (
         ("latent_lr", synthesis.latent_lr),
@@ -461,5 +463,6 @@ def _synthesis_problems(recipe: Recipe) -> Iterator[str]:
                 "generator.arch=pixels has no network to train; set synthesis.inner above 1 and synthesis.latent_lr "
                 "above 0 (image inversion), or synthesis.steps=0 (noise)"
             )
-        if synthesis.redraw:
-            yield f"synthesis.redraw={synthesis.redraw} and generator.arch=pixels: it has no layers; set it to 0"
+        for key, idle in (("redraw", 0), ("renew", "none")):
+            if (given := getattr(synthesis, key)) != idle:
+                yield f"synthesis.{key}={given} and generator.arch=pixels: it has no layers; set it to {idle}"

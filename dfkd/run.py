@@ -29,7 +29,7 @@ from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TASKS, check_layers, check_tasks, finished, run_task, settings, task_input
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, batch_norms
 from dfkd.terms import check_losses
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator, save_generator
@@ -60,7 +60,8 @@ def plans(recipe: Recipe) -> list[Plan]:
     if recipe.generator.checkpoint is None and adversary and not per:
         raise UserError("synthesis.losses.adversary needs a student that learns: set synthesis.student_steps above 0")
     for phase in phases:
-        if phase.total == 0 and phase.name not in TASKS:
+        noise = phase.name == "generator" and recipe.generator.arch == "pixels"  # nothing to train, but to save
+        if phase.total == 0 and phase.name not in TASKS and not noise:
             wanted = "distill.steps" if phase.name == "distill" else "synthesis.steps"
             raise UserError(f"task {phase.name} has nothing to train: set {wanted} above 0")
     return phases
@@ -113,8 +114,9 @@ def dry_run(loaded: Loaded) -> None:
         origin = spec.weights or f"to be trained on {recipe.data.dataset}"
         say(f"  teacher {teacher.name}: {spec.model}, {assemble.parameters(teacher):,} parameters, {origin}")
     worker = parts.worker or parts.generator
-    kept = f", a pool of {parts.description['capacity']:,} images" if parts.worker is not None else ""
-    say(f"  generator: {recipe.generator.arch}, {assemble.parameters(worker):,} parameters{kept}")
+    about = parts.description
+    kept = f", a pool of {about['capacity']:,} images" if about["arch"] == "pool" else ""
+    say(f"  generator: {about.get('made_by', about['arch'])}, {assemble.parameters(worker):,} parameters{kept}")
     if parts.student is not None:
         say(f"  student: {recipe.student.model}, {assemble.parameters(parts.student):,} parameters")
     for phase in phases:
@@ -125,7 +127,8 @@ def dry_run(loaded: Loaded) -> None:
             )
             say(f"  task {phase.name}: {text}")
         else:
-            say(f"  task {phase.name}: {phase.synthesis} generator updates, {phase.students} student updates")
+            rounds = f"rounds of {recipe.synthesis.inner} " if parts.worker is not None else ""
+            say(f"  task {phase.name}: {phase.synthesis} {rounds}generator updates, {phase.students} student updates")
     say(f"  estimated memory: {estimated_memory(recipe, parts) / 2**30:.2f} GiB per process")
     say("nothing was trained (--dry-run)")
     shut_down(accelerator)
@@ -134,13 +137,16 @@ def dry_run(loaded: Loaded) -> None:
 @torch.no_grad()
 def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     """A rough figure in bytes per process: weights with gradients and optimiser states, twice the activations of the
-    largest teacher or student at the batch size (the generator's are of that order), the replay ring or the pool."""
+    largest teacher or student at the batch size (the generator's are of that order), the replay ring or the pool, the
+    memory bank."""
     weights = sum(assemble.parameters(t) for t in parts.zoo) + 4 * assemble.parameters(parts.worker or parts.generator)
     weights += 3 * assemble.parameters(parts.student) if parts.student is not None else 0
     shape = (2, recipe.image.channels, recipe.image.size, recipe.image.size)
     images = torch.zeros(shape, device=parts.generator.device)
     networks: list[nn.Module] = [*parts.zoo, *([parts.student] if parts.student else [])]
     largest = max(_activations(network, images) for network in networks)
+    features = sum(norm.running_mean.numel() for norm in batch_norms(parts.zoo[0].model).values())  # type: ignore
+    weights += recipe.synthesis.bank * features
     kept = recipe.distill.replay * recipe.distill.batch_size / 2 + parts.description.get("capacity", 0)
     return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 

@@ -122,8 +122,9 @@ class SyntheticStream(IterableDataset):
     """An endless or counted stream of (images [B, C, H, W] in [0, 1], targets), ready on the device.
 
     source is a generator, or one of from_generator, from_noise and from_images. targets are the logits [B, K] of
-    `teacher` (a Teacher, or a zoo of them: its weighted mean), or labels [B] where there is none. Batch b of epoch e
-    depends on (seed, rank, e, b) alone, unless replay is on, which mixes in what was drawn before.
+    `teacher` (a Teacher, or a zoo of them: its weighted mean), or labels [B] where there is none (of a generator that
+    is not conditional they mean nothing). Batch b of epoch e depends on (seed, rank, e, b) alone, unless replay
+    is on, which mixes in what was drawn before.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class SyntheticStream(IterableDataset):
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
         self.shard = shard or default_shard(source)
+        self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
@@ -241,8 +243,10 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     """The first `count` images of a stream with their targets, as a TensorDataset on the host.
 
     With a folder they are also written there as an image folder, LABEL/NNNNN.png; targets that are logits give their
-    argmax as label.
+    argmax as label. Raises UserError for a folder of images that nobody gave a label.
     """
+    if folder is not None and not (stream.labelled or stream.teachers):
+        raise UserError("this generator draws no class on request: its labels mean nothing; give the stream a teacher")
     images: list[Tensor] = []
     targets: list[Tensor] = []
     index = 0

@@ -60,7 +60,8 @@ def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, re
 def draw_latents(shard: Shard, batch: int, latent: int, *position: int | str) -> Tensor:
     """Standard normal latents [batch, latent] of this rank, its part of the global batch's."""
     generator = rng(shard.device, *position, "latents")
-    return shard.take(torch.randn(batch * shard.world, latent, generator=generator, device=shard.device))
+    # A copy: the slice alone would keep the whole batch's in memory.
+    return shard.take(torch.randn(batch * shard.world, latent, generator=generator, device=shard.device)).clone()
 
 
 def redraw_steps(steps: int, times: int) -> set[int]:
@@ -246,7 +247,8 @@ class Synthesizer:
             answer.student = reply_leaf
             if answer.bn is not None:
                 self.bn_last[teacher.name] = answer.bn.detach()
-                answer.bn = answer.bn / self.bn_start.get(teacher.name, 1.0)
+                start = self.bn_start.setdefault(teacher.name, answer.bn.detach())
+                answer.bn = answer.bn / start if self.equalise else answer.bn
             terms = teacher_terms(answer, self.weights)
             total = torch.stack([self._weigh(name, value, ramp) for name, value in terms.items()]).sum()
             (total / len(chosen)).backward()
@@ -302,7 +304,7 @@ class Synthesizer:
             with self.autocast():
                 self.contrast.remember(self.zoo[0], images)
         if self.pool is not None:
-            self.pool.push(all_gather(images), all_gather(labels))
+            self.pool.push(all_gather((images * 255).round().to(torch.uint8)), all_gather(labels))
 
     @torch.no_grad()
     def _bn_losses(self, images: Tensor) -> dict[str, Tensor]:

@@ -88,7 +88,7 @@ class Loop:
             if self.fit is not None and k >= plan.first_student:
                 terms = self.fit.step(k - plan.first_student)
             done = k + 1
-            if done % self.log_every and done != plan.total:
+            if done % self.log_every and done != plan.total and not self._ends_round(k):
                 continue
             begun = self._account(begun)
             self._log(done, terms)
@@ -103,6 +103,12 @@ class Loop:
         if self.fit is not None:
             mean_over_processes(batch_norm_buffers(self.fit.student))
         self._account(begun)
+
+    def _ends_round(self, k: int) -> bool:
+        """Whether loop step k was a round of the synthesizer's: it may take long, and its images are kept for good, so
+        it is logged, looked at for NaN and may be checkpointed."""
+        pooled = self.synthesizer is not None and self.synthesizer.pool is not None
+        return pooled and k < self.plan.alternating and k % max(1, self.plan.per) == 0
 
     def _account(self, begun: float) -> float:
         now = time.perf_counter()

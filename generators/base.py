@@ -18,6 +18,7 @@ class ImageGenerator(nn.Module):
     keys: ClassVar[tuple[str, ...]]
     latent: int
     classes: int
+    conditional: bool  # whether it draws the class that is asked for
     description: dict[str, Any]
 
     @property

@@ -17,6 +17,7 @@ class PixelGenerator(ImageGenerator):
     """
 
     keys = ("classes", "channels", "size", "mean", "std")
+    conditional = False
     mean: Tensor
     std: Tensor
 

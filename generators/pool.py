@@ -6,6 +6,10 @@ from torch import Tensor, nn
 from generators.base import ImageGenerator
 
 
+def _sort(pool: "PoolGenerator", keys: object) -> None:
+    pool.sort()
+
+
 class PoolGenerator(ImageGenerator):
     """Up to `capacity` images in uint8, drawn with replacement: latents [B, 1] standard normal say which.
 
@@ -29,7 +33,7 @@ class PoolGenerator(ImageGenerator):
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))
         self.register_buffer("order", torch.arange(capacity), persistent=False)
         self.register_buffer("starts", torch.zeros(classes + 1, dtype=torch.int64), persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, keys: self._sort())
+        self.register_load_state_dict_post_hook(_sort)
 
     def first_layers(self) -> list[nn.Module]:
         """None: nothing here is drawn at random."""
@@ -37,15 +41,15 @@ class PoolGenerator(ImageGenerator):
 
     @torch.no_grad()
     def push(self, images: Tensor, labels: Tensor) -> None:
-        """Take in images [B, C, H, W] in [0, 1] of labels [B], in place of the oldest once the pool is full."""
+        """Take in images [B, C, H, W], uint8 or in [0, 1], of labels [B], in place of the oldest once it is full."""
         images, labels = images[-self.capacity :], labels[-self.capacity :]
         rows = (self.place + torch.arange(len(labels), device=labels.device)) % self.capacity
-        self.images[rows] = (images * 255).round().to(torch.uint8)
+        self.images[rows] = images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
         self.labels[rows] = labels
         self.place.copy_((self.place + len(labels)) % self.capacity)
-        self._sort()
+        self.sort()
 
-    def _sort(self) -> None:
+    def sort(self) -> None:
         """Where each class starts among the rows in the order of their labels."""
         ordered, order = torch.sort(self.labels, stable=True)
         self.order.copy_(order)

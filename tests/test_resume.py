@@ -22,7 +22,7 @@ ROUNDS = ("synthesis.inner=2", "distill.replay=0", "synthesis.pool=200", "synthe
 POOLED = (
     *("teachers.residual.enabled=false", "synthesis.latent_lr=0.01", "synthesis.renew=first", "synthesis.cosine=true"),
     *("synthesis.losses.contrastive=0.5", "synthesis.losses.one_hot=0.1", "synthesis.bank=100"),
-    *("synthesis.penalise=true", *ROUNDS),
+    *("synthesis.penalise=true", "synthesis.learn_weights=false", *ROUNDS),
 )
 INVERSION = (
     *("generator.arch=pixels", "synthesis.latent_lr=0.1", "synthesis.redraw=0", "synthesis.losses.diversity=0"),

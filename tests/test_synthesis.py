@@ -437,7 +437,7 @@ def test_settling_takes_the_mean_of_what_the_batch_norms_see(zoo: list[Teacher],
     momenta = {name: norm.momentum for name, norm in norms.items()}
     seen: dict[str, list[Tensor]] = defaultdict(list)
     handles = [
-        norm.register_forward_pre_hook(lambda m, x, name=name: seen[name].append(x[0].double()))
+        norm.register_forward_pre_hook(lambda m, x, name=name: seen[name].append(x[0].double()) if m.training else None)
         for name, norm in norms.items()
     ]
     before = {name: p.detach().clone() for name, p in synthesizer.generator.named_parameters()}
