@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.contrast import SMALLEST, Contrast, crop
+from dfkd.contrast import NEGATIVES, SMALLEST, Contrast, crop
 from dfkd.runtime import Shard
 from dfkd.teachers import Teacher
 
@@ -222,3 +222,17 @@ def test_the_head_depends_on_the_seed_alone(teacher: Teacher) -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.head[0].weight, again.head[0].weight)
     assert not torch.equal(one.head[0].weight, other.head[0].weight)
+
+
+def test_a_large_bank_is_contrasted_with_some_of_its_rows() -> None:
+    contrast = Contrast(2, Shard(torch.device("cpu")), size=NEGATIVES + 100)
+    contrast.bank[:, 0] = torch.arange(NEGATIVES + 100)
+    contrast.filled = NEGATIVES
+    assert torch.equal(contrast._earlier(0, "x"), contrast.bank[:NEGATIVES])
+    contrast.filled = NEGATIVES + 50
+    rows = contrast._earlier(0, "x")[:, 0]
+    assert rows.shape == (NEGATIVES,)
+    assert rows.max() < NEGATIVES + 50
+    assert abs(rows.mean() - (NEGATIVES + 49) / 2) < 5 * NEGATIVES / (12 * NEGATIVES) ** 0.5
+    assert torch.equal(rows, contrast._earlier(0, "x")[:, 0])
+    assert not torch.equal(rows, contrast._earlier(1, "x")[:, 0])

@@ -1,5 +1,7 @@
 """The pool: images drawn again by class, each as often as any other, the oldest pushed out first."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +140,12 @@ def test_drawing_and_pushing_wait_for_no_value(no_host_read: Any) -> None:
         generator.push(images, labels)
         drawn = generator(noise, torch.arange(9) % 4)
     assert drawn.shape == (9, 1, 2, 2)
+
+
+def test_a_copy_and_a_pickle_draw_what_they_are_given() -> None:
+    given, labels = pool(8), torch.tensor([0, 0, 1, 1])
+    given.push(numbered(0, 4), labels)
+    for other in (copy.deepcopy(pool(8)), pickle.loads(pickle.dumps(pool(8)))):
+        other.load_state_dict(given.state_dict())
+        assert torch.equal(numbers(other, labels), numbers(given, labels))
+    assert torch.equal(numbers(pickle.loads(pickle.dumps(given)), labels), numbers(given, labels))

@@ -168,6 +168,20 @@ def test_noise_is_streamed_without_one_update(runs: Runs) -> None:
     assert files(runs.folder / "again" / "student") == files(folder / "student")
 
 
+def test_noise_serves_a_task_without_a_student(runs: Runs) -> None:
+    noise = ("generator.arch=pixels", "synthesis.steps=0", "export.input=none")
+    called = runs.run("noise", *noise, "tasks=[generator,ptq]", "ptq.method=nearest", "ptq.images=32")
+    assert (called.code, called.err) == (0, "")
+    assert "ptq" in results(runs.folder / "noise")["tasks"]
+    assert load_generator(runs.folder / "noise" / "generator").description["arch"] == "pixels"
+
+
+def test_every_round_is_a_line(runs: Runs) -> None:
+    rounds = ("synthesis.inner=2", "synthesis.latent_lr=0.1", "distill.replay=0", "synthesis.losses.adversary=0")
+    assert runs.run("lines", *rounds, "tasks=[generator]", "synthesis.steps=3", "runtime.log_every=50").code == 0
+    assert [line["step"] for line in lines(runs.folder / "lines") if line["phase"] == "generator"] == [1, 2, 3]
+
+
 def test_a_pool_goes_on_to_serve_other_tasks_and_other_runs(runs: Runs) -> None:
     rounds = ("synthesis.inner=2", "synthesis.latent_lr=0.1", "distill.replay=0", "synthesis.pool=40", *SHORT)
     called = runs.run(

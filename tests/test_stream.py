@@ -29,7 +29,7 @@ from dfkd.stream import (
     to_float,
 )
 from dfkd.teachers import Teacher
-from generators import ConvGenerator
+from generators import ConvGenerator, PoolGenerator
 
 CPU = Shard(torch.device("cpu"))
 Batch = tuple[Tensor, Tensor]
@@ -422,3 +422,13 @@ def test_onnx_runtime_calibrates_on_a_stream(tmp_path: Path, make_generator: Cal
     got = InferenceSession(tmp_path / "int8.onnx").run(None, {"images": images.numpy()})[0]
     want = torch.nn.functional.conv2d(images, torch.from_numpy(kernel), padding=1).numpy()
     assert np.abs(got - want).mean() < 0.03 * want.std()  # 8 bits, with ranges that were seen on the stream
+
+
+def test_images_without_labels_make_no_class_folders(tmp_path: Path) -> None:
+    pool = PoolGenerator(classes=3, channels=1, size=4, capacity=8, conditional=False)
+    pool.push(torch.rand(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64))
+    stream = SyntheticStream(pool, batch_size=4, num_batches=2)
+    assert len(materialize(stream, 8)) == 8
+    with pytest.raises(UserError, match="draws no class on request"):
+        materialize(stream, 8, tmp_path)
+    assert not list(tmp_path.iterdir())
