@@ -40,6 +40,7 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
         "teachers": {t.name: _teacher_results(parts, t) for t in parts.zoo},
         "student": _student_results(parts) if "distill" in recipe.tasks else None,
         "generator": {
+            "arch": parts.description["arch"],
             "parameters": assemble.parameters(parts.generator),
             "bn_loss": parts.bn or None,
             "class_agreement": {t.name: figures[f"class_agreement_{t.name}"] for t in parts.zoo}
@@ -120,9 +121,10 @@ def verdict(results: dict[str, Any]) -> dict[str, Any]:
                 "raise synthesis.losses.bn or .steps, or check its mean and std"
             )
     if results["diversity"]["pixel_ratio"] < 0.05:
+        remedies = {"conv": "synthesis.losses.diversity or synthesis.redraw", "pool": "synthesis.latent_lr or .jitter"}
         notes.append(
-            "the images of a class hardly differ (the generator ignores its latents): raise synthesis.losses.diversity "
-            "or synthesis.redraw"
+            "the images of a class hardly differ (the generator ignores its latents): raise "
+            f"{remedies.get(results['generator']['arch'], 'generator.latent')}"
         )
     for name, task in results["tasks"].items():
         agree = (task.get("export") or {}).get("agreement")
