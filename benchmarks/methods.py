@@ -34,6 +34,7 @@ from accelerate.utils import parse_flag_from_env
 
 from dfkd.assemble import load_recipe_zoo, teacher_folder
 from dfkd.cli import main as command_line
+from dfkd.curves import entries
 from dfkd.errors import UserError
 from dfkd.recipe import FOLDER, load_recipe
 from dfkd.run import build, carry_out, plans
@@ -48,6 +49,7 @@ TOLERATED = 0.2  # share by which a run's seconds may miss the budget before its
 PROBE = 1 / 12  # share of the budget that a measurement of the seconds per update takes at least
 FIRST_PROBE, CHEAPEST = 10, 1e-6  # updates; seconds per update, below which a measurement is noise
 PROBE_ROUNDS = 2  # of a probe at the least
+SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training, at which the table against time looks
 
 Keys = dict[str, str]
 
@@ -85,12 +87,14 @@ class Cost(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A row of the table: how it is called, the name of its folders, what it is run with and what that comes to."""
+    """A row of the table: how it is called, the name of its folders, what it is run with and what that comes to; and
+    the name of the method whose updates cost what its own do, where there is one."""
 
     name: str
     folder: str
     keys: Keys
     recipe: Recipe
+    priced: str = ""
 
 
 # --- arithmetic ---
@@ -301,6 +305,8 @@ def figures(
         "agreement": student["agreement"]["percent"],
         "class_agreement": results["generator"]["class_agreement"],
         "feature_ratio": results["diversity"].get("feature_ratio"),
+        "last_quarter": student["last_quarter"],
+        "curve": curve(folder),
         "teachers": {name: teacher["accuracy"] for name, teacher in results["teachers"].items()},
         "student": student["model"],
         "seconds": sum(results["seconds"][plan.name] for plan in plans(method.recipe)),
@@ -313,6 +319,12 @@ def figures(
         "precision": results["precision"],
         "versions": results["versions"],
     }
+
+
+def curve(folder: Path) -> list[tuple[float, float]]:
+    """Seconds of training and accuracy of the student then, over a run."""
+    found = [entry for entry in entries(folder / "metrics.jsonl") if entry["phase"] == "evaluation"]
+    return [(entry["trained"], entry["accuracy"]) for entry in found]
 
 
 def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
@@ -329,6 +341,26 @@ def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
     return "\n".join(rows)
 
 
+def against_time(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: the mean accuracy that the students of a method had after shares of their training, the best first."""
+    rows = ["| student % after | " + " | ".join(f"{share:.0%}" for share in SHARES) + " |"]
+    rows.append("|---" * (1 + len(SHARES)) + "|")
+    of = {name: [line for line in lines if line["method"] == name] for name in {line["method"]: 0 for line in lines}}
+    for name in sorted(of, key=lambda name: -statistics.fmean(line["accuracy"] for line in of[name])):
+        cells = []
+        for share in SHARES:
+            reached = [[at for at in line["curve"] if at[0] <= share * line["seconds"]] for line in of[name]]
+            cells.append(f"{statistics.fmean(each[-1][1] for each in reached):.2f}" if all(reached) else "-")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def with_deviation(values: Sequence[float], sign: str = "") -> str:
+    """Mean and, of several, sample standard deviation."""
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{sign}.2f}{deviation}"
+
+
 def cells(lines: Sequence[Mapping[str, Any]], budget: float) -> list[str]:
     """The cells of a method out of its lines, one per seed."""
     accuracy = [line["accuracy"] for line in lines]
@@ -338,9 +370,8 @@ def cells(lines: Sequence[Mapping[str, Any]], budget: float) -> list[str]:
     off = [f"{line['seconds']:.1f}" for line in lines if abs(line["seconds"] / budget - 1) > TOLERATED]
     notes = [f"took {', '.join(off)} s, not {budget:g}"] if off else []
     notes += list(dict.fromkeys(line["note"] for line in lines if line["note"]))
-    deviation = f" ± {statistics.stdev(accuracy):.2f}" if len(accuracy) > 1 else ""
     return [
-        f"{statistics.fmean(accuracy):.2f}{deviation} ({len(lines)})",
+        f"{with_deviation(accuracy)} ({len(lines)})",
         f"{seconds:.1f}",
         f"{max(line['peak_mb'] for line in lines):,.0f}",
         *(f"{count:,.0f}" for count in updates),
@@ -418,18 +449,20 @@ def price(
     """The cost of each method, out of OUT/costs.jsonl or measured."""
     path = out / "costs.jsonl"
     costs = {line["method"]: Cost(line["generator"], line["student"], line["run"]) for line in read(path)}
-    probes = {}
+    probes: dict[Future[dict[str, Any]], str] = {}
     for method in methods:
-        if method.name not in costs:
+        name = method.priced or method.name
+        if name not in costs and name not in probes.values():
             log, seconds = out / "logs" / f"{method.folder}-cost.txt", settings["seconds"] * PROBE
-            probes[lanes.submit(launch, "cost", method.keys, seconds, log, settings["threads"])] = method.name
+            probes[lanes.submit(launch, "cost", method.keys, seconds, log, settings["threads"])] = name
     for future, measured in finished(probes):
         cost = Cost(measured["generator"], measured["student"], measured["run"])
         add(path, {"method": probes[future], **measured})
         costs[probes[future]] = cost
         words = f"{1000 * cost.generator:.2f} ms a generator update, {1000 * cost.student:.2f} ms a student update"
         print(f"{probes[future]}: {words}", flush=True)
-    return costs
+    names = {method.name: method.priced or method.name for method in methods}
+    return {name: costs[priced] for name, priced in names.items() if priced in costs}
 
 
 def carry_through(
@@ -491,7 +524,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})
     complete = compare(methods, [int(seed) for seed in options.seeds.split(",")], options.out, settings)
     if lines := read(options.out / "figures.jsonl"):
-        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}")
+        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}\n\n{against_time(lines)}")
     return complete
 
 

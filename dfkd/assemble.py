@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.data import RealImages, load_images, opened
-from dfkd.errors import UserError
+from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
 from dfkd.pretrain import train_teacher
-from dfkd.runtime import Shard, eval_mode, resolve_precision, rng
+from dfkd.runtime import Deadline, Shard, eval_mode, resolve_precision, rng
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
 from dfkd.teachers import Teacher, load_zoo
 from generators import GENERATORS, ImageGenerator, PoolGenerator, build_generator, load_generator
@@ -97,13 +97,15 @@ def control_images(recipe: Recipe) -> RealImages:
     return real_images(recipe, train=train, purpose="control")
 
 
-def load_recipe_zoo(recipe: Recipe, device: torch.device, say: Say, *, train: bool = True) -> list[Teacher]:
+def load_recipe_zoo(
+    recipe: Recipe, device: torch.device, say: Say, *, train: bool = True, deadline: Deadline | None = None
+) -> list[Teacher]:
     """The enabled teachers, checked, on the device; those without weights are trained first, or with train=False left
-    as they are built."""
+    as they are built. Raises Paused where the deadline comes first."""
     specs = {name: dataclasses.asdict(spec) for name, spec in recipe.zoo_specs.items()}
     for name, spec in recipe.zoo_specs.items():
         if train and not spec.weights:
-            specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say))
+            specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say, deadline))
     return load_zoo(
         specs,
         classes=recipe.classes,
@@ -137,23 +139,38 @@ def training_images(recipe: Recipe) -> list[dict[str, Any]]:
     return [read_description(teacher_folder(recipe, name, spec))["trained_on"] for name, spec in untrained.items()]
 
 
-def trained_teacher(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, say: Say) -> Path:
-    """The folder of a teacher trained from real images by the main process, or found trained alike before."""
+def trained_teacher(
+    recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, say: Say, deadline: Deadline | None = None
+) -> Path:
+    """The folder of a teacher trained from real images by the main process, or found trained alike before. Raises
+    Paused, on every process, where the deadline comes first."""
     folder = teacher_folder(recipe, name, spec)
     state = PartialState()
     if state.is_main_process and not (folder / "model.json").exists():
-        _train(recipe, name, spec, device, folder, say)
+        _train(recipe, name, spec, device, folder, say, deadline)
     state.wait_for_everyone()
+    if not (folder / "model.json").exists():
+        raise Paused(f"teacher {name} is not trained yet")
     return folder
 
 
-def _train(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, folder: Path, say: Say) -> None:
+def _train(
+    recipe: Recipe,
+    name: str,
+    spec: TeacherSpec,
+    device: torch.device,
+    folder: Path,
+    say: Say,
+    deadline: Deadline | None,
+) -> None:
     training = recipe.training
     real = real_images(recipe, train=True, purpose="train teacher")
     say(f"teacher {name} ({spec.model}) has no checkpoint: training it on {len(real)} images of {real.source}")
     model = seeded(recipe, f"teacher {name}", lambda: build_network(recipe, spec))
     classifier = Classifier(model, name=name, mean=spec.mean, std=spec.std, input_size=spec.input_size)
-    train_teacher(
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "training.pt"
+    finished = train_teacher(
         classifier,
         real.images,
         real.labels,
@@ -171,12 +188,13 @@ def _train(recipe: Recipe, name: str, spec: TeacherSpec, device: torch.device, f
             if (epoch + 1) % max(1, training.epochs // 4) == 0
             else None
         ),
+        checkpoint=checkpoint,
+        deadline=deadline,
     )
-    save_model(
-        folder,
-        classifier.model,
-        {**describe(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]},
-    )
+    if finished:
+        about = {**describe(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]}
+        save_model(folder, classifier.model, about)
+        checkpoint.unlink()
 
 
 def describe(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Classifier) -> dict[str, Any]:

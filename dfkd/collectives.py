@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -11,6 +12,11 @@ from dfkd.errors import UserError
 def world_size() -> int:
     """The number of processes; 1 outside a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agreed(answer: bool, device: torch.device) -> bool:
+    """What the main process answers, for all: clocks differ."""
+    return bool(broadcast(torch.tensor(int(answer), device=device)).item())
 
 
 class _AllReduceMean(torch.autograd.Function):

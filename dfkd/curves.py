@@ -20,7 +20,7 @@ def read_curves(path: str | Path) -> dict[str, dict[str, list[Point]]]:
     a gap in the curve.
     """
     curves: dict[str, dict[str, dict[int, float]]] = {}
-    for entry in _entries(Path(path)):
+    for entry in entries(path):
         scalars = curves.setdefault(str(entry.get("phase", "run")), {})
         for name, value in entry.items():
             if name in NOT_SCALARS or isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
@@ -31,16 +31,17 @@ def read_curves(path: str | Path) -> dict[str, dict[str, list[Point]]]:
     }
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    entries = []
+def entries(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; torn ones are left out, no file has none."""
+    path, found = Path(path), []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # the last line of a run that died while writing it
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
-            entries.append(entry)
-    return entries
+            found.append(entry)
+    return found
 
 
 def thin(points: list[Point], limit: int = POINTS) -> list[Point]:

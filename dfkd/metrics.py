@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ class Metrics:
         self.bar: tqdm | None = None
         self.said = self.begin_progress = 0.0
         self.first: int | None = None
+        self.warned: set[str] = set()
         if not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,6 +44,7 @@ class Metrics:
         kept = _lines_until(path, resumed_after)
         partial = path.with_name("metrics.jsonl.partial")
         partial.write_text("".join(kept))
+        self.warned = {entry["name"] for entry in map(json.loads, kept) if entry["phase"] == "warning"}
         os.replace(partial, path)  # a kill between must not lose the lines
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_after + 1)
@@ -65,7 +68,7 @@ class Metrics:
         self.write(phase, step, figures)
         return figures
 
-    def write(self, phase: str, step: int, figures: dict[str, float]) -> None:
+    def write(self, phase: str, step: int, figures: Mapping[str, float]) -> None:
         """Write scalars that are known on the host already."""
         if not self.main:
             return
@@ -73,6 +76,16 @@ class Metrics:
         self.file.write(json.dumps(line) + "\n")
         for name, value in figures.items():
             self.board.add_scalar(f"{phase}/{name}", value, step)
+
+    def warn(self, step: int, notes: dict[str, str]) -> None:
+        """Say what looks wrong, each thing once, and write it down for the verdict."""
+        for name, text in notes.items() if self.main else ():
+            if name not in self.warned:
+                self.warned.add(name)
+                print(f"warning at step {step}: {text}", flush=True)
+                seconds = round(time.perf_counter() - self.begin, 3)
+                line = {"phase": "warning", "step": step, "seconds": seconds, "name": name, "text": text}
+                self.file.write(json.dumps(line) + "\n")
 
     def grid(self, phase: str, step: int, images: Tensor, columns: int) -> None:
         """Write images [N, C, H, W] in [0, 1] as a grid, to images/PHASE-STEP.png and TensorBoard."""

@@ -1,14 +1,17 @@
 """Training of a teacher from real images, the way the owner of the data would have done it."""
 
 import math
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd.classifier import Classifier
-from dfkd.runtime import Shard, rng
+from dfkd.runtime import Deadline, Shard, rng
 from dfkd.stream import augment, to_float
 
 
@@ -34,8 +37,14 @@ def train_teacher(
     device: torch.device | str = "cpu",
     bf16: bool = False,
     log: Callable[[int, float], None] = lambda epoch, loss: None,
-) -> Classifier:
-    """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, random shifts and flips; in place."""
+    checkpoint: Path | None = None,
+    deadline: Deadline | None = None,
+) -> bool:
+    """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, random shifts and flips; in place.
+
+    With a checkpoint (a file) it goes on from the epoch it was left at. Returns whether all epochs are done: False
+    where the deadline would come before the next one's end; at least one is done.
+    """
     device = torch.device(device)
     shard = Shard(device)
     classifier.to(device).to(memory_format=torch.channels_last).train()
@@ -43,8 +52,15 @@ def train_teacher(
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(images))
     batches = len(images) // batch_size
-    torch.manual_seed(rng("cpu", seed, "dropout").initial_seed())
-    for epoch in range(epochs):
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        classifier.load_state_dict(state["classifier"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["epochs"]
+    for epoch in range(first, epochs):
+        begun = time.perf_counter()
+        torch.manual_seed(rng("cpu", seed, "dropout", epoch).initial_seed())
         order = torch.randperm(len(images), generator=rng("cpu", seed, "epoch", epoch)).to(device)
         for k, rows in enumerate(order[: batches * batch_size].view(batches, batch_size)):
             for group in optimizer.param_groups:
@@ -56,4 +72,12 @@ def train_teacher(
             loss.backward()
             optimizer.step()
         log(epoch, float(loss.detach()))
-    return classifier.eval()
+        if checkpoint is not None:
+            state = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
+            partial = checkpoint.with_suffix(".partial")
+            torch.save(state, partial)
+            os.replace(partial, checkpoint)
+        if deadline is not None and epoch + 1 < epochs and deadline.within(time.perf_counter() - begun):
+            return False
+    classifier.eval()
+    return True

@@ -256,7 +256,13 @@ def _verdict(verdict: Mapping[str, Any]) -> str:
     word = "Nothing looks wrong." if verdict.get("ok") else "Look at this before you use the result:"
     notes = "".join(f"<li>{escape(str(note))}</li>" for note in verdict.get("notes") or [])
     style = "verdict ok" if verdict.get("ok") else "verdict"
-    return f'<h2>Verdict</h2>\n<div class="{style}">{word}{f"<ul>{notes}</ul>" if notes else ""}</div>\n'
+    warnings = "".join(
+        f"<li>step {_figure(warning.get('step'))}: {escape(str(warning.get('text')))}</li>"
+        for warning in map(_dict, verdict.get("warnings") or [])
+    )
+    text = word + (f"<ul>{notes}</ul>" if notes else "")
+    text += f"<p>While it trained:</p><ul>{warnings}</ul>" if warnings else ""
+    return f'<h2>Verdict</h2>\n<div class="{style}">{text}</div>\n'
 
 
 def _tiles(results: Mapping[str, Any]) -> str:
@@ -268,16 +274,21 @@ def _tiles(results: Mapping[str, Any]) -> str:
     if student.get("interval"):
         sample = f"95 % interval {_figure(student['interval'])}, {sample}"
     ratio = "" if student.get("ratio") is None else f"{_figure(student['ratio'])} of its teacher's"
+    quarter = _dict(student.get("last_quarter"))
     tiles = [
         ("student accuracy, %", student.get("accuracy"), sample),
         ("student parameters", student.get("parameters"), ratio),
         ("student model", student.get("model"), ""),
     ]
+    if quarter := _dict(student.get("last_quarter")):
+        spread = "" if quarter.get("deviation") is None else f"± {_figure(quarter['deviation'])}, "
+        details = f"{spread}lowest {_figure(quarter.get('lowest'))}, {_figure(quarter.get('images'))} images"
+        tiles.insert(1, (f"its mean {quarter.get('of')} in the last quarter, %", quarter.get("mean"), details))
     if agreement := _dict(student.get("agreement")):
         details = _agreement(agreement).partition(", ")[2]
         tiles.append(("agreement with its teacher, %", agreement.get("percent"), details))
     boxes = [
-        f"<span>{title}</span><b>{escape(_figure(value))}</b><span>{escape(note)}</span>"
+        f"<span>{escape(title)}</span><b>{escape(_figure(value))}</b><span>{escape(note)}</span>"
         for title, value, note in tiles
     ]
     return '<div class="tiles">' + "".join(f'<div class="tile">{box}</div>' for box in boxes) + "</div>\n"

@@ -13,6 +13,7 @@ from torch import nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import write_atomically
+from dfkd.curves import entries
 from dfkd.data import opened
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.report import write_report
@@ -20,6 +21,7 @@ from dfkd.runtime import Shard
 from dfkd.tasks import TASKS, export, held_out, task_input, task_results
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import look
+from dfkd.verdict import generator_notes, last_quarter, verdict
 
 
 def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
@@ -50,7 +52,12 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
         "diversity": {name: value for name, value in figures.items() if not name.startswith("class_agreement")},
         "tasks": tasks,
     }
-    results["verdict"] = verdict(results)
+    along = entries(folder / "metrics.jsonl")
+    if results["student"]:
+        results["student"]["last_quarter"] = last_quarter([e for e in along if e.get("phase") == "evaluation"])
+    bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
+    warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
+    results["verdict"] = verdict(results, generator_notes(parts.generator, figures, bn), warnings)
     results["data_free"] = assemble.training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
     results["data_free"] += [entry for task in tasks.values() for entry in task.pop("opened")]
     spent |= {name: task["seconds"] for name, task in tasks.items()}
@@ -103,48 +110,6 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast
         ),
     }
-
-
-def verdict(results: dict[str, Any]) -> dict[str, Any]:
-    """Whether the run looks sound, and for each thing that does not what to do."""
-    notes = []
-    for name, percent in (results["generator"]["class_agreement"] or {}).items():
-        if percent < 50:
-            notes.append(
-                f"teacher {name} sees the asked class in {percent:.0f} % of the images: raise synthesis.losses.ce or "
-                "synthesis.steps, or lower synthesis.losses.diversity"
-            )
-    for name, loss in (results["generator"]["bn_loss"] or {}).items():
-        if loss["end"] > 0.7 * loss["start"]:
-            notes.append(
-                f"the batch-norm statistics of teacher {name} do not fit ({loss['start']:.3g} -> {loss['end']:.3g}): "
-                "raise synthesis.losses.bn or .steps, or check its mean and std"
-            )
-    if results["diversity"]["pixel_ratio"] < 0.05:
-        remedies = {"conv": "synthesis.losses.diversity or synthesis.redraw", "pool": "synthesis.latent_lr or .jitter"}
-        notes.append(
-            "the images of a class hardly differ (the generator ignores its latents): raise "
-            f"{remedies.get(results['generator']['arch'], 'generator.latent')}"
-        )
-    for name, task in results["tasks"].items():
-        agree = (task.get("export") or {}).get("agreement")
-        if agree is not None and agree < 99.5:
-            notes.append(
-                f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"
-            )
-        if task["before"] is not None and task["after"] < task["before"] - 10:
-            notes.append(
-                f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
-            )
-        if any(entry["split"] == "test" for entry in task.get("opened", [])):
-            notes.append(f"{name}.source=real used the test images themselves: set data.train_root for a fair control")
-    student = results["student"]
-    if student and student["agreement"]["percent"] < 80:
-        notes.append(
-            f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of fresh images: raise "
-            "distill.steps or synthesis.student_steps, or choose a larger student"
-        )
-    return {"ok": not notes, "notes": notes}
 
 
 def describe_device(shard: Shard) -> str:

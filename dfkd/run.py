@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,10 +15,11 @@ from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
-from dfkd.collectives import sync_batchnorm
+from dfkd.collectives import agreed, sync_batchnorm
 from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, Hints, hold_zeros, map_pairs
-from dfkd.errors import UserError
+from dfkd.errors import Paused, UserError
+from dfkd.evaluate import accuracy, agreement
 from dfkd.folder import may_run, open_folder, owner
 from dfkd.losses import attention
 from dfkd.metrics import Metrics
@@ -24,15 +27,17 @@ from dfkd.mixing import make_mix
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
 from dfkd.results import finish
-from dfkd.runtime import Shard, make_accelerator, say, shut_down
+from dfkd.runtime import Deadline, Shard, eval_mode, make_accelerator, say, shut_down
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, check_layers, check_tasks, finished, run_task, settings, task_input
-from dfkd.teachers import Teacher, batch_norms
+from dfkd.tasks import TASKS, check_layers, check_tasks, finished, held_out, run_task, settings, task_input
+from dfkd.teachers import Teacher, batch_norms, zoo_logits
 from dfkd.terms import check_losses
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator, save_generator
+
+JUDGED_ON_REAL, JUDGED_ON_DRAWN = 2000, 512  # images, of the test set or of the generator
 
 
 def plans(recipe: Recipe) -> list[Plan]:
@@ -170,9 +175,11 @@ def _activations(network: nn.Module, images: torch.Tensor) -> float:
 
 
 def run(loaded: Loaded, command: str) -> None:
-    """Carry out a recipe; the same call resumes what was begun, and says so where it is finished already."""
+    """Carry out a recipe; the same call resumes what was begun, and says so where it is finished already. After
+    runtime.minutes it stops, with a whole checkpoint, and says how far it is."""
     recipe = loaded.recipe
     started = time.perf_counter()
+    deadline = Deadline(recipe.runtime.minutes, started)
     folder = Path(recipe.folder)
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     if may_run(loaded, folder):
@@ -181,15 +188,19 @@ def run(loaded: Loaded, command: str) -> None:
         try:
             open_folder(loaded, folder, accelerator)
             begun = time.perf_counter()
-            parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say)
+            parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
             spent = {"teachers": time.perf_counter() - begun}
-            carry_out(parts, phases, spent)
+            carry_out(parts, phases, spent, deadline)
             spent["before"] = begun - started
             finish(parts, spent, command)
         except OSError as error:
             raise UserError(
                 f"could not write in {folder}: {error}; free some space and run the same command again"
             ) from None
+        except Paused as paused:
+            say(f"stopped for runtime.minutes={recipe.runtime.minutes:g}: {paused}; the same command goes on")
+            shut_down(accelerator)
+            return
     if shard.rank == 0:
         results = json.loads((folder / "results.json").read_text())
         print(closing_table(results))
@@ -197,9 +208,11 @@ def run(loaded: Loaded, command: str) -> None:
     shut_down(accelerator)
 
 
-def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float]) -> None:
-    """Go through the tasks, from the newest checkpoint where there is one; write what each makes."""
+def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadline: Deadline | None = None) -> None:
+    """Go through the tasks, from the newest checkpoint where there is one; write what each makes. Raises Paused where
+    the deadline comes first."""
     recipe, folder, shard = parts.recipe, parts.folder, parts.shard
+    deadline = deadline or Deadline()
     checkpoints = Checkpoints(folder / "checkpoints", owner(recipe, shard.world))
     found = checkpoints.load(shard.device)
     for warning in found.warnings if found else []:
@@ -209,27 +222,32 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float]) -> None
         say(f"resuming {folder} after step {found.step}")
     metrics = Metrics(folder, main=shard.rank == 0, resumed_after=found.step if found else 0)
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
-    offset = 0
+    offset, worked = 0, False
     for k, plan in enumerate(phases):
+        if worked and agreed(deadline.within(0), shard.device):
+            raise Paused(f"task {plan.name} is next")
         if plan.name not in TASKS and state and k < reached:  # finished before the checkpoint was written
             take_up(parts, plan)
         elif plan.name not in TASKS:
             prepare_student(parts, plan)
             synthesizer = make_synthesizer(parts) if plan.synthesis else None
             fit = make_fit(parts, plan.students) if plan.students else None
-            loop = make_loop(parts, plan, synthesizer, fit, metrics, checkpoints, offset, spent)
-            loop.run(loop.load_state_dict(state) if state and k == reached else 0)
+            loop = make_loop(parts, plan, synthesizer, fit, metrics, checkpoints, offset, spent, deadline)
+            begun = loop.load_state_dict(state) if state and k == reached else 0
+            loop.run(begun)
             save_phase(parts, plan, synthesizer)
+            worked = begun < plan.total
         elif not finished(recipe, plan.name):
             say(f"task {plan.name}")
 
             def train(
                 fit: Fit, plan: Plan = plan, here: bool = bool(state) and k == reached, offset: int = offset
             ) -> None:
-                loop = make_loop(parts, plan, None, fit, metrics, checkpoints, offset, spent)
+                loop = make_loop(parts, plan, None, fit, metrics, checkpoints, offset, spent, deadline)
                 loop.run(loop.load_state_dict(state) if here else 0)
 
             run_task(parts, plan.name, train)
+            worked = True
         offset += plan.total
     metrics.close()
 
@@ -261,9 +279,11 @@ def make_loop(
     checkpoints: Checkpoints,
     offset: int,
     spent: dict[str, float],
+    deadline: Deadline,
 ) -> Loop:
     """The loop of one phase."""
     runtime = parts.recipe.runtime
+    judged = plan.name == "distill" and runtime.evaluations > 0
     return Loop(
         plan,
         parts.generator,
@@ -279,7 +299,36 @@ def make_loop(
         log_every=runtime.log_every,
         grid_every=runtime.grid_every,
         checkpoint_every=runtime.checkpoint_every,
+        deadline=deadline,
+        evaluate=student_judge(parts) if judged else None,
+        evaluations=runtime.evaluations,
     )
+
+
+def student_judge(parts: Parts) -> Callable[[], dict[str, float]]:
+    """What measures the student while it trains, in percent, and on how many images: its accuracy on test images
+    spread evenly over the test set, or without one its agreement with the teacher on images of the generator."""
+    student, autocast = parts.student, parts.accelerator.autocast
+    if student is None:
+        raise UserError("there is no student to train: set student.model")
+    if parts.test is None:
+
+        def agrees() -> dict[str, float]:
+            teacher = partial(zoo_logits, assemble.main_teachers(parts.recipe, parts.zoo))
+            with eval_mode(parts.generator):  # it may be learning
+                found = agreement(student, teacher, held_out(parts, JUDGED_ON_DRAWN, autocast), autocast=autocast)
+            return {"agreement": float(found["percent"]), "images": int(found["n"])}  # type: ignore[arg-type]
+
+        return agrees
+    some = min(len(parts.test), JUDGED_ON_REAL)
+    rows = torch.arange(some) * len(parts.test) // some
+    images = dataclasses.replace(parts.test, images=parts.test.images[rows], labels=parts.test.labels[rows])
+
+    def measured() -> dict[str, float]:
+        score = accuracy(student, images, device=parts.shard.device, autocast=autocast)
+        return {"accuracy": score.percent, "images": score.n}
+
+    return measured
 
 
 def make_synthesizer(parts: Parts) -> Synthesizer:

@@ -2,12 +2,14 @@
 
 import gc
 import hashlib
+import math
 import os
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -34,6 +36,22 @@ class Shard:
         """Rows of this rank out of a tensor [world * B, ...] that every rank drew alike: [B, ...]."""
         size = x.shape[0] // self.world
         return x[self.rank * size : (self.rank + 1) * size]
+
+
+@dataclass
+class Deadline:
+    """When a run has to stop: `minutes` after `begun` (time.perf_counter); 0 minutes: never."""
+
+    minutes: float = 0.0
+    begun: float = field(default_factory=time.perf_counter)
+
+    def left(self) -> float:
+        """Minutes until then, or infinity."""
+        return self.minutes - (time.perf_counter() - self.begun) / 60 if self.minutes else math.inf
+
+    def within(self, seconds: float) -> bool:
+        """Whether it comes before `seconds` are over."""
+        return 60 * self.left() <= seconds
 
 
 def rng(device: torch.device | str, *position: int | str) -> torch.Generator:

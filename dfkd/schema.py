@@ -272,6 +272,10 @@ class Runtime:
     checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)
     log_every: int = key(50, "student steps (without a student: generator steps) between logged lines", 1)
     grid_every: int = key(500, "student steps (without a student: generator steps) between image grids", 1)
+    evaluations: int = key(
+        20, "times the student is measured while it trains; their last quarter shows a collapse; 0: only at the end", 0
+    )
+    minutes: float = key(0.0, "stop after so long with a whole checkpoint, and go on in the next call; 0: no limit", 0)
 
 
 @dataclass

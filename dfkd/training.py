@@ -1,24 +1,25 @@
 """The training loop of a run: generator and student in turn, then the student alone; logged and resumable."""
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import Tensor
 
 from dfkd.checkpoints import Checkpoints
-from dfkd.collectives import batch_norm_buffers, mean_over_processes
+from dfkd.collectives import agreed, batch_norm_buffers, mean_over_processes
 from dfkd.compress.fit import Fit
-from dfkd.errors import UserError
+from dfkd.errors import Paused, UserError
 from dfkd.evaluate import diversity
 from dfkd.metrics import Metrics, learning_rates
-from dfkd.runtime import Shard, eval_mode
+from dfkd.runtime import Deadline, Shard, eval_mode
 from dfkd.synthesis import Synthesizer, draw_latents
 from dfkd.teachers import Teacher
+from dfkd.verdict import generator_notes, student_notes
 from generators import ImageGenerator
 
 GRID_COLUMNS, GRID_ROWS, LOOKED_AT, SAMPLE = 10, 10, 20, 200  # columns, rows, classes, images
@@ -54,6 +55,10 @@ class Plan:
         """Loop steps in all."""
         return self.alternating + self.frozen
 
+    def evaluated(self, times: int) -> set[int]:
+        """The counts of loop steps after which the student is measured: evenly, and at the end."""
+        return {self.first_student + math.ceil(self.students * k / times) for k in range(1, times + 1)}
+
 
 @dataclass
 class Loop:
@@ -73,10 +78,16 @@ class Loop:
     log_every: int = 50
     grid_every: int = 500
     checkpoint_every: float = 60.0
+    deadline: Deadline = field(default_factory=Deadline)
+    evaluate: Callable[[], Mapping[str, float]] | None = None  # the student's figures
+    evaluations: int = 0
+    best: float = 0.0  # the student's agreement with its teacher
 
     def run(self, start: int = 0) -> None:
-        """Go from loop step `start` to the end. Raises UserError where a term is NaN or the disk is full."""
+        """Go from loop step `start` to the end. Raises UserError where a term is NaN or the disk is full, and Paused,
+        with a checkpoint, where the deadline would come before the next line is logged."""
         plan, saved, begun = self.plan, time.perf_counter(), time.perf_counter()
+        measured = plan.evaluated(self.evaluations) if self.evaluate is not None else set()
         terms: dict[str, Tensor] = {}
         self.metrics.new_phase()
         for k in range(start, plan.total):
@@ -88,16 +99,26 @@ class Loop:
             if self.fit is not None and k >= plan.first_student:
                 terms = self.fit.step(k - plan.first_student)
             done = k + 1
-            if done % self.log_every and done != plan.total and not self._ends_round(k):
+            if done % self.log_every and done != plan.total and done not in measured and not self._ends_round(k):
                 continue
-            begun = self._account(begun)
+            before, begun = begun, self._account(begun)
             self._log(done, terms)
             if self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
                 self.snapshot(done)
-            if done == plan.total or self._time_to_save(saved):
+            if self.evaluate is not None and done in measured:
+                self._refuse_broken(done)
+                begun = self._account(begun)
+                figures = {**self.evaluate(), "trained": self.spent[plan.name]}  # seconds, over all calls
+                self.metrics.write("evaluation", self.offset + done, figures)
+                begun = self._account(begun, "measuring the student")
+            late = done != plan.total and agreed(self.deadline.within(begun - before), self.shard.device)
+            due = agreed(time.perf_counter() - saved >= self.checkpoint_every, self.shard.device)
+            if done == plan.total or late or due:
                 self._refuse_broken(done)
                 self.checkpoints.save(self.offset + done, self.state_dict(done))
                 saved = time.perf_counter()
+            if late:
+                raise Paused(f"{plan.name} is at step {done} of {plan.total}")
         if self.synthesizer is not None and plan.frozen == 0:
             self.synthesizer.settle()
         if self.fit is not None:
@@ -110,14 +131,10 @@ class Loop:
         pooled = self.synthesizer is not None and self.synthesizer.pool is not None
         return pooled and k < self.plan.alternating and k % max(1, self.plan.per) == 0
 
-    def _account(self, begun: float) -> float:
-        now = time.perf_counter()
-        self.spent[self.plan.name] = self.spent.get(self.plan.name, 0.0) + now - begun
+    def _account(self, begun: float, phase: str = "") -> float:
+        now, phase = time.perf_counter(), phase or self.plan.name
+        self.spent[phase] = self.spent.get(phase, 0.0) + now - begun
         return now
-
-    def _time_to_save(self, saved: float) -> bool:
-        due = torch.tensor(time.perf_counter() - saved >= self.checkpoint_every, device=self.shard.device)
-        return bool(broadcast(due.int()).item())
 
     def _refuse_broken(self, done: int) -> None:
         """Raise UserError where a weight or statistic is NaN or infinite: no checkpoint may hold it."""
@@ -141,6 +158,8 @@ class Loop:
         if terms:
             name = "student" if self.plan.name in ("generator", "distill") else self.plan.name
             figures |= self.metrics.log(name, self.offset + done, terms)
+            self.best = max(self.best, figures["agreement"])
+            self.metrics.warn(self.offset + done, student_notes(figures["agreement"], self.best))
         shown = ("bn", "ce", "loss", "agreement")
         text = ", ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures)
         self.metrics.progress(done, self.plan.total, f"{self.plan.name}: {text}")
@@ -153,11 +172,17 @@ class Loop:
         phase = "generator" if self.synthesizer is not None and done <= self.plan.alternating else "frozen generator"
         self.metrics.write("images", self.offset + done, figures)
         self.metrics.grid(phase.replace(" ", "-"), self.offset + done, grid, GRID_COLUMNS)
+        if phase == "generator" and self.synthesizer is not None:
+            last, start = self.synthesizer.bn_last, self.synthesizer.bn_start
+            bn = {name: (float(start[name]), float(value)) for name, value in last.items()}
+            self.metrics.warn(
+                self.offset + done, generator_notes(self.generator, figures, bn, done / self.plan.alternating)
+            )
         return figures
 
     def state_dict(self, done: int) -> dict[str, Any]:
         """All that a resume from loop step `done` needs, of this rank."""
-        state: dict[str, Any] = {"phase": self.plan.name, "done": done, "spent": self.spent}
+        state: dict[str, Any] = {"phase": self.plan.name, "done": done, "spent": self.spent, "best": self.best}
         if self.synthesizer is not None:
             state |= {"generator": self.generator.state_dict(), "synthesizer": self.synthesizer.state_dict()}
         if self.fit is not None:
@@ -168,6 +193,7 @@ class Loop:
         """Take up a state_dict; returns the loop step to go on from."""
         done = int(state["done"])
         self.spent |= state["spent"]
+        self.best = float(state["best"])
         if self.synthesizer is not None:
             self.generator.load_state_dict(state["generator"])
             self.synthesizer.load_state_dict(state["synthesizer"])
@@ -182,7 +208,8 @@ class Loop:
 def look(
     generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
 ) -> tuple[dict[str, float], Tensor]:
-    """Figures of a generator's images (diversity, class agreement per teacher) and a grid, one class a row."""
+    """Figures of a generator's images (diversity; per teacher class agreement in percent and predicted balance, the
+    entropy of the classes it sees over that of balanced ones) and a grid, one class a row."""
     device, classes = accelerator.device, min(LOOKED_AT, generator.classes)
     each = max(GRID_COLUMNS, SAMPLE // classes)
     labels = torch.arange(classes, device=device).repeat_interleave(each)
@@ -193,7 +220,11 @@ def look(
         for teacher in zoo:
             with teacher.tap_features() as features:
                 logits = teacher(images)
-            agreement[f"class_agreement_{teacher.name}"] = (logits.argmax(1) == labels).float().mean() * 100
+            guesses = logits.argmax(1)
+            agreement[f"class_agreement_{teacher.name}"] = (guesses == labels).float().mean() * 100
+            share = guesses.bincount(minlength=generator.classes) / len(guesses)
+            balance = torch.special.entr(share).sum() / math.log(classes)
+            agreement[f"predicted_balance_{teacher.name}"] = balance.clamp_max(1)
     figures = diversity(images, features[-1] if features else logits, labels, classes=classes) | agreement
     shown = torch.arange(min(classes, GRID_ROWS), device=device).unsqueeze(1) * each
     grid = images[(shown + torch.arange(GRID_COLUMNS, device=device)).flatten()]

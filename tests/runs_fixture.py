@@ -28,7 +28,7 @@ image: {channels: 1, size: 8}
 training: {epochs: 2, batch_size: 64, lr: 0.1}
 teachers:
   plain: {model: "dfkd:tiny_plain", mean: [0.3], std: [0.33], kwargs: {width: 4, depth: 1}}
-  residual: {model: "dfkd:tiny_residual", mean: [0.3], std: [0.33], kwargs: {width: 4}}
+  residual: {model: "dfkd:tiny_residual", mean: [0.3], std: [0.33], kwargs: {width: 8}}
 zoo: {sample: 1}
 generator: {latent: 8, width: 4}
 synthesis:
@@ -42,7 +42,7 @@ synthesis:
   redraw: 2
 student: {model: "dfkd:tiny_plain", kwargs: {width: 2, depth: 1}}
 distill: {steps: 10, batch_size: 16, lr: 0.05, warmup: 2, replay: 4, mix: 0.5, flip: true}
-runtime: {precision: fp32, checkpoint_every: 0, log_every: 2, grid_every: 10, sync_batchnorm: true}
+runtime: {precision: fp32, checkpoint_every: 0, log_every: 2, grid_every: 10, evaluations: 5, sync_batchnorm: true}
 """
 
 

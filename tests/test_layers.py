@@ -38,11 +38,12 @@ CORE: dict[str, set[str]] = {
     "export": {"classifier", "compress", "errors"},
     "quality": {"errors", "evaluate", "losses", "stream", "teachers"},
     "verify": {"classifier", "compress", "errors", "export", "runtime"},
+    "verdict": {"generators"},
     "checkpoints": {"errors", "runtime"},
     "metrics": {"collectives", "errors"},
     "training": {
         *("checkpoints", "collectives", "compress", "errors", "evaluate", "generators", "metrics", "runtime"),
-        *("stream", "synthesis", "teachers"),
+        *("stream", "synthesis", "teachers", "verdict"),
     },
 }
 COMMAND_LINE = {"run", "assemble", "cli", "tasks", "results", "folder", "judge"}

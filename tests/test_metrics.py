@@ -114,3 +114,21 @@ def test_without_a_terminal_a_plain_line_now_and_then(
     said = capsys.readouterr().out.splitlines()
     assert [line.partition(" steps")[0] for line in said] == ["10/40", "30/40", "40/40"]
     assert said[1] == "30/40 steps, 8 s to go: distill: loss 0.5"  # 20 steps took 15 s
+
+
+def test_a_warning_is_given_once_also_over_a_resume(
+    make_metrics: Open, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = make_metrics()
+    metrics.warn(2, {"alike": "hardly differ"})
+    metrics.warn(4, {"alike": "hardly differ", "late": "comes later"})
+    assert capsys.readouterr().out.splitlines() == [
+        "warning at step 2: hardly differ",
+        "warning at step 4: comes later",
+    ]
+    assert lines(tmp_path) == [("warning", 2), ("warning", 4)]
+    resumed = make_metrics(resumed_after=3)
+    resumed.warn(4, {"alike": "hardly differ", "late": "comes later"})
+    assert capsys.readouterr().out == "warning at step 4: comes later\n"  # its line had been dropped with the others
+    assert make_metrics(main=False).warn(6, {"other": "rank 1"}) is None
+    assert lines(tmp_path) == [("warning", 2), ("warning", 4)]

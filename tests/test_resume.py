@@ -45,15 +45,16 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name / "model.safetensors").read_bytes() for name in ("generator", "student")}
 
 
-def logged(folder: Path) -> list[tuple[str, int]]:
+def logged(folder: Path) -> list[tuple[str, int, str]]:
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [(line["phase"], line["step"]) for line in lines]
+    return [(line["phase"], line["step"], line.get("name", "")) for line in lines]
 
 
 class Place:
     """Where the runs of this file go: their recipe, their teachers, and the uninterrupted runs, each made once."""
 
     def __init__(self, folder: Path, cache: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.runs = Runs(folder, cache, None)
         self.recipe = self.runs.recipe
         self.recipe.write_text(RECIPE)
@@ -264,3 +265,27 @@ def test_a_rank_that_dies_ends_the_job_and_the_same_launch_resumes_it(place: Pla
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("resuming") == 1  # rank 0 alone speaks
     place.same("two", name)
+
+
+@pytest.mark.parametrize("setting", ["fp32", "two"])
+def test_a_run_in_pieces_of_given_minutes_ends_with_the_same_bits(setting: str, tmp_path: Path) -> None:
+    places = {name: Place(tmp_path / name, tmp_path / name / "teachers") for name in ("pieces", "whole")}
+    folders = {name: place.runs.folder / setting for name, place in places.items()}
+    arguments, calls = ("training.epochs=3", "runtime.log_every=10"), 0
+    while not (folders["pieces"] / "results.json").exists():
+        places["pieces"].finish(setting, setting, *arguments, "runtime.minutes=1e-4")
+        calls += 1
+        assert calls < 20
+    said = places["pieces"].log(setting).read_text().splitlines()
+    stops = [line.partition(": ")[2] for line in said if line.startswith("stopped for runtime.minutes=0.0001: ")]
+    assert [stop.split()[0] for stop in stops] == ["teacher"] * 4 + [
+        "distill"
+    ] * 6  # 2 x 3 epochs; a line at 10, 20 and 6, 12, ...
+    assert calls == len(stops) + 1
+    places["whole"].finish(setting, setting, *arguments)
+    assert weights(folders["pieces"]) == weights(folders["whole"])
+    assert logged(folders["pieces"]) == logged(folders["whole"])
+    teachers = [sorted(place.runs.cache.glob("*/model.safetensors")) for place in places.values()]
+    assert len(teachers[0]) == 2
+    assert [path.read_bytes() for path in teachers[0]] == [path.read_bytes() for path in teachers[1]]
+    assert not list(tmp_path.rglob("training.p*"))

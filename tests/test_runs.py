@@ -100,7 +100,7 @@ def test_results_hold_every_figure_of_the_contract(runs: Runs) -> None:
     assert 0 <= found["student"]["agreement"]["percent"] <= 100
     assert {"total", "teachers", "distill", "evaluation"} <= found["seconds"].keys()
     assert {entry["purpose"] for entry in found["data_free"]} <= {"evaluate", "train teacher"}
-    assert found["verdict"].keys() == {"ok", "notes"}
+    assert found["verdict"].keys() == {"ok", "notes", "warnings"}
 
 
 def test_without_real_images_accuracies_are_null(runs: Runs, no_data: tuple[str, ...]) -> None:
@@ -144,7 +144,7 @@ def test_a_generator_is_reused_without_one_update(runs: Runs) -> None:
     assert (folder / "student" / "model.safetensors").exists()
     assert [line["step"] for line in lines(folder) if line["phase"] == "student"] == [1, 2, 3, 4]
     assert not [line for line in lines(folder) if line["phase"] == "generator"]
-    assert set(torch.load(folder / "checkpoints" / "latest" / "rank0.pt")) == {"phase", "done", "spent", "fit"}
+    assert set(torch.load(folder / "checkpoints" / "latest" / "rank0.pt")) == {"phase", "done", "spent", "best", "fit"}
 
 
 def test_noise_is_streamed_without_one_update(runs: Runs) -> None:
@@ -153,7 +153,7 @@ def test_noise_is_streamed_without_one_update(runs: Runs) -> None:
     called = runs.run("noise", *given)
     assert (called.code, called.err) == (0, "")
     folder = runs.folder / "noise"
-    assert {line["phase"] for line in lines(folder)} == {"student", "images"}
+    assert {line["phase"] for line in lines(folder)} == {"student", "images", "evaluation"}
     assert [line["step"] for line in lines(folder) if line["phase"] == "student"] == [1, 2, 3, 4]
     assert results(folder)["student"]["n"] == 540
     generator = load_generator(folder / "generator")
@@ -335,3 +335,41 @@ def test_the_module_is_the_same_command(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("sys.argv", ["train.py", "--list"])
     assert main() == 0
     assert "recipe=" in capsys.readouterr().out
+
+
+def test_the_student_is_measured_while_it_trains(runs: Runs) -> None:
+    assert runs.run("measured", "runtime.evaluations=8", "runtime.log_every=30").code == 0
+    student = results(runs.folder / "measured")["student"]
+    entries = [line for line in lines(runs.folder / "measured") if line["phase"] == "evaluation"]
+    assert [entry["step"] for entry in entries] == [4, 8, 12, 15, 19, 23, 27, 30]  # evenly over 30, and the last
+    assert {entry["images"] for entry in entries} == {540}
+    assert entries[-1]["accuracy"] == student["accuracy"]
+    last = [entries[-2]["accuracy"], entries[-1]["accuracy"]]
+    assert student["last_quarter"]["mean"] == pytest.approx(sum(last) / 2)
+    assert student["last_quarter"]["lowest"] == min(last)
+
+
+def test_measuring_changes_nothing_and_without_images_it_is_agreement(runs: Runs, no_data: tuple[str, ...]) -> None:
+    assert runs.run("often", *no_data, "runtime.evaluations=5").code == 0
+    assert runs.run("never", *no_data, "runtime.evaluations=0").code == 0
+    often, never = (files(runs.folder / name) for name in ("often", "never"))
+    for name in ("generator/model.safetensors", "student/model.safetensors"):
+        assert often[name] == never[name]
+    assert results(runs.folder / "never")["student"]["last_quarter"] is None
+    found = results(runs.folder / "often")["student"]
+    assert found["last_quarter"]["of"] == "agreement"
+    assert 0 <= found["last_quarter"]["mean"] <= 100
+
+
+def test_what_goes_wrong_is_told_while_it_trains_and_in_the_verdict(runs: Runs) -> None:
+    # A weight so large that it drowns all others, and no class is asked for.
+    keys = ("synthesis.losses={ce: 0, bn: 0, adversary: 0, diversity: 0, one_hot: 1, tv: 100}", "synthesis.steps=60")
+    called = runs.run("wrong", *keys, "synthesis.learn_weights=false", "synthesis.lr=0.05")
+    assert called.code == 0, called.err
+    found = results(runs.folder / "wrong")["verdict"]
+    assert not found["ok"]
+    warned = [line for line in lines(runs.folder / "wrong") if line["phase"] == "warning"]
+    assert [{"step": line["step"], "text": line["text"]} for line in warned] == found["warnings"]
+    assert any("synthesis.losses" in line["text"] for line in warned)
+    assert f"warning at step {warned[0]['step']}: {warned[0]['text']}" in called.out
+    assert "While it trained" in (runs.folder / "wrong" / "report.html").read_text()

@@ -1,0 +1,139 @@
+"""What each default is worth: one key changed at a time, at equal training time; for docs/results.md.
+
+python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,no adversary"] [KEY=VALUE ...]
+
+- Equal time, teachers, folders and resuming are those of benchmarks/methods.py: the seconds of an update are measured
+  per variant, and its steps follow; all seeds have the same teachers.
+- Variants that change nothing of what an update does (a rate, a temperature) take the defaults' measured cost.
+- `gain` is the mean over seeds of a variant's accuracy minus the defaults' on the same seed, with its sample standard
+  deviation: what a variant changes, less what the seed alone does.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods import Keys, Method, cells, compare, describe, keep_settings, read, with_deviation, written
+
+from dfkd.errors import UserError
+from dfkd.recipe import load_recipe
+
+DEFAULTS = "defaults"
+VARIANTS: dict[str, Keys] = {
+    DEFAULTS: {},
+    "no adversary": {"synthesis.losses.adversary": "0"},
+    "adversary l1": {"synthesis.adversary_loss": "l1"},
+    "adversary unmasked": {"synthesis.adversary_mask": "false"},
+    "adversary 3": {"synthesis.losses.adversary": "3"},
+    "adversary from the start": {"synthesis.warmup": "0"},
+    "not equalised": {"synthesis.equalise": "false", "synthesis.losses.bn": "1"},
+    "bn 10": {"synthesis.losses.bn": "10"},
+    "bn 160": {"synthesis.losses.bn": "160"},
+    "ce 0.3": {"synthesis.losses.ce": "0.3"},
+    "ce 3": {"synthesis.losses.ce": "3"},
+    "no replay": {"distill.replay": "0"},
+    "replay 50": {"distill.replay": "50"},
+    "replay 1000": {"distill.replay": "1000"},
+    "student l1": {"distill.loss": "l1"},
+    "student T 4": {"distill.temperature": "4"},
+    "student T 1": {"distill.temperature": "1"},
+    "student lr 0.05": {"distill.lr": "0.05"},
+    "student lr 0.2": {"distill.lr": "0.2"},
+    "2 student steps": {"synthesis.student_steps": "2"},
+    "8 student steps": {"synthesis.student_steps": "8"},
+    "no redraw": {"synthesis.redraw": "0"},
+    "redraw 2": {"synthesis.redraw": "2"},
+    "no diversity": {"synthesis.losses.diversity": "0"},
+    "diversity 0.3": {"synthesis.losses.diversity": "0.3"},
+    "diversity 3": {"synthesis.losses.diversity": "3"},
+    "no Data Mixing": {"synthesis.mix.probability": "0"},
+    "Data Mixing always": {"synthesis.mix.probability": "1"},
+    "student batches mixed": {"distill.mix": "0.5"},
+    "no shift": {"distill.shift": "0"},
+    "generator width 16": {"generator.width": "16"},
+    "generator width 64": {"generator.width": "64"},
+    "generator lr 1e-3": {"synthesis.lr": "1e-3"},
+    "m' = 1": {"zoo.sample": "1"},
+    "m' = 3": {"zoo.sample": "3"},
+    "batch 64": {"synthesis.batch_size": "64", "distill.batch_size": "64", "distill.lr": "0.07"},
+    "batch 256": {"synthesis.batch_size": "256", "distill.batch_size": "256", "distill.lr": "0.14"},
+}
+COSTLY = ("batch_size", "generator.", "zoo.", ".mix", "replay=0 ", "losses.")  # words of keys that change a step's time
+OWN = ("output", "seed", "overwrite")  # keys that are not for the command line here
+
+
+def make_variant(name: str, given: Keys) -> Method:
+    """A variant of the recipe and keys given, as a row of benchmarks/methods.py."""
+    if name not in VARIANTS:
+        raise UserError(f"unknown variant {name!r}; choose from {', '.join(VARIANTS)}")
+    keys = {**given, **VARIANTS[name]}
+    folder = "".join(letter if letter.isalnum() else "-" for letter in name)
+    changed = " ".join(written(VARIANTS[name])) + " "
+    priced = "" if any(word in changed for word in COSTLY) else DEFAULTS
+    return Method(name, folder, keys, load_recipe(written(keys)).recipe, priced)
+
+
+def gains(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Per variant what it has over the defaults, in points, seed by seed where both are there."""
+    of = {(line["method"], line["seed"]): line["accuracy"] for line in lines}
+    found: dict[str, list[float]] = {}
+    for (name, seed), accuracy in of.items():
+        if (DEFAULTS, seed) in of:
+            found.setdefault(name, []).append(accuracy - of[DEFAULTS, seed])
+    return found
+
+
+def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
+    """Markdown: a row per variant, the largest gain first."""
+    rows = [
+        "| variant | gain, points | student % (seeds) | generator updates | student updates | class agreement % |",
+        "|---" * 6 + "|",
+    ]
+    found = gains(lines)
+    for name in sorted(found, key=lambda name: -statistics.fmean(found[name])):
+        own = [line for line in lines if line["method"] == name]
+        accuracy, _, _, generator, student, agreement, _ = cells(own, budget)
+        gain = "" if name == DEFAULTS else with_deviation(found[name], sign="+")
+        rows.append(f"| {name} | {gain} | {accuracy} | {generator} | {student} | {agreement} |")
+    return "\n".join(rows)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Measure what is missing and print the table; the exit code: 1 where a run failed, 2 for a wrong argument."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas between")
+    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of training")
+    parser.add_argument("--lanes", type=int, default=2, help="runs at once, each with its share of the cores")
+    options, arguments = parser.parse_known_args(given)
+    try:
+        return 0 if tabulate(options, arguments) else 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
+    """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
+    if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in OWN]:
+        raise UserError(f"{wrong[0]!r} is not for all variants; give other keys as KEY=VALUE, and --seeds and --out")
+    keys = {"recipe": "digits", **dict(word.partition("=")[::2] for word in arguments)}
+    names = dict.fromkeys([DEFAULTS, *options.variants.split(",")])
+    variants = [make_variant(name, keys) for name in names]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, cores // options.lanes)
+    settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
+    keep_settings(options.out / "settings.json", settings)
+    complete = compare(variants, [int(seed) for seed in options.seeds.split(",")], options.out, settings)
+    if lines := read(options.out / "figures.jsonl"):
+        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}")
+    return complete
+
+
+if __name__ == "__main__":
+    sys.exit(main())

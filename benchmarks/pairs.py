@@ -1,0 +1,163 @@
+"""The pairs people judge the field by, in pieces that each end in time; for docs/results.md.
+
+python benchmarks/pairs.py PAIR [--minutes 9] [--budget 20] [--seeds 0,1,2] [--out runs/pairs] [KEY=VALUE ...]
+
+- PAIR is one of PAIRS. KEY=VALUE go to its recipe: `data.dataset=imagefolder data.root=TEST data.train_root=TRAIN` for
+  images in folders, `teachers.NAME.weights=PATH` for a teacher that is there already.
+- A call stops itself after --minutes, with a whole checkpoint; the same call goes on there, until it exits with 0.
+- First the teachers are trained (runtime does not count), then the seconds of an update are measured on this device,
+  then each seed trains for --budget minutes: what the recipe asks for, longer or shorter.
+- The student is its last weights. `last quarter`: mean and lowest over the evaluations in the last quarter of its
+  training, on up to 2,000 test images: a collapse shows.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from methods import (
+    OWN,
+    Keys,
+    Method,
+    add,
+    changes,
+    figures,
+    keep_settings,
+    launch,
+    price,
+    read,
+    scale,
+    with_deviation,
+    work_of,
+    written,
+)
+
+from dfkd.assemble import load_recipe_zoo, teacher_folder
+from dfkd.errors import Paused, UserError
+from dfkd.recipe import load_recipe
+from dfkd.runtime import Deadline, make_accelerator, say, shut_down
+
+PAIRS = {  # in the order to run them
+    "resnet56_resnet20": "cifar10_zoo",
+    "vgg11_vgg11": "cifar10_vgg11",
+    "resnet34_resnet18": "cifar10_resnet34_resnet18",
+    "wrn_40_2_wrn_16_1": "cifar10_wrn_40_2_wrn_16_1",
+    "vgg11_resnet18": "cifar10_vgg11_resnet18",
+}
+PRICED_WITH = 240.0  # seconds of training, as which the probes of an update's cost are sized
+MEASURING, LEFT = 3.0, 0.5  # minutes, below which no measurement and no run is begun
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row per pair, over its seeds."""
+    rows = [
+        "| pair | teacher % | student % (seeds) | points lost | last quarter (lowest) | minutes | images/s | MB | n |",
+        "|---" * 9 + "|",
+    ]
+    for name in dict.fromkeys(line["method"] for line in lines):
+        own = [line for line in lines if line["method"] == name]
+        lost = [line["teacher"] - line["accuracy"] for line in own]
+        quarters = [line["last_quarter"] for line in own]
+        lowest = min(quarter["lowest"] for quarter in quarters)
+        cells = [
+            f"{own[0]['teacher']:.2f}",
+            f"{with_deviation([line['accuracy'] for line in own])} ({len(own)})",
+            with_deviation(lost),
+            f"{statistics.fmean(quarter['mean'] for quarter in quarters):.2f} ({lowest:.2f})",
+            f"{statistics.fmean(line['seconds'] for line in own) / 60:.1f}",
+            f"{statistics.fmean(line['images_per_second'] for line in own):,.0f}",
+            f"{max(line['peak_mb'] for line in own):,.0f}",
+            f"{own[0]['n']:,}",
+        ]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Go on with a pair; the exit code: 0 once it is finished, 1 where the same call has to go on, 2 for a mistake."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pair", choices=PAIRS)
+    parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of this call; 0: as long as it takes")
+    parser.add_argument("--budget", type=float, default=20.0, help="minutes of training per seed")
+    options, arguments = parser.parse_known_args(given)
+    deadline = Deadline(options.minutes)
+    try:
+        finished = go_on(options, arguments, deadline)
+    except Paused as paused:
+        print(f"stopped after {options.minutes:g} minutes: {paused}; the same call goes on")
+        return 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if lines := read(options.out / "figures.jsonl"):
+        print(
+            f"\n{lines[0]['device']}, {lines[0]['precision']}, torch {lines[0]['versions']['torch']}\n\n{table(lines)}"
+        )
+    return 0 if finished else 1
+
+
+def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadline) -> bool:
+    """Do what is left of a pair until the deadline; whether all its seeds are finished."""
+    if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in OWN]:
+        raise UserError(f"{wrong[0]!r} is not for all seeds; give other keys as KEY=VALUE, and --seeds and --out")
+    keys: Keys = {"recipe": PAIRS[options.pair], **dict(word.partition("=")[::2] for word in arguments)}
+    folder = options.out / options.pair
+    settings = {"budget": options.budget, "keys": keys}
+    keep_settings(folder / "settings.json", settings)
+    keys |= trained(keys, deadline)
+    method = Method(options.pair, options.pair, keys, load_recipe(written(keys)).recipe)
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if deadline.left() < MEASURING and not (folder / "costs.jsonl").exists():
+        raise Paused("the cost of an update is to be measured next")
+    with ThreadPoolExecutor(1) as lane:
+        costs = price([method], folder, {"seconds": PRICED_WITH, "threads": threads}, lane)
+    if method.name not in costs:
+        raise UserError(f"the cost of an update of {method.name} could not be measured; see {folder}/logs")
+    work, note = scale(work_of(method.recipe), costs[method.name], 60 * options.budget)
+    for seed in map(int, options.seeds.split(",")):
+        done = {(line["method"], line["seed"]) for line in read(options.out / "figures.jsonl")}
+        if (method.name, seed) in done:
+            continue
+        if deadline.left() < LEFT:
+            raise Paused(f"seed {seed} is next")
+        run = folder / str(seed)
+        own = {**keys, **changes(work_of(method.recipe), work), "seed": str(seed), "output": str(run)}
+        own |= {"runtime.minutes": f"{deadline.left():.3f}"} if options.minutes else {}
+        begun = time.perf_counter()
+        memory = launch("run", own, 0, folder / "logs" / f"{seed}.txt", threads)
+        print(f"seed {seed}: {(time.perf_counter() - begun) / 60:.1f} minutes", flush=True)
+        if not (run / "results.json").exists():
+            raise Paused(f"seed {seed} is not finished")
+        line = figures(method, seed, work, note, run, memory)
+        teachers, main = line["teachers"], method.recipe.zoo.main
+        images = work.generator * method.recipe.synthesis.batch_size + work.student * method.recipe.distill.batch_size
+        line |= {
+            "teacher": teachers[main] if main else max(teachers.values()),
+            "images_per_second": images / line["seconds"],
+        }
+        add(options.out / "figures.jsonl", line)
+    return True
+
+
+def trained(keys: Keys, deadline: Deadline) -> Keys:
+    """Train the teachers that have no weights; the keys of what they left, the same for all seeds."""
+    recipe = load_recipe(written(keys)).recipe
+    accelerator, shard = make_accelerator(recipe.runtime.precision)
+    try:
+        load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
+    finally:
+        shut_down(accelerator)
+    missing = {name: spec for name, spec in recipe.zoo_specs.items() if not spec.weights}
+    return {f"teachers.{name}.weights": str(teacher_folder(recipe, name, spec)) for name, spec in missing.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What looks wrong in a run and what to do about it: asked while it trains, and once more at its end."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from generators import ImageGenerator, PixelGenerator, PoolGenerator
+
+FEW_CLASSES = 0.5  # entropy of the classes that a teacher sees, over that of balanced ones
+ALIKE = 0.05  # spread of pixels within classes over that between them; real images have 1 and more
+UNSEEN, DISAGREES = 50.0, 80.0  # % of the images
+UNMATCHED = 0.7  # batch-norm loss over its value at the start
+FALLEN = 0.5  # agreement of the student over the best it had
+SWING = 5.0  # points by which the last quarter of training may fall below its mean
+SETTLED, HALFWAY = 0.25, 0.5  # shares of the generator's steps, before which these are not asked
+
+
+def generator_notes(
+    generator: ImageGenerator,
+    figures: Mapping[str, float],
+    bn: Mapping[str, tuple[float, float]],
+    progress: float = 1.0,
+) -> dict[str, str]:
+    """By name what looks wrong with a generator: figures are those of training.look, bn the batch-norm loss of each
+    teacher at the start and now, progress the share of its steps that are done."""
+    notes = {}
+    seen = {name.partition("_agreement_")[2]: figures[name] for name in figures if name.startswith("class_agreement_")}
+    for name, percent in seen.items() if progress >= SETTLED else ():
+        balance = figures[f"predicted_balance_{name}"]
+        if balance < FEW_CLASSES:
+            remedy = "ce" if generator.conditional else "information"
+            notes[f"collapse {name}"] = (
+                f"teacher {name} sees hardly more than a few classes in the images (balance {balance:.2f} of 1), the "
+                f"generator has collapsed: raise synthesis.losses.{remedy} or lower synthesis.lr"
+            )
+        elif generator.conditional and percent < UNSEEN:
+            notes[f"class {name}"] = (
+                f"teacher {name} sees the asked class in {percent:.0f} % of the images: raise synthesis.losses.ce or "
+                "synthesis.steps, or lower synthesis.losses.diversity"
+            )
+    if progress >= SETTLED and figures["pixel_ratio"] < ALIKE and generator.conditional:
+        remedies = {PoolGenerator: "synthesis.latent_lr or .jitter", PixelGenerator: "generator.latent"}
+        notes["alike"] = (
+            "the images of a class hardly differ (the generator ignores its latents): raise "
+            f"{remedies.get(type(generator), 'synthesis.losses.diversity or synthesis.redraw')}"
+        )
+    for name, (start, end) in bn.items() if progress >= HALFWAY else ():
+        if end > UNMATCHED * start:
+            notes[f"statistics {name}"] = (
+                f"the batch-norm statistics of teacher {name} do not fit ({start:.3g} -> {end:.3g}): raise "
+                "synthesis.losses.bn or .steps, or check its mean and std"
+            )
+    return notes
+
+
+def student_notes(agreement: float, best: float) -> dict[str, str]:
+    """By name what looks wrong with a student in training: its agreement with the teacher, of 1, now and at best."""
+    if agreement >= FALLEN * best:
+        return {}
+    text = (
+        f"the student's agreement with its teacher fell from {100 * best:.0f} to {100 * agreement:.0f} %: lower "
+        "distill.lr or synthesis.losses.adversary, or raise distill.replay"
+    )
+    return {"student": text}
+
+
+def last_quarter(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Mean, sample deviation and lowest of a student's figures over the last quarter of its training, in percent; None
+    where it was not measured on the way. evaluations are evenly spaced, {accuracy or agreement, images} each."""
+    if not evaluations:
+        return None
+    of = "accuracy" if "accuracy" in evaluations[-1] else "agreement"
+    values = [entry[of] for entry in evaluations[-max(1, len(evaluations) // 4) :]]
+    return {
+        "of": of,
+        "mean": statistics.fmean(values),
+        "deviation": statistics.stdev(values) if len(values) > 1 else None,
+        "lowest": min(values),
+        "evaluations": len(values),
+        "images": int(evaluations[-1]["images"]),
+    }
+
+
+def verdict(
+    results: Mapping[str, Any], notes: Mapping[str, str], warnings: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Whether a run looks sound at its end: notes on its generator, and what its results say of tasks and student;
+    beside them, as `warnings`, what looked wrong on the way."""
+    found = list(notes.values())
+    for name, task in results["tasks"].items():
+        agree = (task.get("export") or {}).get("agreement")
+        if agree is not None and agree < 99.5:
+            found.append(
+                f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"
+            )
+        if task["before"] is not None and task["after"] < task["before"] - 10:
+            found.append(
+                f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
+            )
+        if any(entry["split"] == "test" for entry in task.get("opened", [])):
+            found.append(f"{name}.source=real used the test images themselves: set data.train_root for a fair control")
+    student = results["student"]
+    if student and student["agreement"]["percent"] < DISAGREES:
+        found.append(
+            f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of fresh images: raise "
+            "distill.steps or synthesis.student_steps, or choose a larger student"
+        )
+    quarter = student and student["last_quarter"]
+    if quarter and quarter["lowest"] < quarter["mean"] - SWING:
+        found.append(
+            f"the student's {quarter['of']} swings in the last quarter of its training (mean {quarter['mean']:.1f}, "
+            f"lowest {quarter['lowest']:.1f} %): lower distill.lr, or raise distill.steps"
+        )
+    return {"ok": not found, "notes": found, "warnings": list(warnings)}

@@ -1,0 +1,95 @@
+"""What looks wrong in a run: when it is said, once it is over and while it goes."""
+
+import numpy as np
+import pytest
+
+from dfkd.verdict import generator_notes, last_quarter, student_notes, verdict
+from generators import ConvGenerator
+
+SOUND = {"class_agreement_a": 90.0, "predicted_balance_a": 0.98, "pixel_ratio": 1.2}
+
+
+def make_generator(conditional: bool = True) -> ConvGenerator:
+    return ConvGenerator(latent=4, classes=3, channels=1, size=8, width=4, conditional=conditional)
+
+
+def asked(figures: dict[str, float], progress: float = 1.0, conditional: bool = True, **bn: tuple[float, float]) -> set:
+    return set(generator_notes(make_generator(conditional), figures, bn, progress))
+
+
+def test_nothing_is_said_of_a_sound_generator() -> None:
+    assert asked(SOUND, a=(100.0, 20.0)) == set()
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"predicted_balance_a": 0.2}, "collapse a"),
+        ({"class_agreement_a": 30.0}, "class a"),
+        ({"pixel_ratio": 0.01}, "alike"),
+    ],
+)
+def test_what_looks_wrong_is_said_with_a_remedy_once_a_quarter_is_done(changed: dict[str, float], name: str) -> None:
+    assert asked(SOUND | changed, progress=0.1) == set()
+    assert asked(SOUND | changed, progress=0.3) == {name}
+    (text,) = generator_notes(make_generator(), SOUND | changed, {}).values()
+    assert "synthesis." in text
+
+
+def test_a_generator_without_labels_is_not_asked_for_classes() -> None:
+    figures = SOUND | {"class_agreement_a": 10.0, "pixel_ratio": 0.0}
+    assert asked(figures, conditional=False) == set()
+    assert asked(figures | {"predicted_balance_a": 0.1}, conditional=False) == {"collapse a"}
+
+
+def test_statistics_that_cannot_be_matched_are_told_from_halfway() -> None:
+    assert asked(SOUND, progress=0.4, a=(100.0, 90.0)) == set()
+    assert asked(SOUND, progress=0.6, a=(100.0, 90.0)) == {"statistics a"}
+
+
+def test_a_student_that_stops_agreeing() -> None:
+    assert student_notes(0.6, best=0.9) == {}
+    assert "from 90 to 40 %" in student_notes(0.4, best=0.9)["student"]
+    assert student_notes(0.0, best=0.0) == {}  # nothing was learned yet
+
+
+def test_the_last_quarter_of_evaluations() -> None:
+    values = np.random.default_rng(0).uniform(50, 90, 20)
+    found = last_quarter([{"accuracy": value, "images": 100} for value in values])
+    assert found is not None
+    assert (found["of"], found["evaluations"], found["images"]) == ("accuracy", 5, 100)
+    expected = [values[15:].mean(), values[15:].std(ddof=1), values[15:].min()]
+    assert [found["mean"], found["deviation"], found["lowest"]] == pytest.approx(expected)
+
+
+def test_the_last_quarter_of_few_or_no_evaluations() -> None:
+    assert last_quarter([]) is None
+    found = last_quarter([{"agreement": 80.0, "images": 9}, {"agreement": 70.0, "images": 9}])
+    assert found == {"of": "agreement", "mean": 70, "deviation": None, "lowest": 70, "evaluations": 1, "images": 9}
+
+
+def results(**student: object) -> dict:
+    quarter = {"of": "accuracy", "mean": 90.0, "lowest": 89.0}
+    return {"tasks": {}, "student": {"agreement": {"percent": 97.0}, "last_quarter": quarter, **student}}
+
+
+def test_the_verdict_of_a_sound_run_keeps_what_was_warned_of() -> None:
+    warned = [{"step": 4, "text": "the generator has collapsed"}]
+    assert verdict(results(), {}, warned) == {"ok": True, "notes": [], "warnings": warned}
+
+
+@pytest.mark.parametrize(
+    ("student", "words"),
+    [
+        ({"agreement": {"percent": 70.0}}, "agrees with its teacher on 70 %"),
+        ({"last_quarter": {"of": "accuracy", "mean": 90.0, "lowest": 80.0}}, "swings"),
+    ],
+)
+def test_the_verdict_of_a_student_gone_wrong(student: dict, words: str) -> None:
+    found = verdict(results(**student), {}, [])
+    assert not found["ok"]
+    assert words in found["notes"][0]
+
+
+def test_the_verdict_says_what_looks_wrong_with_the_generator() -> None:
+    assert verdict({"tasks": {}, "student": None}, {"alike": "hardly differ"}, [])["notes"] == ["hardly differ"]
