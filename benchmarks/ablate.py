@@ -62,7 +62,14 @@ VARIANTS: dict[str, Keys] = {
     "batch 64": {"synthesis.batch_size": "64", "distill.batch_size": "64", "distill.lr": "0.07"},
     "batch 256": {"synthesis.batch_size": "256", "distill.batch_size": "256", "distill.lr": "0.14"},
 }
-COSTLY = ("batch_size", "generator.", "zoo.", ".mix", "replay=0 ", "losses.")  # words of keys that change a step's time
+COSTLY = (
+    "batch_size",
+    "generator.",
+    "zoo.",
+    ".mix",
+    "replay=0 ",
+    "adversary=0 ",
+)  # words of keys that change a step's time
 OWN = ("output", "seed", "overwrite")  # keys that are not for the command line here
 
 

@@ -74,7 +74,7 @@ def line(method: str = "a", seed: int = 0, **given: Any) -> dict[str, Any]:
         **{"method": method, "seed": seed, "accuracy": 90.0, "n": 540, "agreement": 91.0, "seconds": 60.0},
         **{"class_agreement": {"t": 80.0}, "teachers": {"t": 98.5}, "student": "dfkd:x", "note": "", "peak_mb": 500.0},
         **{"memory": "process", "generator_updates": 1200, "student_updates": 4800, "device": "cpu, 1 threads"},
-        **{"precision": "bf16", "versions": {"torch": "2"}},
+        **{"precision": "bf16", "versions": {"torch": "2"}, "curve": [[15.0, 50.0], [60.0, 90.0]]},
     }
     return {**usual, **given}
 
@@ -270,7 +270,10 @@ def test_what_fails_is_reported_and_the_rest_runs(
     assert bench.main(["--methods", "./frozen.yaml,./live.yaml", "--seeds", "0,1", "--out", "out"]) == 1
     out = capfd.readouterr().out
     assert "frozen-0 failed: out of memory" in out
-    assert [row[0] for row in rows(out.split("\n\n")[-1])][2:] == ["teacher t", "live"]
+    found, in_time = map(rows, out.split("\n\n")[-2:])
+    assert [row[0] for row in found][2:] == ["teacher t", "live"]
+    assert in_time[0] == ["student % after", "10%", "25%", "50%", "75%", "100%"]
+    assert in_time[2:] == [["live", "-", "50.00", "50.00", "50.00", "90.00"]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,122 @@
+"""The benchmarks of pairs and of variants: what they run, that they go on where they stopped, their tables."""
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from runs_fixture import Runs, reset_accelerate
+
+from dfkd.recipe import load_recipe
+
+BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    return importlib.import_module("methods")
+
+
+@pytest.fixture
+def ablate(methods: ModuleType) -> ModuleType:
+    return importlib.import_module("ablate")
+
+
+@pytest.fixture
+def pairs(methods: ModuleType, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with the tiny recipe as its pair, and its children called in this process."""
+    module = importlib.import_module("pairs")
+
+    def launch(child: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
+        reset_accelerate()
+        try:
+            return json.loads(json.dumps(methods.CHILDREN[child](methods.written(keys), seconds)))
+        finally:
+            reset_accelerate()
+
+    monkeypatch.setattr(methods, "launch", launch)
+    monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(methods, "FIRST_PROBE", 4)
+    monkeypatch.setattr(module, "PRICED_WITH", 1.0)
+    monkeypatch.setattr(module, "PAIRS", {"tiny": "./tiny.yaml"})
+    return module
+
+
+def rows(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines() if row.startswith("|")]
+
+
+def test_every_pair_has_its_recipe(pairs: ModuleType, methods: ModuleType) -> None:
+    importlib.reload(pairs)
+    for name, recipe in pairs.PAIRS.items():
+        found = load_recipe([f"recipe={recipe}"]).recipe
+        teacher, student = name.split("_")[0], found.student.model.removeprefix("dfkd:")
+        assert name.endswith(f"_{student}"), name
+        assert any(spec.model.startswith(f"dfkd:{teacher}") for spec in found.zoo_specs.values()), name
+
+
+def test_a_pair_goes_on_where_it_stopped(
+    pairs: ModuleType, runs: Runs, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def call(minutes: str) -> int:
+        reset_accelerate()
+        common = ["--budget", "0.01", "--seeds", "0,1", "--out", "out", f"training.cache={tmp_path / 'own'}"]
+        return pairs.main(["tiny", "--minutes", minutes, *common])
+
+    assert call("1e-4") == 1
+    assert "stopped after 0.0001 minutes: teacher plain is not trained yet; the same call" in capfd.readouterr().out
+    whole = pairs.launch
+    hasty = {"runtime.minutes": "1e-4", "runtime.log_every": "1"}
+    monkeypatch.setattr(pairs, "launch", lambda child, keys, *rest: whole(child, {**keys, **hasty}, *rest))
+    assert call("0") == 1
+    assert "seed 0 is not finished" in capfd.readouterr().out
+    monkeypatch.setattr(pairs, "launch", whole)
+    assert call("0") == 0
+    lines = [json.loads(line) for line in Path("out/figures.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [0, 1]
+    cells = rows(capfd.readouterr().out)[2]
+    assert cells[0] == "tiny"
+    mean = sum(line["accuracy"] for line in lines) / 2
+    assert cells[2].startswith(f"{mean:.2f} ± ")
+    for line in lines:
+        results = json.loads(Path(f"out/tiny/{line['seed']}/results.json").read_text())
+        assert line["accuracy"] == results["student"]["accuracy"]
+        images = 16 * (line["generator_updates"] + line["student_updates"])
+        assert line["images_per_second"] == pytest.approx(images / results["seconds"]["distill"])
+    assert len({line["generator_updates"] for line in lines}) == 1  # all seeds do the same
+    assert call("0") == 0  # and nothing is run again
+    assert len(Path("out/figures.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_mistake_is_one_line(pairs: ModuleType, ablate: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    for given, said in ((["tiny", "seed=1"], "'seed=1'"), (["tiny", "--nonsense"], "'--nonsense'")):
+        assert pairs.main([*given, "--out", "out"]) == 2
+        assert said in capfd.readouterr().err
+    for given, said in ((["output=x"], "'output=x'"), (["--variants", "none"], "unknown variant 'none'")):
+        assert ablate.main([*given, "--out", "out"]) == 2
+        (error,) = capfd.readouterr().err.splitlines()
+        assert said in error
+    assert not Path("out").exists()
+
+
+def test_every_variant_is_a_recipe_of_its_own_and_measured_where_its_updates_cost_another(ablate: ModuleType) -> None:
+    made = {name: ablate.make_variant(name, {"recipe": "digits"}) for name in ablate.VARIANTS}
+    assert len({method.folder for method in made.values()}) == len(made)
+    defaults = made["defaults"].recipe
+    assert [name for name, method in made.items() if method.recipe == defaults] == ["defaults"]
+    own = {name for name, method in made.items() if not method.priced}
+    assert {"no adversary", "no replay", "m' = 1", "generator width 16", "batch 64", "no Data Mixing"} <= own
+    assert not {"adversary l1", "student lr 0.05", "redraw 2", "bn 160", "replay 50"} & own
+
+
+def test_gains_are_paired_by_seed(ablate: ModuleType) -> None:
+    accuracy = {("defaults", 0): 90.0, ("defaults", 1): 94.0, ("a", 0): 91.0, ("a", 1): 97.0, ("b", 2): 99.0}
+    lines = [{"method": name, "seed": seed, "accuracy": value} for (name, seed), value in accuracy.items()]
+    assert ablate.gains(lines) == {"defaults": [0, 0], "a": [1, 3]}  # b has no seed in common
+    usual = {"seconds": 60.0, "peak_mb": 1.0, "generator_updates": 9, "student_updates": 9, "note": ""}
+    table = ablate.table([{**usual, "class_agreement": {"t": 80.0}, **line} for line in lines], 60.0)
+    assert [row[:2] for row in rows(table)[2:]] == [["a", "+2.00 ± 1.41"], ["defaults", ""]]
