@@ -4,7 +4,7 @@ A quantised file holds QuantizeLinear and DequantizeLinear around the operators,
 integer kernels. Its weights are integers of the smallest type that holds them: 2 bits INT2, 3 and 4 INT4, else INT8.
 
 On x86 without VNNI these kernels add pairs of products in 16 bits, which can overflow; there, set ONNX Runtime's
-session.x64quantprecision to 1 (slower). verify() measures what the machine at hand gives.
+session.x64quantprecision to 1 (slower), as verify() does.
 """
 
 import copy

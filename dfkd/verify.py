@@ -33,6 +33,7 @@ def _session(path: str | Path, threads: int, optimised: str = "") -> Any:
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.optimized_model_filepath = optimised
+    options.add_session_config_entry("session.x64quantprecision", "1")  # else sums overflow on x86 without VNNI
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
