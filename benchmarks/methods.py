@@ -156,7 +156,7 @@ def train_teachers(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
 
 
 def measure_cost(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Seconds per update of generator and student, from runs that grow until they take `seconds` together.
+    """Seconds per update of generator and student, from runs that grow until they take `seconds`.
 
     Each is made AGAIN times and the shortest counts: what else the machine does can only lengthen it.
     """
@@ -167,10 +167,10 @@ def measure_cost(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     for probe in (generator_probe, student_probe) if own.rounds else (student_probe,):
         spend(recipe, probe(own, FIRST_PROBE), accelerator, shard)  # warms up, not counted
         size, took, tried = FIRST_PROBE, 0.0, 0
-        while took < seconds / AGAIN or tried < 2:
+        while took < seconds or tried < 2:
             took, tried = min(spend(recipe, probe(own, size), accelerator, shard) for _ in range(AGAIN)), tried + 1
             trials.append((probe(own, size), took))
-            size = round(size * min(8.0, max(2.0, 1.3 * seconds / AGAIN / took)))
+            size = round(size * min(8.0, max(2.0, 1.3 * seconds / took)))
     shut_down(accelerator)
     return {**fit_cost(trials)._asdict(), "trials": trials}
 
