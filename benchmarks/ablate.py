@@ -50,8 +50,10 @@ VARIANTS: dict[str, Keys] = {
     "no diversity": {"synthesis.losses.diversity": "0"},
     "diversity 0.3": {"synthesis.losses.diversity": "0.3"},
     "diversity 3": {"synthesis.losses.diversity": "3"},
-    "no Data Mixing": {"synthesis.mix.probability": "0"},
-    "Data Mixing always": {"synthesis.mix.probability": "1"},
+    "Data Mixing": {"synthesis.mix.probability": "0.5"},
+    "Data Mixing and one code": {"synthesis.mix.probability": "0.5", "generator.prototypes": "1"},
+    "one code a class": {"generator.prototypes": "1"},
+    "32 codes a class": {"generator.prototypes": "32"},
     "student batches mixed": {"distill.mix": "0.5"},
     "no shift": {"distill.shift": "0"},
     "generator width 16": {"generator.width": "16"},
@@ -62,14 +64,7 @@ VARIANTS: dict[str, Keys] = {
     "batch 64": {"synthesis.batch_size": "64", "distill.batch_size": "64", "distill.lr": "0.07"},
     "batch 256": {"synthesis.batch_size": "256", "distill.batch_size": "256", "distill.lr": "0.14"},
 }
-COSTLY = (
-    "batch_size",
-    "generator.",
-    "zoo.",
-    ".mix",
-    "replay=0 ",
-    "adversary=0 ",
-)  # words of keys that change a step's time
+COSTLY = ("batch_size", "width", "zoo.", "replay=0 ", "adversary=0 ")  # words of keys that change the time of an update
 OWN = ("output", "seed", "overwrite")  # keys that are not for the command line here
 
 

@@ -248,9 +248,9 @@ def written(keys: Keys) -> list[str]:
 
 
 def default_methods() -> list[str]:
-    """Every method of recipes/methods, and MixMix once more with its zoo."""
+    """Every method of recipes/methods, and those that mix teachers once more with their zoo."""
     names = sorted(path.stem for path in (FOLDER / "methods").glob("*.yaml"))
-    return names + [name + ZOO for name in names if name == "mixmix"]
+    return names + [name + ZOO for name in names if name in ("dfkd", "mixmix")]
 
 
 def make_method(name: str, given: Keys, teacher: str | None) -> Method:

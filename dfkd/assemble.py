@@ -281,6 +281,7 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
         "channels": recipe.image.channels,
         "size": recipe.image.size,
         "width": spec.width,
+        "prototypes": spec.prototypes,
         "mean": mean,
         "std": std,
     }

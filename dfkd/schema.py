@@ -81,6 +81,7 @@ class GeneratorSpec:
     latent: int = key(128, "length of the latent vector", 1)
     width: int = key(32, "channels of the last stage; earlier stages have twice as many", 1)
     conditional: bool = key(True, "draw an image of a given class (labels are exact and balanced)")
+    prototypes: int = key(8, "codes of a class, of which the first latent chooses one: as many structures", 1)
     checkpoint: str | None = key(None, "folder of a trained generator: it is frozen and nothing trains a generator")
 
 
@@ -89,7 +90,7 @@ class Mix:
     """Data Mixing (MixMix section 4.2)."""
 
     kind: Literal["resize", "cutmix", "mixup"] = key("resize", "resize: MixMix eq. 7-9; cutmix and mixup are Kornia's")
-    probability: float = key(0.5, "share of generator steps with mixed images; 0 switches Data Mixing off", 0, 1)
+    probability: float = key(0.0, "share of generator steps with mixed images; 0: no Data Mixing", 0, 1)
     antialias: bool = key(False, "low-pass the image before shrinking it into its box, so every pixel gets gradient")
 
 

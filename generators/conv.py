@@ -35,14 +35,52 @@ class PixelHead(nn.Module):
         return straight_clamp(self.norm(x.to(self.shift.dtype)) * self.scale + self.shift)
 
 
+class ClassNorm(nn.Module):
+    """Batch norm whose scale and shift belong to the class (de Vries et al. 2017, section 2.2).
+
+    forward(x [B, C, H, W], labels [B] int64 in [0, classes)) -> the same shape.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels, affine=False)
+        self.affine = nn.Parameter(torch.empty(classes, 2 * channels))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Nearly the plain batch norm, and a little different for every class."""
+        self.affine.normal_(0, 0.02)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        scale, shift = self.affine[labels, :, None, None].chunk(2, dim=1)
+        return self.norm(x) * (1 + scale) + shift
+
+
+class Stage(nn.Module):
+    """3x3 convolution, norm of the class, leaky ReLU."""
+
+    def __init__(self, channels: int, out_channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, 3, padding=1, bias=False)
+        self.norm = ClassNorm(out_channels, classes)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return F.leaky_relu(self.norm(self.conv(x), labels), 0.2)
+
+
 class ConvGenerator(ImageGenerator):
     """Linear, then stages of upsampling and 3x3 convolution, then a pixel head (DAFL, Chen et al. 2019, section 4).
 
     forward(latents [B, latent], labels [B] int64) -> images [B, channels, size, size] in [0, 1]; a generator built
     with conditional=False takes no notice of the labels. mean and std are the pixel statistics its head starts from.
+
+    The class enters twice: as a code beside the latents, which sets where things are, and as the scale and shift of
+    every norm, which keep the class exact. With several `prototypes` a class has as many codes, and the first latent
+    chooses among them: a single code draws one structure in varying light.
     """
 
-    keys = ("latent", "classes", "channels", "size", "width", "conditional", "mean", "std")
+    keys = ("latent", "classes", "channels", "size", "width", "conditional", "prototypes", "mean", "std")
 
     def __init__(
         self,
@@ -53,39 +91,39 @@ class ConvGenerator(ImageGenerator):
         size: int,
         width: int = 64,
         conditional: bool = True,
+        prototypes: int = 1,
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
     ) -> None:
         super().__init__()
         self.latent, self.classes, self.channels, self.size = latent, classes, channels, size
-        self.conditional = conditional
+        self.conditional, self.prototypes = conditional, prototypes
         stages = max(2, math.ceil(math.log2(size / 8)))
         self.sizes = [math.ceil(size / 2**k) for k in reversed(range(stages + 1))]
         wide = 2 * width
         self.start = (wide, self.sizes[0], self.sizes[0])
-        self.embed = nn.Embedding(classes, latent) if conditional else None
+        self.embed = nn.Embedding(classes * prototypes, latent) if conditional else None
         self.project = nn.Linear(latent * (2 if conditional else 1), math.prod(self.start), bias=False)
         self.project_norm = nn.BatchNorm2d(wide)
         widths = [wide] * stages + [width]
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(widths[k], widths[k + 1], 3, padding=1, bias=False),
-                nn.BatchNorm2d(widths[k + 1]),
-                nn.LeakyReLU(0.2),
-            )
-            for k in range(stages)
+            Stage(widths[k], widths[k + 1], classes if conditional else 1) for k in range(stages)
         )
         self.to_pixels = nn.Conv2d(width, channels, 3, padding=1, bias=False)
         self.head = PixelHead(channels, mean or [0.5] * channels, std or [0.25] * channels)
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        if self.embed is not None:
-            code = F.normalize(self.embed(labels), dim=1) * math.sqrt(self.latent)
+        if self.embed is None:
+            labels = torch.zeros_like(labels)
+        else:
+            share = 0.5 + 0.5 * torch.erf(latents[:, 0] / math.sqrt(2))  # uniform in [0, 1]
+            chosen = (share * self.prototypes).long().clamp_max(self.prototypes - 1)
+            code = F.normalize(self.embed(labels * self.prototypes + chosen), dim=1) * math.sqrt(self.latent)
             latents = torch.cat([latents, code], dim=1)
         x = self.project(latents).view(-1, *self.start)
         x = self.project_norm(x)
         for size, stage in zip(self.sizes[1:], self.stages):
-            x = stage(F.interpolate(x, size=(size, size), mode="nearest"))
+            x = stage(F.interpolate(x, size=(size, size), mode="nearest"), labels)
         return self.head(self.to_pixels(x))
 
     def first_layers(self) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from generators import (
@@ -23,7 +24,7 @@ from generators import (
     load_generator,
     save_generator,
 )
-from generators.conv import PixelHead
+from generators.conv import ClassNorm, PixelHead
 
 DESCRIPTION = {
     "arch": "conv",
@@ -33,6 +34,7 @@ DESCRIPTION = {
     "size": 9,
     "width": 4,
     "conditional": True,
+    "prototypes": 2,
     "mean": [0.2, 0.6],
     "std": [0.1, 0.3],
 }
@@ -129,6 +131,36 @@ def test_an_unconditional_generator_takes_no_notice_of_labels(make_generator: Ca
     latents, labels = latents_and_labels(16)
     generator = make_generator(conditional=False).eval()
     assert torch.equal(generator(latents, labels), generator(latents, (labels + 1) % 3))
+
+
+def test_the_norm_of_a_class_is_torchs_with_scale_and_shift_of_its_own() -> None:
+    norm = ClassNorm(2, classes=3)
+    x, labels = torch.randn(5, 2, 4, 4), torch.tensor([0, 2, 2, 1, 0])
+    plain = F.batch_norm(x, None, None, training=True)
+    scale, shift = norm.affine.detach().chunk(2, dim=1)
+    expected = torch.stack(
+        [
+            torch.stack([plain[k, c] * (1 + scale[label, c]) + shift[label, c] for c in range(2)])
+            for k, label in enumerate(labels.tolist())
+        ]
+    )
+    torch.testing.assert_close(norm(x, labels), expected)
+
+
+def test_the_first_latent_chooses_one_of_the_codes_of_a_class(make_generator: Callable[..., ConvGenerator]) -> None:
+    generator = make_generator(prototypes=4)
+    latents, labels = latents_and_labels(4000)
+    quarters = np.digitize(latents[:, 0].numpy(), statistics.NormalDist().quantiles(4))
+    embed = generator.embed
+    assert embed is not None
+    for label in range(3):
+        for quarter in range(4):
+            chosen = torch.from_numpy((labels.numpy() == label) & (quarters == quarter))
+            assert 0.06 < chosen.double().mean() < 0.11  # of 12
+            embed.weight.grad = None  # rows that are read get one
+            (generator(latents[chosen], labels[chosen]) * torch.rand(1, 8, 8)).sum().backward()
+            (row,) = embed.weight.grad.abs().sum(1).nonzero().flatten().tolist()  # type: ignore[attr-defined]
+            assert row == 4 * label + quarter
 
 
 def test_a_saturated_pixel_keeps_its_gradient() -> None:
