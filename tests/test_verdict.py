@@ -6,7 +6,7 @@ import pytest
 from dfkd.verdict import generator_notes, last_quarter, student_notes, verdict
 from generators import ConvGenerator
 
-SOUND = {"class_agreement_a": 90.0, "predicted_balance_a": 0.98, "pixel_ratio": 1.2}
+SOUND = {"class_agreement_a": 90.0, "predicted_balance_a": 0.98, "feature_ratio": 0.6}
 
 
 def make_generator(conditional: bool = True) -> ConvGenerator:
@@ -26,7 +26,7 @@ def test_nothing_is_said_of_a_sound_generator() -> None:
     [
         ({"predicted_balance_a": 0.2}, "collapse a"),
         ({"class_agreement_a": 30.0}, "class a"),
-        ({"pixel_ratio": 0.01}, "alike"),
+        ({"feature_ratio": 0.02}, "alike"),
     ],
 )
 def test_what_looks_wrong_is_said_with_a_remedy_once_a_quarter_is_done(changed: dict[str, float], name: str) -> None:
@@ -37,7 +37,7 @@ def test_what_looks_wrong_is_said_with_a_remedy_once_a_quarter_is_done(changed: 
 
 
 def test_a_generator_without_labels_is_not_asked_for_classes() -> None:
-    figures = SOUND | {"class_agreement_a": 10.0, "pixel_ratio": 0.0}
+    figures = SOUND | {"class_agreement_a": 10.0, "feature_ratio": 0.0}
     assert asked(figures, conditional=False) == set()
     assert asked(figures | {"predicted_balance_a": 0.1}, conditional=False) == {"collapse a"}
 
