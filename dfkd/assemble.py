@@ -188,6 +188,7 @@ def _train(
             if (epoch + 1) % max(1, training.epochs // 4) == 0
             else None
         ),
+        channels_last=recipe.runtime.channels_last,
         checkpoint=checkpoint,
         deadline=deadline,
     )

@@ -36,6 +36,7 @@ def train_teacher(
     seed: int = 0,
     device: torch.device | str = "cpu",
     bf16: bool = False,
+    channels_last: bool = True,
     log: Callable[[int, float], None] = lambda epoch, loss: None,
     checkpoint: Path | None = None,
     deadline: Deadline | None = None,
@@ -47,7 +48,8 @@ def train_teacher(
     """
     device = torch.device(device)
     shard = Shard(device)
-    classifier.to(device).to(memory_format=torch.channels_last).train()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    classifier.to(device).to(memory_format=memory_format).train()
     optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(images))
@@ -67,7 +69,7 @@ def train_teacher(
                 group["lr"] = lr * one_cycle((epoch * batches + k) / (epochs * batches))
             x = augment(to_float(images[rows]), shard, round(shift * images.shape[-1]), flip, seed, epoch, k)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(classifier(x.contiguous(memory_format=torch.channels_last)), labels[rows])
+                loss = F.cross_entropy(classifier(x.contiguous(memory_format=memory_format)), labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
