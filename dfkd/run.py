@@ -300,17 +300,15 @@ def make_loop(
         grid_every=runtime.grid_every,
         checkpoint_every=runtime.checkpoint_every,
         deadline=deadline,
-        evaluate=student_judge(parts) if judged else None,
+        evaluate=student_judge(parts, fit.student) if fit is not None and judged else None,
         evaluations=runtime.evaluations,
     )
 
 
-def student_judge(parts: Parts) -> Callable[[], dict[str, float]]:
+def student_judge(parts: Parts, student: nn.Module) -> Callable[[], dict[str, float]]:
     """What measures the student while it trains, in percent, and on how many images: its accuracy on test images
     spread evenly over the test set, or without one its agreement with the teacher on images of the generator."""
-    student, autocast = parts.student, parts.accelerator.autocast
-    if student is None:
-        raise UserError("there is no student to train: set student.model")
+    autocast = parts.accelerator.autocast
     if parts.test is None:
 
         def agrees() -> dict[str, float]:

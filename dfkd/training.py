@@ -159,7 +159,8 @@ class Loop:
             name = "student" if self.plan.name in ("generator", "distill") else self.plan.name
             figures |= self.metrics.log(name, self.offset + done, terms)
             self.best = max(self.best, figures["agreement"])
-            self.metrics.warn(self.offset + done, student_notes(figures["agreement"], self.best))
+            if name == "student":
+                self.metrics.warn(self.offset + done, student_notes(figures["agreement"], self.best))
         shown = ("bn", "ce", "loss", "agreement")
         text = ", ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures)
         self.metrics.progress(done, self.plan.total, f"{self.plan.name}: {text}")

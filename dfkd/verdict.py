@@ -12,7 +12,8 @@ UNSEEN, DISAGREES = 50.0, 80.0  # % of the images
 UNMATCHED = 0.7  # batch-norm loss over its value at the start
 FALLEN = 0.5  # agreement of the student over the best it had
 SWING = 5.0  # points by which the last quarter of training may fall below its mean
-SETTLED, HALFWAY = 0.25, 0.5  # shares of the generator's steps, before which these are not asked
+# Shares of the generator's steps before which a thing is not asked; layers are drawn anew up to 80 %.
+SETTLED, HALFWAY, LATE = 0.25, 0.5, 0.9
 
 
 def generator_notes(
@@ -33,7 +34,7 @@ def generator_notes(
                 f"teacher {name} sees hardly more than a few classes in the images (balance {balance:.2f} of 1), the "
                 f"generator has collapsed: raise synthesis.losses.{remedy} or lower synthesis.lr"
             )
-        elif generator.conditional and percent < UNSEEN:
+        elif progress >= LATE and generator.conditional and percent < UNSEEN:
             notes[f"class {name}"] = (
                 f"teacher {name} sees the asked class in {percent:.0f} % of the images: raise synthesis.losses.ce or "
                 "synthesis.steps, or lower synthesis.losses.diversity"

@@ -22,16 +22,16 @@ def test_nothing_is_said_of_a_sound_generator() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "name"),
+    ("changed", "name", "share"),
     [
-        ({"predicted_balance_a": 0.2}, "collapse a"),
-        ({"class_agreement_a": 30.0}, "class a"),
-        ({"feature_ratio": 0.02}, "alike"),
+        ({"predicted_balance_a": 0.2}, "collapse a", 0.25),
+        ({"feature_ratio": 0.02}, "alike", 0.25),
+        ({"class_agreement_a": 30.0}, "class a", 0.9),  # a redraw costs it for a while
     ],
 )
-def test_what_looks_wrong_is_said_with_a_remedy_once_a_quarter_is_done(changed: dict[str, float], name: str) -> None:
-    assert asked(SOUND | changed, progress=0.1) == set()
-    assert asked(SOUND | changed, progress=0.3) == {name}
+def test_what_looks_wrong_is_said_with_a_remedy_in_time(changed: dict[str, float], name: str, share: float) -> None:
+    assert asked(SOUND | changed, progress=share - 0.1) == set()
+    assert asked(SOUND | changed, progress=share) == {name}
     (text,) = generator_notes(make_generator(), SOUND | changed, {}).values()
     assert "synthesis." in text
 
