@@ -43,7 +43,7 @@ def small(classes, channels):
 
 def generator_folder(folder: Path, classes: int = 10) -> Path:
     sizes = {"latent": 4, "classes": classes, "channels": 1, "size": 8, "width": 4}
-    about = {"arch": "conv", "conditional": True, "mean": [0.5], "std": [0.25], **sizes}
+    about = {"arch": "conv", "conditional": True, "prototypes": 1, "mean": [0.5], "std": [0.25], **sizes}
     save_generator(folder, ConvGenerator(**sizes), about)
     return folder
 

@@ -307,7 +307,9 @@ def generator_folder(folder: Path, conditional: bool = True, classes: int = 10) 
     torch.manual_seed(0)
     generator = ConvGenerator(**sizes, conditional=conditional)
     save_generator(
-        folder, generator, {"arch": "conv", "mean": [0.5], "std": [0.25], "conditional": conditional, **sizes}
+        folder,
+        generator,
+        {"arch": "conv", "mean": [0.5], "std": [0.25], "conditional": conditional, "prototypes": 1, **sizes},
     )
     return folder
 
