@@ -5,9 +5,9 @@ python benchmarks/pairs.py PAIR [--minutes 9] [--budget 20] [--seeds 0,1,2] [--o
 - PAIR is one of PAIRS. KEY=VALUE go to its recipe: `data.dataset=imagefolder data.root=TEST data.train_root=TRAIN` for
   images in folders, `teachers.NAME.weights=PATH` for a teacher that is there already.
 - A call stops itself after --minutes, with a whole checkpoint; the same call goes on there, until it exits with 0.
-- First the teachers are trained (runtime does not count), then the seconds of an update are measured on this device,
+- First the teachers are trained (their time does not count), then the seconds of an update are measured on this device,
   then each seed trains for --budget minutes: what the recipe asks for, longer or shorter.
-- The student is its last weights. `last quarter`: mean and lowest over the evaluations in the last quarter of its
+- The student is its last weights. `last quarter`: mean, deviation and lowest over the evaluations there of its
   training, on up to 2,000 test images: a collapse shows.
 """
 
@@ -65,11 +65,13 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
         lost = [line["teacher"] - line["accuracy"] for line in own]
         quarters = [line["last_quarter"] for line in own]
         lowest = min(quarter["lowest"] for quarter in quarters)
+        within = [quarter["deviation"] for quarter in quarters if quarter["deviation"] is not None]
+        deviation = f" ± {statistics.fmean(within):.2f}" if within else ""
         cells = [
             f"{own[0]['teacher']:.2f}",
             f"{with_deviation([line['accuracy'] for line in own])} ({len(own)})",
             with_deviation(lost),
-            f"{statistics.fmean(quarter['mean'] for quarter in quarters):.2f} ({lowest:.2f})",
+            f"{statistics.fmean(quarter['mean'] for quarter in quarters):.2f}{deviation} ({lowest:.2f})",
             f"{statistics.fmean(line['seconds'] for line in own) / 60:.1f}",
             f"{statistics.fmean(line['images_per_second'] for line in own):,.0f}",
             f"{max(line['peak_mb'] for line in own):,.0f}",
