@@ -117,7 +117,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
     keys |= trained(keys, deadline)
     method = Method(options.pair, options.pair, keys, load_recipe(written(keys)).recipe)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if deadline.left() < MEASURING and not (folder / "costs.jsonl").exists():
+    if deadline.left() < min(MEASURING, options.minutes / 2) and not (folder / "costs.jsonl").exists():
         raise Paused("the cost of an update is to be measured next")
     with ThreadPoolExecutor(1) as lane:
         costs = price([method], folder, {"seconds": PRICED_WITH, "threads": threads}, lane)
@@ -128,7 +128,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
         done = {(line["method"], line["seed"]) for line in read(options.out / "figures.jsonl")}
         if (method.name, seed) in done:
             continue
-        if deadline.left() < LEFT:
+        if deadline.left() < min(LEFT, options.minutes / 2):
             raise Paused(f"seed {seed} is next")
         run = folder / str(seed)
         own = {**keys, **changes(work_of(method.recipe), work), "seed": str(seed), "output": str(run)}
