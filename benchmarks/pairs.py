@@ -50,8 +50,8 @@ PAIRS = {  # in the order to run them
     "wrn_40_2_wrn_16_1": "cifar10_wrn_40_2_wrn_16_1",
     "vgg11_resnet18": "cifar10_vgg11_resnet18",
 }
-PRICED_WITH = 240.0  # seconds of training, as which the probes of an update's cost are sized
-MEASURING, LEFT = 3.0, 0.5  # minutes, below which no measurement and no run is begun
+PRICED_WITH = 96.0  # seconds of training, as which the probes of an update's cost are sized
+MEASURING, LEFT = 2.0, 0.5  # minutes, below which no measurement and no run is begun
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
