@@ -86,18 +86,18 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return _BatchMoments.apply(x)
 
 
-def global_moments(moments: list[tuple[Tensor, Tensor]], centres: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The moments of the global batch from those of each process (equal batch sizes), in one message for all layers.
-
-    centres [C] per layer are subtracted before squaring (any values near the means), against cancellation.
-    """
+def global_moments(moments: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """The moments of the global batch from those of each process (equal batch sizes), in one message for all layers."""
     if world_size() == 1:
         return moments
-    shifted = [(mean - c, var) for (mean, var), c in zip(moments, centres)]
-    message = torch.cat([torch.cat([d, var + d.square()]) for d, var in shifted])
-    pieces = all_reduce_mean(message).split([2 * len(c) for c in centres])
-    halves = [piece.chunk(2) for piece in pieces]
-    return [(c + d, second - d.square()) for c, (d, second) in zip(centres, halves)]
+    # In float64, where a variance survives as the difference of two squares.
+    wide = [(mean.double(), var.double()) for mean, var in moments]
+    message = torch.cat([torch.cat([mean, var + mean.square()]) for mean, var in wide])
+    halves = [piece.chunk(2) for piece in all_reduce_mean(message).split([2 * len(mean) for mean, _ in moments])]
+    return [
+        (mean.to(own.dtype), (second - mean.square()).to(own.dtype))
+        for (mean, second), (own, _) in zip(halves, moments)
+    ]
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -110,10 +110,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
             return super().forward(input)
-        # Two messages, so that variances are taken around the global mean and nothing cancels.
-        local, spread = batch_moments(input)
-        mean = all_reduce_mean(local)
-        var = all_reduce_mean(spread + (local - mean).square())
+        ((mean, var),) = global_moments([batch_moments(input)])
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             count = input.numel() // input.shape[1] * world_size()
             self.num_batches_tracked.add_(1)
