@@ -38,6 +38,8 @@ VARIANTS: dict[str, Keys] = {
     "no replay": {"distill.replay": "0"},
     "replay 50": {"distill.replay": "50"},
     "replay 1000": {"distill.replay": "1000"},
+    "fresh 1/4": {"distill.fresh": "0.25"},
+    "fresh 1/8": {"distill.fresh": "0.125"},
     "student l1": {"distill.loss": "l1"},
     "student T 4": {"distill.temperature": "4"},
     "student T 1": {"distill.temperature": "1"},
@@ -64,7 +66,14 @@ VARIANTS: dict[str, Keys] = {
     "batch 64": {"synthesis.batch_size": "64", "distill.batch_size": "64", "distill.lr": "0.07"},
     "batch 256": {"synthesis.batch_size": "256", "distill.batch_size": "256", "distill.lr": "0.14"},
 }
-COSTLY = ("batch_size", "width", "zoo.", "replay=0 ", "adversary=0 ")  # words of keys that change the time of an update
+COSTLY = (
+    "batch_size",
+    "width",
+    "zoo.",
+    "replay=0 ",
+    "fresh=",
+    "adversary=0 ",
+)  # words of keys that change the time of an update
 OWN = ("output", "seed", "overwrite")  # keys that are not for the command line here
 
 

@@ -152,7 +152,9 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     largest = max(_activations(network, images) for network in networks)
     features = sum(norm.running_mean.numel() for norm in batch_norms(parts.zoo[0].model).values())  # type: ignore
     weights += recipe.synthesis.bank * features
-    kept = recipe.distill.replay * recipe.distill.batch_size / 2 + parts.description.get("capacity", 0)
+    kept = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh + parts.description.get(
+        "capacity", 0
+    )
     return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 
 
@@ -380,6 +382,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
         teacher=assemble.main_teachers(recipe, parts.zoo),
         seed=recipe.seed,
         replay=distill.replay,
+        fresh=distill.fresh,
         shift=distill.shift,
         flip=distill.flip,
         mix=distill.mix,

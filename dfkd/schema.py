@@ -170,7 +170,8 @@ class Distill:
     temperature: float = key(20.0, "temperature of kl", 0.1)
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
-    replay: int = key(200, "batches kept of what the generator drew; 0: fresh images only", 0)
+    replay: int = key(200, "batches kept of what the generator drew, with their logits; 0: fresh images only", 0)
+    fresh: float = key(0.5, "replay above 0: share of a batch that is drawn anew", 0.05, 1)
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
     flip: bool = key(False, "augmentation: random horizontal flip")
     mix: float = key(0.0, "augmentation: share of student batches that are mixed (images only)", 0, 1)
@@ -202,7 +203,7 @@ class Qat(FewBits):
     weight_decay: float = key(1e-4, "weight decay", 0)
     temperature: float = key(3.0, "temperature of KL to the float model", 0.1)
     hints: float = key(1.0, "weight of the intermediate-feature loss (The Knowledge Within)", 0)
-    replay: int = key(0, "batches kept of what the generator drew; 0: fresh images only", 0)
+    replay: int = key(0, "batches kept of what the generator drew, half of each batch; 0: fresh images only", 0)
 
 
 @dataclass

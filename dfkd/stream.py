@@ -1,5 +1,6 @@
 """Batches of synthetic images with their targets, ready on the device, deterministic in (seed, rank, epoch, batch)."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -60,46 +61,50 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else full_precision(images)
 
 
-class Replay:
-    """A ring of past batches in uint8 on the device: 1 byte a value instead of 4.
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, rounded to the nearest level."""
+    return (images * 255).round().to(torch.uint8)
 
-    Row k of a drawn batch is row k of a random past batch: as random as any draw, since rows are, and independent of
-    how the global batch is split over processes.
+
+class Replay:
+    """A ring of past batches with their targets on the device, images in uint8: 1 byte a value instead of 4.
+
+    Row k of what is drawn is row k (counted around) of a random past batch: as random as any draw, since rows are, and
+    independent of how the global batch is split over processes.
     """
 
     def __init__(self, slots: int) -> None:
         self.slots, self.filled, self.next = slots, 0, 0
-        self.images = self.labels = torch.empty(0)
+        self.images = self.targets = torch.empty(0)
 
-    def push(self, images: Tensor, labels: Tensor) -> None:
-        """Take in a batch [B, C, H, W], in place of the oldest once the ring is full."""
+    def push(self, images: Tensor, targets: Tensor) -> None:
+        """Take in a batch [B, C, H, W] in [0, 1] and its targets [B, ...], in place of the oldest once it is full."""
+        rows = to_bytes(images).permute(0, 2, 3, 1)  # whole pixels side by side: a draw is in channels_last
         if not self.filled:
-            self.images = images.new_zeros((self.slots, *images.shape), dtype=torch.uint8)
-            self.labels = labels.new_zeros((self.slots, *labels.shape))
-        self.images[self.next] = (images * 255).round().to(torch.uint8)
-        self.labels[self.next] = labels
+            self.images = rows.new_zeros((self.slots, *rows.shape))
+            self.targets = targets.new_zeros((self.slots, *targets.shape))
+        self.images[self.next], self.targets[self.next] = rows, targets
         self.filled, self.next = min(self.filled + 1, self.slots), (self.next + 1) % self.slots
 
-    def draw(self, shard: Shard, *position: int | str) -> tuple[Tensor, Tensor]:
-        """A batch of past images in [0, 1] and their labels."""
-        batch = self.labels.shape[1]
+    def draw(self, shard: Shard, count: int, *position: int | str) -> tuple[Tensor, Tensor]:
+        """`count` past images in [0, 1] and their targets."""
         generator = rng(shard.device, *position, "replay")
-        slots = torch.randint(self.filled, (batch * shard.world,), generator=generator, device=shard.device)
-        slots, rows = shard.take(slots), torch.arange(batch, device=shard.device)
-        return to_float(self.images[slots, rows]), self.labels[slots, rows]
+        slots = torch.randint(self.filled, (count * shard.world,), generator=generator, device=shard.device)
+        slots, rows = shard.take(slots), torch.arange(count, device=shard.device) % self.targets.shape[1]
+        return to_float(self.images[slots, rows]).permute(0, 3, 1, 2), self.targets[slots, rows]
 
     def state_dict(self) -> dict[str, Any]:
         """The ring's contents, of this rank."""
-        return {"images": self.images[: self.filled], "labels": self.labels[: self.filled], "next": self.next}
+        return {"images": self.images[: self.filled], "targets": self.targets[: self.filled], "next": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state_dict."""
-        images, labels = state["images"], state["labels"]
+        images, targets = state["images"], state["targets"]
         self.filled, self.next = len(images), state["next"]
         if self.filled:
             self.images = images.new_zeros((self.slots, *images.shape[1:]))
-            self.labels = labels.new_zeros((self.slots, *labels.shape[1:]))
-            self.images[: self.filled], self.labels[: self.filled] = images, labels
+            self.targets = targets.new_zeros((self.slots, *targets.shape[1:]))
+            self.images[: self.filled], self.targets[: self.filled] = images, targets
 
 
 def augment(images: Tensor, shard: Shard, shift: int, flip: bool, *position: int | str) -> Tensor:
@@ -123,8 +128,9 @@ class SyntheticStream(IterableDataset):
 
     source is a generator, or one of from_generator, from_noise and from_images. targets are the logits [B, K] of
     `teacher` (a Teacher, or a zoo of them: its weighted mean), or labels [B] where there is none (of a generator that
-    is not conditional they mean nothing). Batch b of epoch e depends on (seed, rank, e, b) alone, unless replay
-    is on, which mixes in what was drawn before.
+    is not conditional they mean nothing). Batch b of epoch e depends on (seed, rank, e, b) alone, unless replay is on:
+    then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8 bits, and stands first; the rest are
+    images of the last `replay` batches as they were, with the targets they had, which costs neither network anything.
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class SyntheticStream(IterableDataset):
         teacher: Teacher | Sequence[Teacher] | None = None,
         seed: int = 0,
         replay: int = 0,
+        fresh: float = 0.5,
         shift: float = 0.0,
         flip: bool = False,
         mix: float = 0.0,
@@ -153,6 +160,7 @@ class SyntheticStream(IterableDataset):
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
         self.replay = Replay(replay) if replay else None
+        self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
         self.shift, self.flip, self.autocast = shift, flip, autocast
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -181,23 +189,19 @@ class SyntheticStream(IterableDataset):
             )
         position = (self.seed, "stream", epoch, index)
         with self.autocast():
-            images, labels = self._images(position)
+            images, labels = self.source(self.shard, self.fresh, position)
+            images = self._augmented(images, labels, position)
+            if self.replay is not None:
+                # As the ring keeps them, so that the targets are of these very images whenever they are drawn.
+                images = to_bytes(images).to(images.dtype) / 255
             images = images.contiguous(memory_format=self.memory_format)
-            return images, zoo_logits(self.teachers, images) if self.teachers else labels
-
-    def _images(self, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
+            targets = zoo_logits(self.teachers, images) if self.teachers else labels
         if self.replay is None:
-            images, labels = self.source(self.shard, self.batch_size, position)
-            return self._augmented(images, labels, position), labels
-        fresh, labels = self.source(self.shard, self.batch_size - self.batch_size // 2, position)
-        self.replay.push(fresh, labels)
-        old, old_labels = self.replay.draw(self.shard, *position)
-        # Each half is augmented by itself: rows then mean the same however the global batch is split over processes.
-        halves = [
-            self._augmented(fresh, labels, (*position, "fresh")),
-            self._augmented(old, old_labels, (*position, "old")),
-        ]
-        return torch.cat(halves)[: self.batch_size], torch.cat([labels, old_labels])[: self.batch_size]
+            return images, targets
+        self.replay.push(images, targets)
+        old, old_targets = self.replay.draw(self.shard, self.batch_size - self.fresh, *position)
+        images = torch.cat([images, old]).contiguous(memory_format=self.memory_format)
+        return images, torch.cat([targets, old_targets])
 
     def _augmented(self, images: Tensor, labels: Tensor, position: tuple[int | str, ...]) -> Tensor:
         images = augment(images, self.shard, round(self.shift * images.shape[-1]), self.flip, *position)

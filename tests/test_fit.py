@@ -314,13 +314,15 @@ def attended(maps: Tensor) -> Tensor:
     return rows / rows.norm(dim=1, keepdim=True)
 
 
+@pytest.mark.parametrize("replay", [0, 4])  # a replayed image comes with its logits alone
 def test_attention_adds_the_maps_differences_to_the_loss_and_reaches_the_student_alone(
-    make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream]
+    make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream], replay: int
 ) -> None:
     teacher = make_teacher(model="dfkd:tiny_residual", mean=[0.4], std=[0.3])
-    stream, student = make_stream(teacher=teacher), tiny("tiny_plain")
+    stream, student = make_stream(teacher=teacher, replay=replay), tiny("tiny_plain")
     twin, reference = copy.deepcopy(student).double(), copy.deepcopy(teacher.model).double()
-    images, targets = stream.batch(0)
+    images, targets = make_stream(teacher=teacher, replay=replay).batch(0)
+    shown = len(images) // 2 if replay else len(images)
     pairs = map_pairs(student, teacher, images[:1])
     hints = Hints(student, teacher, pairs, 300.0, attention, inputs=True)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
@@ -334,7 +336,7 @@ def test_attention_adds_the_maps_differences_to_the_loss_and_reaches_the_student
         block = reference.features[3 + depth // 4]
         given = reference.features[: 3 + depth // 4](y)
         last = block.conv2(block.relu1(block.bn1(block.conv1(given)))) if depth == 0 else block.shortcut[0](given)
-        term = term + F.mse_loss(attended(ours), attended(last))
+        term = term + F.mse_loss(attended(ours)[:shown], attended(last)[:shown])
     assert 0.05 < 300 * float(term.detach()) / float(loss.detach()) < 50
     (loss + 300 * term).backward()
     assert float(value) == pytest.approx(float((loss + 300 * term).detach()), rel=1e-4)

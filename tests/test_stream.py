@@ -182,7 +182,7 @@ def test_the_ring_holds_the_latest_batches() -> None:
         ring.push(images, labels)
         kept.append((images, labels))
         for draw in range(20):
-            drawn, names = ring.draw(CPU, step, draw)
+            drawn, names = ring.draw(CPU, 4, step, draw)
             for row in range(4):
                 source = [k for k, (_, one) in enumerate(kept) if int(one[row]) == int(names[row])]
                 assert len(source) == 1, "not one of the latest batches"
@@ -195,7 +195,7 @@ def test_the_ring_rounds_to_the_nearest_level() -> None:
     ring, images = Replay(1), torch.rand(64, 1, 5, 5, generator=torch.Generator().manual_seed(0))
     images[0, 0, 0, :2] = torch.tensor([0.0, 1.0])
     ring.push(images, torch.zeros(64, dtype=torch.int64))
-    drawn, _ = ring.draw(CPU, 0)
+    drawn, _ = ring.draw(CPU, 64, 0)
     assert ring.images.dtype == torch.uint8
     assert (drawn - images).abs().max() <= 0.5 / 255 + 1e-6
     assert torch.equal(drawn[0, 0, 0, :2], torch.tensor([0.0, 1.0]))
@@ -211,14 +211,14 @@ def test_a_ring_taken_up_again_goes_on_as_if_never_stopped(tmp_path: Path, pushe
     for step in range(pushed, pushed + 5):
         for each in (ring, other):
             each.push(numbered(4, step), torch.full((4,), step))
-        assert same(ring.draw(CPU, step), other.draw(CPU, step))
+        assert same(ring.draw(CPU, 6, step), other.draw(CPU, 6, step))
 
 
 def test_an_empty_ring_can_be_taken_up() -> None:
     ring = Replay(2)
     ring.load_state_dict(Replay(2).state_dict())
     ring.push(numbered(4), torch.arange(4))
-    assert torch.equal(ring.draw(CPU, 0)[1], torch.arange(4))
+    assert torch.equal(ring.draw(CPU, 4, 0)[1], torch.arange(4))
 
 
 @pytest.mark.parametrize("batch_size", [8, 9])
@@ -234,6 +234,21 @@ def test_half_of_a_replayed_batch_is_fresh(make_stream: MakeStream, batch_size: 
         assert distances.max() <= 0.5 / 255 + 1e-6
     again = make_stream(batch_size, replay=4)
     assert torch.equal(images, [again.batch(index)[0] for index in range(6)][-1])
+
+
+@pytest.mark.parametrize(("fresh", "rows"), [(0.125, 1), (0.5, 4), (0.7, 6), (1.0, 8)])
+def test_teacher_and_generator_are_asked_only_for_what_is_fresh(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher], fresh: float, rows: int
+) -> None:
+    teacher, asked = make_teacher(), []
+    stream = make_stream(teacher=teacher, replay=3, fresh=fresh, shift=0.25, flip=True)
+    for network in (teacher, stream.source.__closure__[0].cell_contents):  # type: ignore[attr-defined]
+        network.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
+    for index in range(3):
+        images, logits = stream.batch(index)
+        assert images.shape == (8, 1, 8, 8)
+        assert logits.shape == (8, 3)
+    assert asked == [rows] * 6
 
 
 # --- augmentation ---

@@ -82,8 +82,10 @@ class Hints:
         return watch(self.teacher, [name for _, name in self.pairs], self.inputs)
 
     def term(self, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
-        """The weighted loss of what was collected from the student and from the teacher, a float32 scalar."""
-        return self.weight * self.loss([ours[name] for name, _ in self.pairs], [theirs[name] for _, name in self.pairs])
+        """The weighted loss of what was collected from the student and from the teacher, a float32 scalar; of the rows
+        that the teacher saw, which are the first: a replayed image comes with its logits alone."""
+        wanted = [theirs[name] for _, name in self.pairs]
+        return self.weight * self.loss([ours[name][: len(x)] for (name, _), x in zip(self.pairs, wanted)], wanted)
 
 
 @torch.no_grad()
