@@ -115,6 +115,7 @@ def load_recipe_zoo(
         device=device,
         channels_last=recipe.runtime.channels_last,
         trust_code=recipe.trust_code,
+        memory_gb=recipe.zoo.memory_gb,
     )
 
 

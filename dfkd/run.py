@@ -144,7 +144,9 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     """A rough figure in bytes per process: weights with gradients and optimiser states, twice the activations of the
     largest teacher or student at the batch size (the generator's are of that order), the replay ring or the pool, the
     memory bank."""
-    weights = sum(assemble.parameters(t) for t in parts.zoo) + 4 * assemble.parameters(parts.worker or parts.generator)
+    zoo = sum(assemble.parameters(t) for t in parts.zoo)
+    weights = min(zoo, recipe.zoo.memory_gb * 1e9 / 4) if recipe.zoo.memory_gb else zoo
+    weights += 4 * assemble.parameters(parts.worker or parts.generator)
     weights += 3 * assemble.parameters(parts.student) if parts.student is not None else 0
     shape = (2, recipe.image.channels, recipe.image.size, recipe.image.size)
     images = torch.zeros(shape, device=parts.generator.device)
@@ -152,9 +154,8 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     largest = max(_activations(network, images) for network in networks)
     features = sum(norm.running_mean.numel() for norm in batch_norms(parts.zoo[0].model).values())  # type: ignore
     weights += recipe.synthesis.bank * features
-    kept = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh + parts.description.get(
-        "capacity", 0
-    )
+    kept = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh
+    kept += parts.description.get("capacity", 0)
     return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 
 

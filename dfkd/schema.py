@@ -70,6 +70,9 @@ class Zoo:
     """How the teachers are used together."""
 
     sample: int = key(2, "m': teachers sampled for each generator step (MixMix section 4.1)", 1)
+    memory_gb: float = key(
+        0.0, "GB of the device for teachers, the others wait on the host (the figures do not change); 0: all stay", 0
+    )
     main: str | None = key(None, "teacher whose logits the student learns; null: the zoo's weighted mean")
 
 

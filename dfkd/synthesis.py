@@ -18,6 +18,7 @@ from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, s
 from dfkd.contrast import Contrast
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
+from dfkd.paging import in_turn
 from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng
 from dfkd.teachers import Teacher, sample_teachers
 from dfkd.terms import TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
@@ -235,14 +236,15 @@ class Synthesizer:
         ramp = self._ramp(step)
         # Where the adversary is all that asks them anything, the teachers rest until its warm-up is over.
         asked = any(name in self.weights for name in TEACHER_TERMS if name != "adversary" or ramp)
-        chosen = sample_teachers(self.zoo, self.sample, self.seed, step * self.inner + k) if asked else []
+        update = step * self.inner + k
+        chosen, upcoming = (sample_teachers(self.zoo, self.sample, self.seed, u) for u in (update, update + 1))
         seen: dict[str, list[Tensor]] = {}
         reply = reply_leaf = None
         if ramp and self.student is not None:
             with eval_mode(self.student), frozen(self.student), self.autocast():
                 reply = self.student(leaf)
             reply_leaf = reply.detach().requires_grad_()
-        for teacher in chosen:
+        for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():
             answer = ask(teacher, mixed, leaf, self.weights, self.manner, self.autocast, self.contrast, position)
             answer.student = reply_leaf
             if answer.bn is not None:
@@ -311,7 +313,7 @@ class Synthesizer:
         """Each teacher's batch-norm loss on images, unmixed. At the start it is what the loss is divided by from then
         on."""
         losses = {}
-        for teacher in self.zoo:
+        for teacher in in_turn(self.zoo):
             with teacher.tap() as statistics, self.autocast():
                 teacher(images)
             losses[teacher.name] = L.BN_DISTANCES[self.manner.bn_distance](statistics.gather(), statistics.stored)

@@ -143,7 +143,9 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
     if folder is None:
         teacher = assemble.main_teachers(parts.recipe, parts.zoo)[0]
         spec = parts.recipe.teachers[teacher.name]
-        return teacher, assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
+        about = assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
+        # A copy: the zoo's own may have to leave the device, and is not to be changed.
+        return as_teacher(teacher, copy.deepcopy(teacher.model)).to(parts.shard.device), about
     about = read_description(folder)
     if "quantized" in about.get("structure", {}):
         raise UserError(f"input={name} is quantised already; {QUANTISED}")

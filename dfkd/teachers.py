@@ -12,6 +12,7 @@ from dfkd.classifier import Classifier
 from dfkd.collectives import all_reduce_mean, batch_moments, global_moments
 from dfkd.errors import UserError
 from dfkd.models import build_model
+from dfkd.paging import Pager, in_turn
 from dfkd.runtime import full_precision, rng
 
 MAP_LAYERS = 6  # neighbouring layers say much the same, and a deep teacher should not cost more than a shallow one
@@ -50,7 +51,10 @@ class Teacher(Classifier):
     """A trained classifier, frozen: images [B, C, H, W] in [0, 1] -> logits [B, K] in float32.
 
     Wraps any nn.Module; mean, std and input_size are those it was trained with, weight its share in the zoo's means.
+    Where it has a pager, its network comes to the device when it is called.
     """
+
+    pager: Pager | None = None
 
     def __init__(
         self,
@@ -70,6 +74,11 @@ class Teacher(Classifier):
         """Stay in eval mode: a teacher is frozen, its batch norms included."""
         super().train(False)
         return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.pager is not None:
+            self.pager.fetch(self.model)
+        return super().forward(images)
 
     @contextmanager
     def tap(self) -> Iterator[BatchNormStatistics]:
@@ -155,12 +164,16 @@ def load_zoo(
     device: torch.device | str = "cpu",
     channels_last: bool = False,
     trust_code: bool = False,
+    memory_gb: float = 0.0,
 ) -> list[Teacher]:
     """The teachers of `{name: {model, weights, mean, std, input_size, weight, kwargs}}`, checked and frozen.
 
-    Raises UserError for a model, checkpoint, class count or output that does not fit (see check_teacher).
+    With memory_gb their networks are on the host, and on the device as many as so many GB (10^9 bytes) hold. Raises
+    UserError for a model, checkpoint, class count or output that does not fit (see check_teacher), or where one of them
+    takes more than memory_gb.
     """
     zoo = []
+    pager = Pager(torch.device(device), memory_gb * 1e9) if memory_gb else None
     for name, spec in specs.items():
         model = build_model(
             spec["model"],
@@ -171,9 +184,15 @@ def load_zoo(
             trust_code=trust_code,
         )
         options = {key: spec[key] for key in ("mean", "std", "input_size", "weight") if key in spec}
-        teacher = Teacher(model, name=name, **options).to(device)
+        teacher = Teacher(model, name=name, **options)
         if channels_last:
             teacher.to(memory_format=torch.channels_last)
+        if pager is None:
+            teacher.to(device)
+        else:
+            teacher.mean, teacher.std = teacher.mean.to(device), teacher.std.to(device)
+            pager.add(teacher.model, name)
+            teacher.pager = pager
         check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=needs_bn)
         zoo.append(teacher)
     return zoo
@@ -194,7 +213,7 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
         return zoo[0](images)
     total = sum(teacher.weight for teacher in zoo)
     shares = [teacher.weight / total for teacher in zoo]
-    logits = [teacher(images) for teacher in zoo]
+    logits = [teacher(images) for teacher in in_turn(zoo)]
     spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
     spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread

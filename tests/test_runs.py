@@ -318,6 +318,23 @@ def test_variants_run(runs: Runs, no_data: tuple[str, ...], variant: tuple[str, 
     assert results(runs.folder / "variant")["student"]["agreement"]["percent"] is not None
 
 
+def test_a_run_whose_teachers_take_turns_on_the_device_is_the_same_run(runs: Runs) -> None:
+    given = ("zoo.sample=2", "tasks=[distill, prune]", "prune.images=32", *SHORT)  # what is pruned is one of the zoo
+    for name, room in (("free", "0"), ("paged", "81e-6")):  # the teachers take 80,656 and 7,056 bytes
+        called = runs.run(name, *given, f"zoo.memory_gb={room}")
+        assert (called.code, called.err) == (0, "")
+    for folder in ("generator", "student", "prune"):
+        torch.testing.assert_close(
+            *(load_file(runs.folder / name / folder / "model.safetensors") for name in ("free", "paged")),
+            rtol=0,
+            atol=0,
+        )
+    refused = runs.run("little", *given, "zoo.memory_gb=80e-6").refused()
+    assert (
+        "teacher residual takes 8.07e-05 GB of the device where zoo.memory_gb=8e-05; set it to that or more" in refused
+    )
+
+
 def test_three_channels_and_a_saved_teacher_folder(runs: Runs) -> None:
     """Colour, another size, a teacher given as a folder of this project; its class count from the file."""
     torch.manual_seed(0)

@@ -26,7 +26,7 @@ from dfkd.compress.reconstruct import reconstruct
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
 from dfkd.runtime import full_precision
-from dfkd.stream import SyntheticStream
+from dfkd.stream import Replay, SyntheticStream
 from dfkd.teachers import Teacher
 
 METHODS = ("nearest", "reconstruct", "train")
@@ -126,6 +126,8 @@ class Training:
         self.student = with_network(model, network)
         batches = copy.copy(stream) if isinstance(stream, SyntheticStream) else Batches(stream)
         batches.teachers = [as_teacher(model, reference)]
+        if batches.replay is not None:
+            batches.replay = Replay(batches.replay.slots)  # whose targets are this teacher's
         self.fit = Fit(
             self.student,
             batches,
