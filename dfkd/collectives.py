@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.errors import UserError
+from dfkd.norms import Moments, batch_moments
 
 
 def world_size() -> int:
@@ -41,52 +42,7 @@ def all_reduce_mean(x: Tensor) -> Tensor:
     return _AllReduceMean.apply(x) if world_size() > 1 else x
 
 
-def per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * x + shift with scale and shift [C] in float32, x [B, C, ...]; without gradient.
-
-    It is the eval-mode batch norm of mean 0 and variance 1: one kernel that keeps x's dtype and layout, where addcmul
-    with operands broadcast over the pixels takes 2 (32 channels) to 11 times (16 channels) as long in bfloat16.
-    """
-    zero = torch.zeros_like(scale)
-    return torch.native_batch_norm(x, scale, shift, zero, torch.ones_like(scale), False, 0.0, 0.0)[0]
-
-
-class _BatchMoments(torch.autograd.Function):
-    """Mean and biased variance per channel in one read of x forward and one fused pass backward."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-        var = torch.zeros_like(mean)
-        # Momentum 1 leaves the batch's own moments in the buffers, in float32 also where x is bfloat16.
-        torch.batch_norm_update_stats(x, mean, var, 1.0)
-        count = x.numel() // x.shape[1]
-        var *= (count - 1) / count
-        ctx.save_for_backward(x, mean)
-        ctx.count = count  # type: ignore[attr-defined]
-        return mean, var
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
-        x, mean = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_mean, grad_var = grads
-        scale = grad_var * (2 / ctx.count)  # type: ignore[attr-defined]
-        shift = grad_mean / ctx.count - scale * mean  # type: ignore[attr-defined]
-        return per_channel(x, scale, shift)
-
-
-def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance [C] (float32 or better) of x [B, C, ...] over all but the channels, of this process.
-
-    Raises ValueError where there is one value per channel: it has no variance.
-    """
-    if x.numel() <= x.shape[1]:
-        raise ValueError(f"batch statistics of {tuple(x.shape)} need more than one value per channel")
-    return _BatchMoments.apply(x)
-
-
-def global_moments(moments: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+def global_moments(moments: list[Moments]) -> list[Moments]:
     """The moments of the global batch from those of each process (equal batch sizes), in one message for all layers."""
     if world_size() == 1:
         return moments

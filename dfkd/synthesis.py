@@ -18,9 +18,10 @@ from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, s
 from dfkd.contrast import Contrast
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
+from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
 from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng
-from dfkd.teachers import Teacher, sample_teachers
+from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
 
@@ -241,7 +242,8 @@ class Synthesizer:
         seen: dict[str, list[Tensor]] = {}
         reply = reply_leaf = None
         if ramp and self.student is not None:
-            with eval_mode(self.student), frozen(self.student), self.autocast():
+            norms = batch_norms(self.student).values()
+            with eval_mode(self.student), frozen(self.student), frozen_norms(norms), self.autocast():
                 reply = self.student(leaf)
             reply_leaf = reply.detach().requires_grad_()
         for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():

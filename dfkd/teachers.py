@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.collectives import all_reduce_mean, batch_moments, global_moments
+from dfkd.collectives import all_reduce_mean, global_moments
 from dfkd.errors import UserError
 from dfkd.models import build_model
+from dfkd.norms import Moments, frozen_norms
 from dfkd.paging import Pager, in_turn
 from dfkd.runtime import full_precision, rng
 
@@ -22,10 +23,10 @@ MAP_LAYERS = 6  # neighbouring layers say much the same, and a deep teacher shou
 class BatchNormStatistics:
     """What the batch norms saw in one forward: per layer the moments [C] of this process's batch, and the stored."""
 
-    batch: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    stored: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    batch: list[Moments] = field(default_factory=list)
+    stored: list[Moments] = field(default_factory=list)
 
-    def gather(self) -> list[tuple[Tensor, Tensor]]:
+    def gather(self) -> list[Moments]:
         """The moments of the global batch, mean and biased variance [C] per layer, differentiable."""
         return global_moments(self.batch)
 
@@ -82,14 +83,14 @@ class Teacher(Classifier):
 
     @contextmanager
     def tap(self) -> Iterator[BatchNormStatistics]:
-        """Collect batch-norm input statistics of the forwards in its scope; no hook outlives it."""
+        """Collect batch-norm input statistics of the forwards in its scope."""
         seen = BatchNormStatistics()
 
-        def collect(norm: Any, x: Tensor) -> None:
-            seen.batch.append(batch_moments(x))
+        def collect(norm: Any, moments: Moments) -> None:
+            seen.batch.append(moments)
             seen.stored.append((full_precision(norm.running_mean), full_precision(norm.running_var)))
 
-        with tap_inputs(batch_norms(self.model).values(), collect):
+        with frozen_norms(batch_norms(self.model).values(), collect):
             yield seen
 
     def tap_means(self) -> AbstractContextManager[list[Tensor]]:

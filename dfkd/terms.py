@@ -12,6 +12,7 @@ from dfkd.collectives import all_reduce_mean
 from dfkd.contrast import Contrast
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed
+from dfkd.norms import frozen_norms
 from dfkd.runtime import Autocast
 from dfkd.teachers import Teacher, batch_norms
 from generators import ImageGenerator, PixelGenerator
@@ -83,6 +84,7 @@ def ask(
     """One forward of a teacher over images [B, C, H, W] (`mixed.images`, as a leaf), tapped for the wanted terms."""
     with ExitStack() as stack:
         statistics = stack.enter_context(teacher.tap()) if "bn" in wanted else None
+        stack.enter_context(frozen_norms(batch_norms(teacher.model).values()))  # those that are not tapped
         features = stack.enter_context(teacher.tap_features()) if "activation" in wanted else []
         likeness: list[Tensor] = []
         if "likeness" in wanted:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from dfkd.collectives import (
     SyncBatchNorm,
     all_reduce_mean,
-    batch_moments,
     batch_norm_buffers,
     global_moments,
     mean_over_processes,
@@ -23,6 +22,7 @@ from dfkd.collectives import (
 )
 from dfkd.losses import information, kd_l1
 from dfkd.mixing import make_mix
+from dfkd.norms import batch_moments
 from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.stream import SyntheticStream, as_dataloader
 from dfkd.synthesis import Synthesizer
@@ -186,38 +186,6 @@ def near(value: Tensor, wanted: Tensor, rtol: float = 1e-5) -> None:
 
 
 # --- one process ---
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (4, 2, 3), (2, 3, 4, 5)])
-def test_moments_have_exact_gradients(shape: tuple[int, ...]) -> None:
-    x = draw(*shape).double().requires_grad_()
-    assert torch.autograd.gradcheck(batch_moments, (x,))
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_moments_are_float32_mean_and_biased_variance(
-    memory_format: torch.memory_format, dtype: torch.dtype, error: float
-) -> None:
-    x = (2 * draw(64, 5, 9, 7) + 1).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
-    exact = x.detach().double().requires_grad_()
-    mean, var = batch_moments(x)
-    assert mean.dtype == var.dtype == torch.float32
-    wanted = exact.mean((0, 2, 3)), exact.var((0, 2, 3), unbiased=False)
-    near(mean.detach().double(), wanted[0].detach(), 1e-6)  # also of bfloat16: it is read, not summed, in it
-    near(var.detach().double(), wanted[1].detach(), 1e-5)
-    weights = draw(5, seed=1), draw(5, seed=2)
-    ((mean * weights[0]).sum() + (var * weights[1]).sum()).backward()
-    ((wanted[0] * weights[0]).sum() + (wanted[1] * weights[1]).sum()).backward()
-    assert x.grad is not None
-    assert exact.grad is not None
-    assert x.grad.dtype == dtype
-    near(x.grad.double(), exact.grad, error)
-
-
-def test_moments_of_one_value_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"batch statistics of \(1, 3, 1, 1\) need more than one value per channel"):
-        batch_moments(draw(1, 3, 1, 1))
 
 
 def test_alone_nothing_is_summed() -> None:
