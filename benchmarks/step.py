@@ -1,19 +1,22 @@
-"""Images per second of a generator step and of a student step, between the bare floor and the naive form.
+"""Images per second of a generator step, of a student step and of the stream, between the bare floor and a naive form.
 
-    python benchmarks/step.py --case wrn --repeats 15
+    python benchmarks/step.py --case wrn --repeats 15 [--where]
 
-- ours:  `Synthesizer.step` and `Fit.step`, prepared as a run prepares them, adversary fully ramped up.
+- ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run with the default keys prepares
+  them, adversary fully ramped up.
 - naive: the same losses on the same draws in float32 and NCHW, with teachers that take gradients, hooks that are never
-  removed and a student whose gradients are computed in the adversary. Drawing, mixing, replay and augmentation are
-  ours: no loss terms or bugs of others are held against them.
+  removed, a student whose gradients are computed in the adversary, and teachers that are asked again about every
+  replayed image. Drawing, replay and augmentation are ours: no loss terms or bugs of others are held against them.
 - floor: network forward and backward at our precision and memory format, on fixed inputs, and nothing else: per sampled
   teacher and for the adversary forward and input gradient, generator forward and backward; for the student its forward
-  and backward, the teacher's forward, the generator's for the fresh half.
+  and backward, the teachers' and the generator's forward for the fresh half; for the stream the generator's forward.
 
-The three take turns step by step, so that a ratio compares neighbours in time. Weights are random.
+The three take turns step by step, so that a ratio compares neighbours in time. Weights are random. --where profiles
+ours and the floor afterwards, and says in which operators what is beyond the floor goes.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,27 +25,28 @@ from statistics import median, quantiles
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from dfkd import losses as L
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
-from dfkd.mixing import Mixed, make_mix, mix_batch
 from dfkd.models import build_model
 from dfkd.runtime import Shard, eval_mode, frozen, make_accelerator, resolve_precision
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer, draw_labels, draw_latents
-from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers
+from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers, zoo_logits
 from generators import ConvGenerator
 
-CLASSES = 10
 SAMPLE = 2  # m': teachers of a generator step
 WEIGHTS = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 1.0}
 CLIP = 5.0
-STREAM: dict[str, Any] = {"replay": 200, "shift": 0.125, "mix": 0.5}
+FRESH = 0.5  # of a student batch, the rest is replayed
 SCHEDULE = 10_000  # length of the run that a measured step is part of
 WARMUP = 3  # rounds before the clock starts
+SHOWN = 10  # operators that --where names
 STUDENT_STEPS = 5  # per generator step in a round of the usual run
 
 Model = tuple[str, Mapping[str, Any]]  # model string and kwargs
@@ -54,11 +58,18 @@ class Case:
 
     teachers: Sequence[Model]
     student: Model
+    classes: int = 10
     channels: int = 3
     size: int = 32
     latent: int = 256
     width: int = 64
     batch: int = 128
+    replay: int = 200
+
+    @property
+    def stream(self) -> dict[str, Any]:
+        """Options of the student's stream."""
+        return {"batch_size": self.batch, "replay": self.replay, "fresh": FRESH, "shift": 0.125}
 
 
 TINY = [(f"dfkd:tiny_{family}", {"width": 16}) for family in ("plain", "inverted", "residual")]
@@ -66,7 +77,17 @@ CASES = {
     "digits": Case(TINY, ("dfkd:tiny_plain", {"width": 8}), channels=1, size=16, latent=128, width=32),
     "resnet": Case([("dfkd:resnet20", {}), ("dfkd:resnet56", {})], ("dfkd:resnet20", {})),
     "wrn": Case([("dfkd:wrn_40_2", {})], ("dfkd:wrn_16_1", {})),
+    "resnet34": Case([("dfkd:resnet34", {})], ("dfkd:resnet18", {})),
+    "imagenet": Case(
+        [("torchvision:resnet50", {}), ("torchvision:mobilenet_v2", {})],
+        ("torchvision:mobilenet_v2", {}),
+        classes=1000,
+        size=224,
+        batch=32,
+        replay=20,
+    ),
 }
+KINDS = ("generator", "student", "stream")
 
 
 class Networks(NamedTuple):
@@ -82,11 +103,16 @@ def build(case: Case, seed: int, device: torch.device, memory_format: torch.memo
     torch.manual_seed(seed)
     image: dict[str, Any] = {"mean": [0.5] * case.channels, "std": [0.25] * case.channels}
     specs = {name: {"model": name, "kwargs": kwargs, **image} for name, kwargs in case.teachers}
-    zoo = load_zoo(specs, classes=CLASSES, channels=case.channels, size=case.size)
+    zoo = load_zoo(specs, classes=case.classes, channels=case.channels, size=case.size)
     name, kwargs = case.student
-    student = Classifier(build_model(name, classes=CLASSES, channels=case.channels, kwargs=kwargs), **image)
+    student = Classifier(build_model(name, classes=case.classes, channels=case.channels, kwargs=kwargs), **image)
     generator = ConvGenerator(
-        latent=case.latent, classes=CLASSES, channels=case.channels, size=case.size, width=case.width
+        latent=case.latent,
+        classes=case.classes,
+        channels=case.channels,
+        size=case.size,
+        width=case.width,
+        prototypes=8,
     )
     for network in (generator, student, *zoo):
         network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
@@ -94,13 +120,16 @@ def build(case: Case, seed: int, device: torch.device, memory_format: torch.memo
 
 
 class Contender(Protocol):
-    """One way to take the two steps."""
+    """One way to take the steps."""
 
     def generator_step(self, step: int) -> object:
         """One update of the generator."""
 
     def student_step(self, step: int) -> object:
         """One update of the student."""
+
+    def stream_step(self, step: int) -> object:
+        """One batch of images."""
 
 
 class Ours:
@@ -115,7 +144,6 @@ class Ours:
             steps=SCHEDULE,
             batch_size=case.batch,
             sample=SAMPLE,
-            mix=make_mix("resize"),
             student=student,
             clip=CLIP,
             warmup=0.0,
@@ -123,11 +151,11 @@ class Ours:
             accelerator=accelerator,
             shard=shard,
         )
-        options = STREAM | ({"autocast": accelerator.autocast} if accelerator else {})
-        stream = SyntheticStream(
-            generator, batch_size=case.batch, teacher=zoo, seed=seed, shard=shard, channels_last=True, **options
-        )
+        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True}
+        options |= {"autocast": accelerator.autocast} if accelerator else {}
+        stream = SyntheticStream(generator, teacher=zoo, **case.stream, **options)
         self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator)
+        self.images = SyntheticStream(generator, batch_size=case.batch, **options)
 
     def generator_step(self, step: int) -> dict[str, Tensor]:
         """One `Synthesizer.step`."""
@@ -136,6 +164,11 @@ class Ours:
     def student_step(self, step: int) -> dict[str, Tensor]:
         """One `Fit.step`."""
         return self.fit.step(step)
+
+    def stream_step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One batch of the bare stream."""
+        with eval_mode(self.networks.generator):
+            return self.images.batch(step)
 
 
 class StatisticsHook:
@@ -152,31 +185,43 @@ class StatisticsHook:
         self.loss = torch.norm(norm.running_var - var, 2) + torch.norm(norm.running_mean - mean, 2)  # type: ignore[operator]
 
 
+class AskedAgain:
+    """A stream whose teachers are asked about every image of a batch, replayed or not."""
+
+    def __init__(self, stream: SyntheticStream, zoo: list[Teacher]) -> None:
+        self.stream, self.zoo = stream, zoo
+        self.seed, self.shard, self.replay = stream.seed, stream.shard, stream.replay
+
+    @torch.no_grad()
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Images and the zoo's logits."""
+        images, _ = self.stream.batch(step)
+        return images, zoo_logits(self.zoo, images)
+
+
 class Naive:
     """The same steps as they are commonly written; float32, contiguous, eager, one backward for all teachers."""
 
     def __init__(self, case: Case, seed: int, shard: Shard) -> None:
         self.networks = build(case, seed, shard.device, torch.contiguous_format)
         self.generator, self.zoo, self.student = self.networks
-        self.case, self.seed, self.shard, self.mix = case, seed, shard, make_mix("resize")
+        self.case, self.seed, self.shard = case, seed, shard
         for teacher in self.zoo:
             teacher.requires_grad_(True)
         self.hooks = {t.name: [StatisticsHook(norm) for norm in batch_norms(t.model).values()] for t in self.zoo}
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
-        stream = SyntheticStream(
-            self.generator, batch_size=case.batch, teacher=self.zoo, seed=seed, shard=shard, **STREAM
-        )
-        self.fit = Fit(self.student, stream, steps=SCHEDULE)
+        stream = AskedAgain(SyntheticStream(self.generator, seed=seed, shard=shard, **case.stream), self.zoo)
+        self.fit = Fit(self.student, stream, steps=SCHEDULE)  # type: ignore[arg-type]
+        self.images = SyntheticStream(self.generator, batch_size=case.batch, seed=seed, shard=shard)
         self.start = self._measure_start()
 
     def generator_step(self, step: int) -> dict[str, Tensor]:
         """One update of the generator; returns the unweighted terms."""
         images, latents, labels = self._draw(step)
-        mixed = mix_batch(self.mix, images, labels, self.shard, self.seed, "synthesis", step)
         with eval_mode(self.student):
-            answer = self.student(mixed.images)
+            answer = self.student(images)
         chosen = sample_teachers(self.zoo, SAMPLE, self.seed, step)
-        each = [self._teacher_terms(teacher, mixed, answer) for teacher in chosen]
+        each = [self._teacher_terms(teacher, images, labels, answer) for teacher in chosen]
         terms = {name: torch.stack([of_one[name] for of_one in each]).mean() for name in each[0]}
         terms["diversity"] = L.mode_seeking(images, latents, labels)
         self.optimizer.zero_grad()
@@ -190,16 +235,21 @@ class Naive:
         """One `Fit.step` in float32, the hooks of the teachers still on."""
         return self.fit.step(step)
 
+    def stream_step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One batch of the bare stream, in float32."""
+        with eval_mode(self.generator):
+            return self.images.batch(step)
+
     def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         position = (self.seed, "synthesis", step)
-        labels = draw_labels(self.shard, self.case.batch, CLASSES, *position, repeats=2)
+        labels = draw_labels(self.shard, self.case.batch, self.case.classes, *position, repeats=2)
         latents = draw_latents(self.shard, self.case.batch, self.case.latent, *position)
         return self.generator(latents, labels), latents, labels
 
-    def _teacher_terms(self, teacher: Teacher, mixed: Mixed, answer: Tensor) -> dict[str, Tensor]:
-        logits = teacher(mixed.images)
+    def _teacher_terms(self, teacher: Teacher, images: Tensor, labels: Tensor, answer: Tensor) -> dict[str, Tensor]:
+        logits = teacher(images)
         return {
-            "ce": L.mixed_ce(logits, mixed.labels, mixed.other, mixed.beta),
+            "ce": F.cross_entropy(logits, labels),
             "bn": self._bn_loss(teacher) / self.start[teacher.name],
             "adversary": -L.masked_divergence(answer, logits, "l1"),
         }
@@ -224,13 +274,13 @@ class Floor:
         self.networks = build(case, seed, shard.device, torch.channels_last)
         self.generator, self.zoo, self.student = self.networks
         self.autocast = accelerator.autocast if accelerator else nullcontext
-        self.seed, self.half = seed, case.batch // 2
+        self.seed, self.fresh = seed, math.ceil(FRESH * case.batch)
         self.latents = draw_latents(shard, case.batch, case.latent, seed, "floor")
-        self.labels = draw_labels(shard, case.batch, CLASSES, seed, "floor")
+        self.labels = draw_labels(shard, case.batch, case.classes, seed, "floor")
         with torch.no_grad():
             images = self.generator(self.latents, self.labels)
         self.images = images.contiguous(memory_format=torch.channels_last)
-        self.gradient = torch.ones(case.batch, CLASSES, device=shard.device)
+        self.gradient = torch.ones(case.batch, case.classes, device=shard.device)
 
     def generator_step(self, step: int) -> None:
         """Generator forward and backward; forward and input gradient of the sampled teachers and of the adversary."""
@@ -244,13 +294,19 @@ class Floor:
         images.backward(leaf.grad)
 
     def student_step(self, step: int) -> None:
-        """Student forward and backward, forward of every teacher, generator forward for the fresh half."""
+        """Student forward and backward, forward of every teacher and of the generator for the fresh half."""
         with torch.no_grad(), self.autocast():
-            self.generator(self.latents[: self.half], self.labels[: self.half])
+            self.generator(self.latents[: self.fresh], self.labels[: self.fresh])
             for teacher in self.zoo:
-                teacher(self.images)
+                teacher(self.images[: self.fresh])
         self.student.zero_grad()
         self._backward(self.student, self.images)
+
+    @torch.no_grad()
+    def stream_step(self, step: int) -> Tensor:
+        """Generator forward."""
+        with eval_mode(self.generator), self.autocast():
+            return self.generator(self.latents, self.labels)
 
     def _backward(self, network: nn.Module, images: Tensor) -> None:
         with self.autocast():
@@ -275,13 +331,13 @@ def seconds_of(call: Callable[[int], object], step: int, device: torch.device) -
 def measure(contenders: Mapping[str, Contender], repeats: int, device: torch.device) -> dict[str, Seconds]:
     """Seconds per kind of step; contenders take turns, and another one begins at every repetition."""
     names = list(contenders)
-    seconds: dict[str, Seconds] = {kind: {name: [] for name in names} for kind in ("generator", "student")}
+    seconds: dict[str, Seconds] = {kind: {name: [] for name in names} for kind in KINDS}
     for step in range(WARMUP + repeats):
         first = step % len(names)
         for name in names[first:] + names[:first]:
             contender = contenders[name]
-            for kind, call in (("generator", contender.generator_step), ("student", contender.student_step)):
-                taken = seconds_of(call, step, device)
+            for kind in KINDS:
+                taken = seconds_of(getattr(contender, f"{kind}_step"), step, device)
                 if step >= WARMUP:
                     seconds[kind][name].append(taken)
     return seconds
@@ -315,8 +371,35 @@ def table(name: str, case: Case, seconds: Mapping[str, Seconds]) -> str:
             row(f"{name} generator", case.batch, seconds["generator"]),
             row(f"{name} student", case.batch, seconds["student"]),
             row(f"{name} 1 gen + {STUDENT_STEPS} stu", rounds * case.batch, per_round(seconds)),
+            row(f"{name} stream", case.batch, seconds["stream"]),
         ]
     )
+
+
+def operators(call: Callable[[int], object], repeats: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds per call in each operator itself, by the profiler; on a GPU of its kernels."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with profile(activities=kinds) as found:
+        for step in range(repeats):
+            call(WARMUP + step)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    return {event.key: getattr(event, time_of) / 1000 / repeats for event in found.key_averages()}
+
+
+def where(contenders: Mapping[str, Contender], repeats: int, device: torch.device) -> str:
+    """Where ours spends what it takes beyond the floor: the operators that differ most, in ms a step."""
+    lines = []
+    for kind in KINDS:
+        ours, floor = (operators(getattr(contenders[k], f"{kind}_step"), repeats, device) for k in ("ours", "floor"))
+        beyond = {name: ours.get(name, 0) - floor.get(name, 0) for name in {*ours, *floor}}
+        total = sum(beyond.values())
+        lines.append(f"{kind}: {total:+.2f} ms beyond the floor's {sum(floor.values()):.2f}")
+        most = sorted(beyond, key=lambda name: -abs(beyond[name]))[:SHOWN]
+        lines += [f"  {beyond[name]:+8.2f}  {name}" for name in most]
+        lines.append(f"  {total - sum(beyond[name] for name in most):+8.2f}  all others")
+    return "\n".join(lines)
 
 
 def header(device: torch.device, precision: str, repeats: int, seed: int) -> str:
@@ -338,6 +421,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of ours and the floor")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice unless given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--where", action="store_true", help="profile what is beyond the floor")
     given = parser.parse_args()
     if given.repeats < 2:
         parser.error("--repeats must be at least 2: the spread needs two values")
@@ -359,6 +443,8 @@ def main() -> None:
             "naive": Naive(case, given.seed, shard),
         }
         print(table(name, case, measure(contenders, given.repeats, shard.device)), flush=True)
+        if given.where:
+            print(where(contenders, given.repeats, shard.device), flush=True)
 
 
 if __name__ == "__main__":
