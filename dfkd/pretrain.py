@@ -50,7 +50,9 @@ def train_teacher(
     shard = Shard(device)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     classifier.to(device).to(memory_format=memory_format).train()
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    optimizer = torch.optim.SGD(
+        classifier.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True
+    )
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(images))
     batches = len(images) // batch_size

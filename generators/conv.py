@@ -53,8 +53,10 @@ class ClassNorm(nn.Module):
         self.affine.normal_(0, 0.02)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        scale, shift = self.affine[labels, :, None, None].chunk(2, dim=1)
-        return self.norm(x) * (1 + scale) + shift
+        normed = self.norm(x)
+        # In the maps' own dtype, to which float32 operands would otherwise not yield: bfloat16 maps became float32.
+        scale, shift = self.affine[labels, :, None, None].to(normed.dtype).chunk(2, dim=1)
+        return normed * (1 + scale) + shift
 
 
 class Stage(nn.Module):

@@ -151,7 +151,7 @@ class Fit:
             raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
         self.loss = STUDENT_LOSSES[loss]
         groups = no_decay_split(student, weight_decay)
-        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+        self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.autocast = accelerator.autocast if accelerator else nullcontext
 
     def step(self, step: int) -> dict[str, Tensor]:
