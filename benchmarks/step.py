@@ -135,7 +135,9 @@ class Contender(Protocol):
 class Ours:
     """The steps of a run."""
 
-    def __init__(self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None, sample: int = SAMPLE
+    ) -> None:
         self.networks = generator, zoo, student = build(case, seed, shard.device, torch.channels_last)
         self.synthesizer = Synthesizer(
             generator,
@@ -143,7 +145,7 @@ class Ours:
             losses=WEIGHTS,
             steps=SCHEDULE,
             batch_size=case.batch,
-            sample=SAMPLE,
+            sample=sample,
             student=student,
             clip=CLIP,
             warmup=0.0,

@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 import sys
 from dataclasses import replace
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from torch import nn
 
 from dfkd.runtime import Shard
@@ -95,3 +97,21 @@ def test_row_gives_images_per_second_and_paired_ratios(bench: ModuleType) -> Non
     line = bench.row("x", 100, seconds).split()
     assert line[:4] == ["x", "100", "100", "50"]
     assert "".join(line[4:]) == "1.00[1.00,1.50]2.00[1.50,3.00]"
+
+
+def test_a_step_that_asks_more_teachers_holds_no_more_memory(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    memory = importlib.import_module("memory")
+    case = replace(bench.CASES["digits"], batch=16)
+    alone = max(memory.step_peak(replace(case, teachers=[teacher]), 1, Shard(CPU)) for teacher in case.teachers)
+    activations = 4 * 16 * 16 * 16 * 16 / 1e6  # of one 16-channel layer, MB
+    assert alone > 5 * activations
+    assert memory.step_peak(case, 3, Shard(CPU)) < 1.1 * alone
+
+
+def test_the_configuration_for_several_machines_is_one_that_accelerate_takes() -> None:
+    config = load_config_from_file(str(SCRIPT.parent.parent / "docs" / "multi_node.yaml"))
+    assert isinstance(config, ClusterConfig)
+    assert (config.num_machines, config.num_processes) == (2, 16)

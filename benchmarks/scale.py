@@ -1,0 +1,80 @@
+"""Images per second, messages and bytes of the steps on several processes, each with a batch of its own.
+
+    OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 benchmarks/scale.py
+    OMP_NUM_THREADS=1 ACCELERATE_USE_CPU=true accelerate launch --num_processes 1 benchmarks/scale.py
+
+On GPUs leave out ACCELERATE_USE_CPU and OMP_NUM_THREADS. Messages are all-reduces: of batch statistics, counted as they
+are made, and of gradients, which DDP sends in buckets of 25 MB. Weights are random.
+"""
+
+import argparse
+import math
+from collections import Counter
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from step import CASES, WARMUP, Ours, resolve_precision, seconds_of
+from torch import nn
+
+from dfkd.runtime import make_accelerator, say, shut_down
+
+BUCKET = 25 * 2**20  # bytes, of DDP
+
+
+class Counted:
+    """Counts dfkd's own all-reduces in its scope, and their bytes."""
+
+    def __enter__(self) -> Counter[str]:
+        self.seen, self.plain = Counter[str](), dist.all_reduce
+
+        def counted(tensor: torch.Tensor, *given: Any, **options: Any) -> Any:
+            self.seen.update(messages=1, bytes=tensor.numel() * tensor.element_size())
+            return self.plain(tensor, *given, **options)
+
+        dist.all_reduce = counted
+        return self.seen
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self.plain
+
+
+def gradients(network: nn.Module) -> tuple[int, int]:
+    """Messages and bytes in which DDP averages a network's gradients."""
+    size = sum(p.numel() * p.element_size() for p in network.parameters())
+    return math.ceil(size / BUCKET), size
+
+
+def main() -> None:
+    """Measure on as many processes as were launched, and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--case", choices=CASES, default="digits")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
+    given = parser.parse_args()
+    accelerator, shard = make_accelerator(given.precision)
+    case = CASES[given.case]
+    ours = Ours(case, 0, shard, accelerator)
+    say(
+        f"{given.case}: {shard.world} process(es) on {shard.device}, {torch.get_num_threads()} thread(s) each, "
+        f"{resolve_precision(given.precision, shard.device)}, batch {case.batch} each, seed 0"
+    )
+    for kind, network in (("generator", ours.networks.generator), ("student", ours.networks.student)):
+        call, seconds = getattr(ours, f"{kind}_step"), []
+        for step in range(WARMUP + given.repeats):
+            accelerator.wait_for_everyone()
+            with Counted() as seen:
+                seconds.append(seconds_of(call, step, shard.device))
+        messages, size = gradients(network) if shard.world > 1 else (0, 0)
+        taken = median(seconds[WARMUP:])
+        say(
+            f"  {kind}: {shard.world * case.batch / taken:,.0f} images/s, {1000 * taken:.1f} ms; messages: "
+            f"{seen['messages']} of statistics ({seen['bytes'] / 1000:.1f} kB), {messages} of gradients "
+            f"({size / 1e6:.2f} MB)"
+        )
+    shut_down(accelerator)
+
+
+if __name__ == "__main__":
+    main()
