@@ -66,14 +66,8 @@ VARIANTS: dict[str, Keys] = {
     "batch 64": {"synthesis.batch_size": "64", "distill.batch_size": "64", "distill.lr": "0.07"},
     "batch 256": {"synthesis.batch_size": "256", "distill.batch_size": "256", "distill.lr": "0.14"},
 }
-COSTLY = (
-    "batch_size",
-    "width",
-    "zoo.",
-    "replay=0 ",
-    "fresh=",
-    "adversary=0 ",
-)  # words of keys that change the time of an update
+# Last words of keys that change nothing of what an update does, as long as they are above 0.
+FREE = ("lr", "temperature", "warmup", "redraw", "replay", "bn", "ce", "diversity", "adversary")
 OWN = ("output", "seed", "overwrite")  # keys that are not for the command line here
 
 
@@ -83,8 +77,8 @@ def make_variant(name: str, given: Keys) -> Method:
         raise UserError(f"unknown variant {name!r}; choose from {', '.join(VARIANTS)}")
     keys = {**given, **VARIANTS[name]}
     folder = "".join(letter if letter.isalnum() else "-" for letter in name)
-    changed = " ".join(written(VARIANTS[name])) + " "
-    priced = "" if any(word in changed for word in COSTLY) else DEFAULTS
+    free = all(key.rpartition(".")[2] in FREE and float(value) for key, value in VARIANTS[name].items())
+    priced = DEFAULTS if free else ""
     return Method(name, folder, keys, load_recipe(written(keys)).recipe, priced)
 
 

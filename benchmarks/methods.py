@@ -50,6 +50,7 @@ PROBE = 1 / 12  # share of the budget that a measurement of the seconds per upda
 FIRST_PROBE, CHEAPEST = 10, 1e-6  # updates; seconds per update, below which a measurement is noise
 AGAIN = 3  # times that a probe is made
 PROBE_ROUNDS = 2  # of a probe at the least
+ROUNDED = 0.1  # seconds to which a line rounds those of its training
 SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the training, at which the table against time looks
 
 Keys = dict[str, str]
@@ -312,7 +313,9 @@ def figures(
         "class_agreement": results["generator"]["class_agreement"],
         "feature_ratio": results["diversity"].get("feature_ratio"),
         "last_quarter": student["last_quarter"],
-        "curve": curve(folder),
+        "curve": curve(
+            folder, sum(results["seconds"][plan.name] for plan in plans(method.recipe) if plan.name != "distill")
+        ),
         "teachers": {name: teacher["accuracy"] for name, teacher in results["teachers"].items()},
         "student": student["model"],
         "seconds": sum(results["seconds"][plan.name] for plan in plans(method.recipe)),
@@ -327,10 +330,10 @@ def figures(
     }
 
 
-def curve(folder: Path) -> list[tuple[float, float]]:
-    """Seconds of training and accuracy of the student then, over a run."""
+def curve(folder: Path, before: float) -> list[tuple[float, float]]:
+    """Seconds of training (`before` the student's began, and since) and accuracy of the student then, over a run."""
     found = [entry for entry in entries(folder / "metrics.jsonl") if entry["phase"] == "evaluation"]
-    return [(entry["trained"], entry["accuracy"]) for entry in found]
+    return [(before + entry["trained"], entry["accuracy"]) for entry in found]
 
 
 def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
@@ -355,7 +358,7 @@ def against_time(lines: Sequence[Mapping[str, Any]]) -> str:
     for name in sorted(of, key=lambda name: -statistics.fmean(line["accuracy"] for line in of[name])):
         cells = []
         for share in SHARES:
-            reached = [[at for at in line["curve"] if at[0] <= share * line["seconds"]] for line in of[name]]
+            reached = [[at for at in line["curve"] if at[0] <= share * line["seconds"] + ROUNDED] for line in of[name]]
             cells.append(f"{statistics.fmean(each[-1][1] for each in reached):.2f}" if all(reached) else "-")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)

@@ -92,7 +92,7 @@ def main(given: Sequence[str] | None = None) -> int:
     options, arguments = parser.parse_known_args(given)
     deadline = Deadline(options.minutes)
     try:
-        finished = go_on(options, arguments, deadline)
+        go_on(options, arguments, deadline)
     except Paused as paused:
         print(f"stopped after {options.minutes:g} minutes: {paused}; the same call goes on")
         return 1
@@ -103,11 +103,11 @@ def main(given: Sequence[str] | None = None) -> int:
         print(
             f"\n{lines[0]['device']}, {lines[0]['precision']}, torch {lines[0]['versions']['torch']}\n\n{table(lines)}"
         )
-    return 0 if finished else 1
+    return 0
 
 
-def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadline) -> bool:
-    """Do what is left of a pair until the deadline; whether all its seeds are finished."""
+def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadline) -> None:
+    """Do what is left of a pair; raises Paused where the deadline comes first."""
     if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in OWN]:
         raise UserError(f"{wrong[0]!r} is not for all seeds; give other keys as KEY=VALUE, and --seeds and --out")
     keys: Keys = {"recipe": PAIRS[options.pair], **dict(word.partition("=")[::2] for word in arguments)}
@@ -146,7 +146,6 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
             "images_per_second": images / line["seconds"],
         }
         add(options.out / "figures.jsonl", line)
-    return True
 
 
 def trained(keys: Keys, deadline: Deadline) -> Keys:

@@ -47,7 +47,7 @@ FRESH = 0.5  # of a student batch, the rest is replayed
 SCHEDULE = 10_000  # length of the run that a measured step is part of
 WARMUP = 3  # rounds before the clock starts
 SHOWN = 10  # operators that --where names
-STUDENT_STEPS = 5  # per generator step in a round of the usual run
+STUDENT_STEPS = 5  # per generator step in the combined row; the default recipe has 4
 
 Model = tuple[str, Mapping[str, Any]]  # model string and kwargs
 

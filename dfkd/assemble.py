@@ -14,6 +14,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
+from dfkd.collectives import agreed
 from dfkd.data import RealImages, load_images, opened
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
@@ -129,6 +130,7 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
         "teacher": {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("weight", "enabled")},
         "seed": recipe.seed,
         "name": name,
+        "channels_last": recipe.runtime.channels_last,
     }
     digest = hashlib.sha256(json.dumps(trained_from, sort_keys=True).encode()).hexdigest()[:12]
     return Path(recipe.training.cache) / f"{name}-{digest}"
@@ -150,7 +152,7 @@ def trained_teacher(
     if state.is_main_process and not (folder / "model.json").exists():
         _train(recipe, name, spec, device, folder, say, deadline)
     state.wait_for_everyone()
-    if not (folder / "model.json").exists():
+    if not agreed((folder / "model.json").exists(), device):
         raise Paused(f"teacher {name} is not trained yet")
     return folder
 
@@ -196,7 +198,7 @@ def _train(
     if finished:
         about = {**describe(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]}
         save_model(folder, classifier.model, about)
-        checkpoint.unlink()
+        checkpoint.unlink(missing_ok=True)  # another run may have trained the same teacher
 
 
 def describe(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Classifier) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 POINTS = 400  # of a curve, at most
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, FLOOR = 320, 150, 52, 312, 10, 128  # of a chart, in its own units
-NOT_SCALARS = ("phase", "step", "seconds")
+NOT_SCALARS = ("phase", "step", "seconds", "images", "trained")
 
 Point = tuple[int, float]  # step, value
 
@@ -27,7 +27,9 @@ def read_curves(path: str | Path) -> dict[str, dict[str, list[Point]]]:
                 continue
             scalars.setdefault(name, {})[entry["step"]] = math.nan if value is None else float(value)
     return {
-        phase: {name: sorted(points.items()) for name, points in scalars.items()} for phase, scalars in curves.items()
+        phase: {name: sorted(points.items()) for name, points in scalars.items()}
+        for phase, scalars in curves.items()
+        if scalars
     }
 
 

@@ -17,7 +17,7 @@ from dfkd.runtime import say
 from dfkd.schema import Recipe
 
 # Keys that change how a run goes, not what comes out: they may differ when it is resumed.
-FREE_KEYS = ("overwrite", "output", "trust_code", "description")
+FREE_KEYS = ("overwrite", "output", "trust_code", "description", "zoo.memory_gb")
 FREE_RUNTIME_KEYS = ("checkpoint_every", "log_every", "grid_every", "evaluations", "minutes")
 
 

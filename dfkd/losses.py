@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd.collectives import all_reduce_mean
+from dfkd.norms import Moments
 from dfkd.runtime import full_precision
-
-Moments = tuple[Tensor, Tensor]
 
 
 def mixed_ce(logits: Tensor, labels: Tensor, other: Tensor, beta: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ def _forward(norm: nn.Module, collect: Callable[[nn.Module, Moments], object] | 
 def frozen_norms(
     norms: Iterable[nn.Module], collect: Callable[[nn.Module, Moments], object] | None = None
 ) -> Iterator[None]:
-    """Have batch norms that are in eval mode and take no gradient run faster in its scope, their outputs the same, and
-    collect(norm, (mean, var)) see the moments [C] of each one's input.
+    """Have batch norms that are in eval mode and take no gradient run faster in its scope, and collect(norm, (mean,
+    var)) see the moments [C] of each one's input. Outputs are the same, up to rounding where torch takes cuDNN.
 
     A norm that trains, or of a kind that is not known, runs as it is and is looked at by a hook. Nothing outlives it.
     """

@@ -70,8 +70,10 @@ class Pager:
             return
         used = sum(map(self.size, self.present))
         while used + self.size(network) > self.budget:
-            oldest, _ = self.present.popitem(last=False)
+            oldest, arrived = self.present.popitem(last=False)
             used -= self.size(oldest)
+            if arrived is not None:  # it may be on its way still: its memory must not be reused under the copy
+                torch.cuda.current_stream(self.device).wait_event(arrived)
             self._leave(oldest)
         # Allocated and freed in the order of the stream that computes, so that no kernel still reads what is reused.
         copies = [torch.empty_like(t, device=self.device) for t in self.home[network]]

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,10 +79,23 @@ def train_teacher(
         log(epoch, float(loss.detach()))
         if checkpoint is not None:
             state = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
-            partial = checkpoint.with_suffix(".partial")
-            torch.save(state, partial)
-            os.replace(partial, checkpoint)
+            _save(state, checkpoint)
         if deadline is not None and epoch + 1 < epochs and deadline.within(time.perf_counter() - begun):
             return False
     classifier.eval()
     return True
+
+
+def _save(state: dict[str, Any], checkpoint: Path) -> None:
+    """Write a checkpoint whole or not at all, also where another run trains the same teacher. Raises OSError."""
+    partial = checkpoint.with_suffix(f".{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, checkpoint)
+    except RuntimeError as error:  # how torch reports a failed write
+        raise OSError(" ".join(str(error).split())) from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from dfkd.errors import UserError
 from dfkd.evaluate import diversity, refuse_broken, wilson
-from dfkd.losses import Moments, bn_kl, bn_l2
+from dfkd.losses import bn_kl, bn_l2
+from dfkd.norms import Moments
+from dfkd.runtime import to_bytes
 from dfkd.stream import to_float
 from dfkd.teachers import Teacher
 
@@ -231,5 +233,5 @@ def cosine_distances(points: Tensor, classes: Tensor) -> dict[str, float | None]
 
 def exact_duplicates(images: Tensor) -> float:
     """Percent of images [N, ...] in [0, 1] that equal another in 8 bits, as they would in a file."""
-    counts = Counter(image.numpy().tobytes() for image in (images * 255).round().to(torch.uint8))
+    counts = Counter(image.numpy().tobytes() for image in to_bytes(images))
     return 100 * sum(count for count in counts.values() if count > 1) / len(images)

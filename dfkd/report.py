@@ -274,7 +274,6 @@ def _tiles(results: Mapping[str, Any]) -> str:
     if student.get("interval"):
         sample = f"95 % interval {_figure(student['interval'])}, {sample}"
     ratio = "" if student.get("ratio") is None else f"{_figure(student['ratio'])} of its teacher's"
-    quarter = _dict(student.get("last_quarter"))
     tiles = [
         ("student accuracy, %", student.get("accuracy"), sample),
         ("student parameters", student.get("parameters"), ratio),

@@ -154,8 +154,9 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     largest = max(_activations(network, images) for network in networks)
     features = sum(norm.running_mean.numel() for norm in batch_norms(parts.zoo[0].model).values())  # type: ignore
     weights += recipe.synthesis.bank * features
-    kept = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh
-    kept += parts.description.get("capacity", 0)
+    replayed = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh
+    weights += replayed * recipe.classes
+    kept = replayed + parts.description.get("capacity", 0)
     return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 
 
@@ -191,6 +192,7 @@ def run(loaded: Loaded, command: str) -> None:
         try:
             open_folder(loaded, folder, accelerator)
             begun = time.perf_counter()
+            parts.zoo = []  # the one that was checked must not be in memory beside the one that is used
             parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
             spent = {"teachers": time.perf_counter() - begun}
             carry_out(parts, phases, spent, deadline)
@@ -226,33 +228,35 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     metrics = Metrics(folder, main=shard.rank == 0, resumed_after=found.step if found else 0)
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
     offset, worked = 0, False
-    for k, plan in enumerate(phases):
-        if worked and agreed(deadline.within(0), shard.device):
-            raise Paused(f"task {plan.name} is next")
-        if plan.name not in TASKS and state and k < reached:  # finished before the checkpoint was written
-            take_up(parts, plan)
-        elif plan.name not in TASKS:
-            prepare_student(parts, plan)
-            synthesizer = make_synthesizer(parts) if plan.synthesis else None
-            fit = make_fit(parts, plan.students) if plan.students else None
-            loop = make_loop(parts, plan, synthesizer, fit, metrics, checkpoints, offset, spent, deadline)
-            begun = loop.load_state_dict(state) if state and k == reached else 0
-            loop.run(begun)
-            save_phase(parts, plan, synthesizer)
-            worked = begun < plan.total
-        elif not finished(recipe, plan.name):
-            say(f"task {plan.name}")
+    try:
+        for k, plan in enumerate(phases):
+            if worked and agreed(deadline.within(0), shard.device):
+                raise Paused(f"task {plan.name} is next")
+            if plan.name not in TASKS and state and k < reached:  # finished before the checkpoint was written
+                take_up(parts, plan)
+            elif plan.name not in TASKS:
+                prepare_student(parts, plan)
+                synthesizer = make_synthesizer(parts) if plan.synthesis else None
+                fit = make_fit(parts, plan.students) if plan.students else None
+                loop = make_loop(parts, plan, synthesizer, fit, metrics, checkpoints, offset, spent, deadline)
+                begun = loop.load_state_dict(state) if state and k == reached else 0
+                loop.run(begun)
+                save_phase(parts, plan, synthesizer)
+                worked = begun < plan.total
+            elif not finished(recipe, plan.name):
+                say(f"task {plan.name}")
 
-            def train(
-                fit: Fit, plan: Plan = plan, here: bool = bool(state) and k == reached, offset: int = offset
-            ) -> None:
-                loop = make_loop(parts, plan, None, fit, metrics, checkpoints, offset, spent, deadline)
-                loop.run(loop.load_state_dict(state) if here else 0)
+                def train(
+                    fit: Fit, plan: Plan = plan, here: bool = bool(state) and k == reached, offset: int = offset
+                ) -> None:
+                    loop = make_loop(parts, plan, None, fit, metrics, checkpoints, offset, spent, deadline)
+                    loop.run(loop.load_state_dict(state) if here else 0)
 
-            run_task(parts, plan.name, train)
-            worked = True
-        offset += plan.total
-    metrics.close()
+                run_task(parts, plan.name, train)
+                worked = True
+            offset += plan.total
+    finally:
+        metrics.close()
 
 
 def take_up(parts: Parts, plan: Plan) -> None:

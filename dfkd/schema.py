@@ -280,7 +280,12 @@ class Runtime:
     evaluations: int = key(
         20, "times the student is measured while it trains; their last quarter shows a collapse; 0: only at the end", 0
     )
-    minutes: float = key(0.0, "stop after so long with a whole checkpoint, and go on in the next call; 0: no limit", 0)
+    minutes: float = key(
+        0.0,
+        "stop after so long with a whole checkpoint, and go on in the next call; ptq, udfc, repairs and exports, which "
+        "have none, run to their end; 0: no limit",
+        0,
+    )
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torchvision.utils import save_image
 
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix, mix_batch
-from dfkd.runtime import Shard, full_precision, rng
+from dfkd.runtime import Shard, full_precision, rng, to_bytes
 from dfkd.synthesis import draw_labels, draw_latents
 from dfkd.teachers import Teacher, zoo_logits
 from generators import ImageGenerator
@@ -61,16 +61,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else full_precision(images)
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8, rounded to the nearest level."""
-    return (images * 255).round().to(torch.uint8)
-
-
 class Replay:
     """A ring of past batches with their targets on the device, images in uint8: 1 byte a value instead of 4.
 
-    Row k of what is drawn is row k (counted around) of a random past batch: as random as any draw, since rows are, and
-    independent of how the global batch is split over processes.
+    Row k of what is drawn is a set row, spread over the batch, of a random past batch: as random as any draw, since
+    rows are, and where `fresh` leaves whole rows independent of how the global batch is split over processes.
     """
 
     def __init__(self, slots: int) -> None:
@@ -90,7 +85,10 @@ class Replay:
         """`count` past images in [0, 1] and their targets."""
         generator = rng(shard.device, *position, "replay")
         slots = torch.randint(self.filled, (count * shard.world,), generator=generator, device=shard.device)
-        slots, rows = shard.take(slots), torch.arange(count, device=shard.device) % self.targets.shape[1]
+        # An offset that all share reaches every row in time where fewer are drawn than a batch has.
+        (offset,), kept = torch.rand(1, generator=rng("cpu", *position, "rows")).tolist(), self.targets.shape[1]
+        rows = ((torch.arange(count, device=shard.device, dtype=torch.float64) + offset) * kept / max(1, count)).long()
+        slots, rows = shard.take(slots), rows.clamp_max(kept - 1)
         return to_float(self.images[slots, rows]).permute(0, 3, 1, 2), self.targets[slots, rows]
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,6 +152,8 @@ class SyntheticStream(IterableDataset):
         super().__init__()
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
+        if not 0 < fresh <= 1:
+            raise UserError(f"a stream needs fresh above 0 and at most 1, the share of a batch drawn anew, got {fresh}")
         self.shard = shard or default_shard(source)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source) if isinstance(source, ImageGenerator) else source

@@ -20,7 +20,7 @@ from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
-from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng
+from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng, to_bytes
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
@@ -308,7 +308,7 @@ class Synthesizer:
             with self.autocast():
                 self.contrast.remember(self.zoo[0], images)
         if self.pool is not None:
-            self.pool.push(all_gather((images * 255).round().to(torch.uint8)), all_gather(labels))
+            self.pool.push(all_gather(to_bytes(images)), all_gather(labels))
 
     @torch.no_grad()
     def _bn_losses(self, images: Tensor) -> dict[str, Tensor]:

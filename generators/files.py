@@ -25,7 +25,10 @@ def build_generator(description: dict[str, Any]) -> ImageGenerator:
     kind = GENERATORS[arch]
     missing = [key for key in kind.keys if key not in description]
     if missing:
-        raise GeneratorError(f"the generator's description lacks {missing}; it must give {list(kind.keys)}")
+        raise GeneratorError(
+            f"the generator's description lacks {missing}; it must give {list(kind.keys)}: one of "
+            "an older version must be trained again"
+        )
     return kind(**{key: description[key] for key in kind.keys})
 
 

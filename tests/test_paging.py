@@ -98,15 +98,19 @@ def test_who_is_fetched_and_who_leaves_is_as_in_an_lru_cache(room: int) -> None:
         assert networks[k].weight.data_ptr() != pager.home[networks[k]][0].data_ptr()
 
 
-@pytest.mark.parametrize(("room", "comes"), [(1, False), (2, True)])
-def test_the_next_one_is_on_its_way_where_both_fit(room: int, comes: bool) -> None:
+@pytest.mark.parametrize("room", [1.0, 1.3, 2.0])
+def test_the_next_one_is_on_its_way_where_both_fit(room: float) -> None:
     zoo = make_zoo(max(SIZES) * room / 1e9)
+    pager, came = zoo[0].pager, []
+    assert pager is not None
     for teacher, following in zip(in_turn(zoo, after=zoo[0]), [*zoo[1:], zoo[0]]):
-        assert teacher.pager is not None
-        assert teacher.model in teacher.pager.present
-        assert (following.model in teacher.pager.present) >= comes
-        teacher(torch.rand(2, 1, 8, 8))
-        assert teacher.model in teacher.pager.present
+        fit = weight(teacher.model) + weight(following.model) <= pager.budget
+        assert teacher.model in pager.present
+        assert (following.model in pager.present) == fit
+        assert bytes_here(zoo) <= pager.budget
+        came.append(fit)
+    assert all(came) == (room == 2)
+    assert any(came)
 
 
 def test_gradients_pass_a_network_that_came_and_went() -> None:

@@ -1,4 +1,8 @@
-"""Nothing in a step waits for a figure to reach the host: on a GPU the queue would run dry."""
+"""No operator of a step waits for a figure to reach the host: on a GPU the queue would run dry.
+
+Seen on a CPU: whatever reads one value or makes a size of values. Not seen: .tolist(), .cpu() and copies, which are no
+operators there; `torch.cuda.set_sync_debug_mode("error")` would see those on a GPU.
+"""
 
 from collections import Counter
 from collections.abc import Callable
