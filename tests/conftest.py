@@ -24,6 +24,14 @@ torch.set_num_threads(1)
 multiprocessing.set_forkserver_preload(["dfkd.cli", "sklearn.model_selection"])  # slow: once is enough
 
 
+SLOW = ("test_resume", "test_tasks", "test_runs", "test_processes", "test_pairs", "test_methods", "test_errors")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: a process that begins one of them last works on alone at the end."""
+    items.sort(key=lambda item: item.path.stem not in SLOW)
+
+
 def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Give the batch norms of an untrained network statistics and affine parameters that differ by channel."""
     rng = torch.Generator().manual_seed(seed)
