@@ -9,6 +9,7 @@ memory of oneDNN is not in it). What was held before the step (weights, optimise
 import argparse
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from step import Case, Ours
@@ -44,7 +45,7 @@ def step_peak(case: Case, sample: int, shard: Shard) -> float:
     """The most MB that a generator step takes, over STEPS samples of teachers; the first is not like the others."""
     ours = Ours(case, 0, shard, sample=sample)
     ours.generator_step(0)
-    return max(peak(lambda step=step: ours.generator_step(step), shard.device) for step in range(1, 1 + STEPS))  # type: ignore[misc]
+    return max(peak(partial(ours.generator_step, step), shard.device) for step in range(1, 1 + STEPS))
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/paging.py [--batch 8] [--steps 4] [--budgets 0,1,0.6]
 
-Prints per zoo.memory_gb the seconds of a step, the most that teachers held of the device, and whether the generator
-came out bit for bit as without a budget. On a CPU "the device" is a second place in the same memory.
+Prints per zoo.memory_gb the seconds of a step, the most that teachers held of the device after a step, and whether the
+generator came out bit for bit as without a budget. On a CPU "the device" is a second place in the same memory.
 """
 
 import argparse

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from step import CASES, WARMUP, Ours, resolve_precision, seconds_of
+from step import CASES, WARMUP, Ours, seconds_of
 from torch import nn
 
-from dfkd.runtime import make_accelerator, say, shut_down
+from dfkd.runtime import make_accelerator, resolve_precision, say, shut_down
 
 BUCKET = 25 * 2**20  # bytes, of DDP
 

@@ -36,6 +36,17 @@ def write_atomically(path: Path, content: str) -> None:
     os.replace(partial, path)
 
 
+def save_state(state: dict[str, Any], path: Path) -> None:
+    """torch.save to a file that is on the disk when this returns. Raises OSError."""
+    try:
+        with open(path, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:  # how torch reports a failed write
+        raise OSError(" ".join(str(error).split())) from error
+
+
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -61,11 +72,8 @@ class Checkpoints:
         name = f"rank{self.state.process_index}.pt"
         failure = ""
         try:
-            with open(partial / name, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+            save_state(state, partial / name)
+        except OSError as error:
             failure = " ".join(str(error).split())
         digests = gather_object([{name: failure or _digest(partial / name), "failed": bool(failure)}])
         failures = [entry for entry in digests if entry["failed"]]

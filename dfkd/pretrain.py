@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
 from dfkd.runtime import Deadline, Shard, rng
 from dfkd.stream import augment, to_float
@@ -90,12 +91,7 @@ def _save(state: dict[str, Any], checkpoint: Path) -> None:
     """Write a checkpoint whole or not at all, also where another run trains the same teacher. Raises OSError."""
     partial = checkpoint.with_suffix(f".{os.getpid()}")
     try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        save_state(state, partial)
         os.replace(partial, checkpoint)
-    except RuntimeError as error:  # how torch reports a failed write
-        raise OSError(" ".join(str(error).split())) from error
     finally:
         partial.unlink(missing_ok=True)

@@ -145,7 +145,7 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
         spec = parts.recipe.teachers[teacher.name]
         about = assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
         # A copy: the zoo's own may have to leave the device, and is not to be changed.
-        return as_teacher(teacher, copy.deepcopy(teacher.model)).to(parts.shard.device), about
+        return as_teacher(teacher, copy.deepcopy(teacher.model)), about
     about = read_description(folder)
     if "quantized" in about.get("structure", {}):
         raise UserError(f"input={name} is quantised already; {QUANTISED}")

@@ -83,8 +83,9 @@ def ask(
 ) -> Answer:
     """One forward of a teacher over images [B, C, H, W] (`mixed.images`, as a leaf), tapped for the wanted terms."""
     with ExitStack() as stack:
-        statistics = stack.enter_context(teacher.tap()) if "bn" in wanted else None
-        stack.enter_context(frozen_norms(batch_norms(teacher.model).values()))  # those that are not tapped
+        statistics = stack.enter_context(
+            teacher.tap() if "bn" in wanted else frozen_norms(batch_norms(teacher.model).values())
+        )
         features = stack.enter_context(teacher.tap_features()) if "activation" in wanted else []
         likeness: list[Tensor] = []
         if "likeness" in wanted:

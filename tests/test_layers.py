@@ -36,7 +36,7 @@ CORE: dict[str, set[str]] = {
         *("teachers", "terms"),
     },
     "stream": {"classifier", "errors", "generators", "mixing", "runtime", "synthesis", "teachers"},
-    "pretrain": {"classifier", "errors", "runtime", "stream"},
+    "pretrain": {"checkpoints", "classifier", "errors", "runtime", "stream"},
     "compress": {"classifier", "collectives", "errors", "losses", "models", "runtime", "stream", "teachers"},
     "export": {"classifier", "compress", "errors"},
     "quality": {"errors", "evaluate", "losses", "norms", "runtime", "stream", "teachers"},
