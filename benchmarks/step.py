@@ -1,9 +1,10 @@
 """Images per second of a generator step, of a student step and of the stream, between the bare floor and a naive form.
 
-    python benchmarks/step.py --case wrn --repeats 15 [--where]
+    python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile]
 
 - ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run with the default keys prepares
   them, adversary fully ramped up.
+  With --compile as runtime.compile=true has them, after the minutes that compiling takes.
 - naive: the same losses on the same draws in float32 and NCHW, with teachers that take gradients, hooks that are never
   removed, a student whose gradients are computed in the adversary, and teachers that are asked again about every
   replayed image. Drawing, replay and augmentation are ours: no loss terms or bugs of others are held against them.
@@ -34,7 +35,7 @@ from dfkd import losses as L
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
 from dfkd.models import build_model
-from dfkd.runtime import Shard, eval_mode, frozen, make_accelerator, resolve_precision
+from dfkd.runtime import Shard, compile_networks, eval_mode, frozen, make_accelerator, resolve_precision
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer, draw_labels, draw_latents
 from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers, zoo_logits
@@ -423,6 +424,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of ours and the floor")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice unless given")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="ours compiled; the others stay eager")
     parser.add_argument("--where", action="store_true", help="profile what is beyond the floor")
     given = parser.parse_args()
     if given.repeats < 2:
@@ -439,9 +441,14 @@ def main() -> None:
     print(header(shard.device, resolve_precision(given.precision, shard.device), given.repeats, given.seed))
     for name in CASES if given.case == "all" else [given.case]:
         case = CASES[name]
+        ours = Ours(case, given.seed, shard, accelerator)
+        if given.compile:
+            generator, zoo, student = ours.networks
+            compile_networks([generator, student.model, *(teacher.model for teacher in zoo)])
+            torch.compiler.set_stance("default")
         contenders: dict[str, Contender] = {
             "floor": Floor(case, given.seed, shard, accelerator),
-            "ours": Ours(case, given.seed, shard, accelerator),
+            "ours": ours,
             "naive": Naive(case, given.seed, shard),
         }
         print(table(name, case, measure(contenders, given.repeats, shard.device)), flush=True)

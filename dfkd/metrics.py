@@ -116,8 +116,9 @@ class Metrics:
         if self.first is None:
             self.first, self.begin_progress = done, now
         if now - self.said >= LINE_EVERY or done == total:
-            rate = (now - self.begin_progress) / max(1, done - self.first)
-            print(f"{done}/{total} steps, {(total - done) * rate:.0f} s to go: {text}", flush=True)
+            taken, steps = now - self.begin_progress, done - self.first
+            left = f", {(total - done) * taken / steps:.0f} s to go" if steps else ""
+            print(f"{done}/{total} steps{left}: {text}", flush=True)
             self.said = now
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from dfkd.mixing import make_mix
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
 from dfkd.results import finish
-from dfkd.runtime import Deadline, Shard, eval_mode, make_accelerator, say, shut_down
+from dfkd.runtime import Deadline, Shard, check_compile, compile_networks, eval_mode, make_accelerator, say, shut_down
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
@@ -76,6 +76,8 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     """Build and check all networks and data; no teacher is trained yet."""
     check_tasks(recipe)
     device = shard.device
+    if recipe.runtime.compile:
+        check_compile(device)
     test = None
     if recipe.data.dataset != "none":
         with PartialState().local_main_process_first():  # the first one downloads
@@ -236,6 +238,10 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
                 take_up(parts, plan)
             elif plan.name not in TASKS:
                 prepare_student(parts, plan)
+                if recipe.runtime.compile:
+                    classifiers = [*parts.zoo, *([parts.student] if parts.student is not None else [])]
+                    generator = parts.worker or parts.generator
+                    compile_networks([generator, *(each.model for each in classifiers)])
                 synthesizer = make_synthesizer(parts) if plan.synthesis else None
                 fit = make_fit(parts, plan.students) if plan.students else None
                 loop = make_loop(parts, plan, synthesizer, fit, metrics, checkpoints, offset, spent, deadline)

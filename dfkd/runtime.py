@@ -7,7 +7,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -20,6 +20,8 @@ from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
 from dfkd.errors import UserError
+
+COMPILED = 256  # graphs at the most: the limit of torch, 8, is for all networks together
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -94,6 +96,29 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def check_compile(device: torch.device) -> None:
+    """Raise UserError where this machine cannot compile for a device."""
+    try:
+        torch.compile(torch.sin)(torch.ones(2, device=device))
+    except Exception as error:  # whatever a missing compiler leads to
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"runtime.compile=true, but torch.compile does not work here ({reason}); "
+            "install a C++ compiler, or on a GPU Triton, or set runtime.compile=false"
+        ) from None
+
+
+def compile_networks(networks: Iterable[nn.Module]) -> None:
+    """Have networks compiled, in place, for the calls in a scope of torch.compiler.set_stance("default"); all others
+    stay eager, as each further shape or mode would be compiled anew. What cannot be compiled runs as it is, with a
+    warning of torch's."""
+    torch._dynamo.config.suppress_errors = True
+    torch._dynamo.config.recompile_limit = COMPILED
+    torch.compiler.set_stance("force_eager")
+    for network in networks:
+        network.compile()
 
 
 def fast_bf16(device: torch.device) -> bool:

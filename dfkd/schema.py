@@ -273,6 +273,10 @@ class Runtime:
 
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 where the device is fast at it")
     channels_last: bool = key(True, "memory format of images and convolutions")
+    compile: bool = key(
+        False,
+        "torch.compile for the networks of the training steps: minutes to begin with, then faster (docs/results.md)",
+    )
     sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
     checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)
     log_every: int = key(50, "student steps (without a student: generator steps) between logged lines", 1)

@@ -316,7 +316,8 @@ class Synthesizer:
         on."""
         losses = {}
         for teacher in in_turn(self.zoo):
-            with teacher.tap() as statistics, self.autocast():
+            # Twice in a run: not worth compiling, where the teachers are compiled.
+            with torch.compiler.set_stance("force_eager"), teacher.tap() as statistics, self.autocast():
                 teacher(images)
             losses[teacher.name] = L.BN_DISTANCES[self.manner.bn_distance](statistics.gather(), statistics.stored)
         return losses

@@ -91,13 +91,13 @@ class Loop:
         terms: dict[str, Tensor] = {}
         self.metrics.new_phase()
         for k in range(start, plan.total):
-            if self.synthesizer is not None:
-                if k < plan.alternating and k % max(1, plan.per) == 0:
+            if self.synthesizer is not None and k == plan.alternating:
+                self.synthesizer.settle()
+            with torch.compiler.set_stance("default"):  # what is compiled is so for the steps alone
+                if self.synthesizer is not None and k < plan.alternating and k % max(1, plan.per) == 0:
                     self.synthesizer.step(k // max(1, plan.per))
-                elif k == plan.alternating:
-                    self.synthesizer.settle()
-            if self.fit is not None and k >= plan.first_student:
-                terms = self.fit.step(k - plan.first_student)
+                if self.fit is not None and k >= plan.first_student:
+                    terms = self.fit.step(k - plan.first_student)
             done = k + 1
             if done % self.log_every and done != plan.total and done not in measured and not self._ends_round(k):
                 continue

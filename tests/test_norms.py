@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dfkd.models import build_model
 from dfkd.norms import batch_moments, frozen_norms
@@ -193,3 +194,31 @@ def test_a_frozen_norm_keeps_no_input_for_its_backward() -> None:
 def test_one_value_per_channel_is_refused_by_a_tapped_norm() -> None:
     with frozen_norms([norm := make_norm()], lambda *_: None), pytest.raises(ValueError, match="more than one value"):
         norm(draw(1, 3, 1, 1))
+
+
+# --- compiled ---
+
+
+def test_compiled_a_tapped_network_gives_the_same_in_one_graph() -> None:
+    torch.manual_seed(0)
+    network = build_model("dfkd:tiny_residual", classes=3, channels=1, kwargs={"width": 8}).eval().requires_grad_(False)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    backend = CompileCounterWithBackend("aot_eager")
+    x, weights = draw(6, 1, 8, 8), [draw(norm.num_features, seed=k) for k, norm in enumerate(norms)]
+
+    def answer() -> tuple[Tensor, ...]:
+        moments: list[Tensor] = []
+        leaf = x.clone().requires_grad_()
+        with frozen_norms(norms, lambda norm, seen: moments.extend(seen)):
+            y = network(leaf)
+        total = sum((weight * moment).sum() for weight, moment in zip(weights, moments[1::2]))
+        (total + y.square().sum()).backward()
+        assert leaf.grad is not None
+        return y, *moments, leaf.grad
+
+    wanted = answer()
+    network.compile(backend=backend)
+    for _ in range(2):  # a scope of its own for every step: what is compiled holds for the next one too
+        for value, of_eager in zip(answer(), wanted, strict=True):
+            near(value, of_eager)
+    assert backend.frame_count == 1

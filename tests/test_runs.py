@@ -2,6 +2,7 @@
 
 import ast
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from runs_fixture import STEPS, Runs
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dfkd.cli import main
 from dfkd.compress.files import load_compressed
@@ -244,6 +246,7 @@ def test_flags_that_only_print(runs: Runs) -> None:
 FACTORY = '''
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 def odd(classes, channels, hidden=6):
     """Nobody's architecture."""
@@ -339,6 +342,43 @@ def test_a_run_whose_teachers_take_turns_on_the_device_is_the_same_run(runs: Run
     assert (
         "teacher residual takes 8.07e-05 GB of the device where zoo.memory_gb=8e-05; set it to that or more" in refused
     )
+
+
+def test_compiled_networks_take_the_same_steps_and_nothing_else_is_compiled(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (
+        "export.input=none",
+        "synthesis.steps=2",
+        "synthesis.warmup=0",
+        "distill.steps=0",
+        "teachers.residual.enabled=false",
+    )
+    graphs = CompileCounterWithBackend("aot_eager")  # the default one takes minutes
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    assert runs.run("eager", *given).code == 0
+    assert graphs.frame_count == 0
+    # What the run sets for its process ends with these.
+    with torch.compiler.set_stance("default"), torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8):
+        called = runs.run("compiled", *given, "runtime.compile=true")
+    assert called.code == 0  # torch may say something of its own
+    # A first try; the generator as it learns and as it streams; the teacher tapped and not; the student as it learns
+    # and as adversary.
+    assert graphs.frame_count == 7
+    for folder in ("generator", "student"):
+        files = (load_file(runs.folder / name / folder / "model.safetensors") for name in ("compiled", "eager"))
+        torch.testing.assert_close(*files, rtol=1e-3, atol=1e-3)
+
+
+def test_where_nothing_can_be_compiled_a_run_says_what_to_do(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=missing))
+    refused = runs.run("compiled", *SHORT, "runtime.compile=true").refused()
+    assert "runtime.compile=true, but torch.compile does not work here" in refused
+    assert "install a C++ compiler, or on a GPU Triton, or set runtime.compile=false" in refused
+    assert not (runs.folder / "compiled").exists()
 
 
 def test_three_channels_and_a_saved_teacher_folder(runs: Runs) -> None:
