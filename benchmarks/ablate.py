@@ -10,14 +10,25 @@ python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,
 """
 
 import argparse
-import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import Keys, Method, cells, compare, describe, keep_settings, read, with_deviation, written
+from methods import (
+    Keys,
+    Method,
+    cells,
+    compare,
+    cores,
+    describe,
+    given_keys,
+    keep_settings,
+    read,
+    with_deviation,
+    written,
+)
 
 from dfkd.errors import UserError
 from dfkd.recipe import load_recipe
@@ -68,7 +79,7 @@ VARIANTS: dict[str, Keys] = {
 }
 # Last words of keys that change nothing of what an update does, as long as they are above 0.
 FREE = ("lr", "temperature", "warmup", "redraw", "replay", "bn", "ce", "diversity", "adversary")
-OWN = ("output", "seed", "overwrite")  # keys that are not for the command line here
+NOT_GIVEN = ("output", "seed", "overwrite")  # keys that are not for the command line here
 
 
 def make_variant(name: str, given: Keys) -> Method:
@@ -125,13 +136,10 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
-    if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in OWN]:
-        raise UserError(f"{wrong[0]!r} is not for all variants; give other keys as KEY=VALUE, and --seeds and --out")
-    keys = {"recipe": "digits", **dict(word.partition("=")[::2] for word in arguments)}
+    keys = {"recipe": "digits", **given_keys(arguments, "all variants", NOT_GIVEN)}
     names = dict.fromkeys([DEFAULTS, *options.variants.split(",")])
     variants = [make_variant(name, keys) for name in names]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // options.lanes)
+    threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
     keep_settings(options.out / "settings.json", settings)
     complete = compare(variants, [int(seed) for seed in options.seeds.split(",")], options.out, settings)

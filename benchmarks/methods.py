@@ -102,6 +102,18 @@ class Method(NamedTuple):
 # --- arithmetic ---
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def given_keys(arguments: Sequence[str], what: str, own: Sequence[str] = OWN) -> Keys:
+    """The KEY=VALUE arguments for all runs, which `what` names; raises UserError for others and for keys of `own`."""
+    if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in own]:
+        raise UserError(f"{wrong[0]!r} is not for {what}; give other keys as KEY=VALUE, and --seeds and --out")
+    return dict(word.partition("=")[::2] for word in arguments)
+
+
 def work_of(recipe: Recipe) -> Work:
     """The updates that a recipe asks for."""
     phases = plans(recipe)
@@ -517,16 +529,13 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
-    keys = dict(argument.partition("=")[::2] for argument in arguments)
-    if wrong := [argument for argument in arguments if "=" not in argument or argument.partition("=")[0] in OWN]:
-        raise UserError(f"{wrong[0]!r} is not for all methods; give other keys as KEY=VALUE, and --seeds and --out")
+    keys = given_keys(arguments, "all methods")
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         keys = {**ON_GPU, **keys}
     names = [name for name in options.methods.split(",") if name]
     if not names:
         raise UserError(f"no method in {FOLDER / 'methods'}; give --methods path/x.yaml")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(1, cores // options.lanes)
+    threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
     methods = [make_method(name, keys, options.teacher) for name in names]
     check_alike(methods)

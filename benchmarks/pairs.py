@@ -12,7 +12,6 @@ python benchmarks/pairs.py PAIR [--minutes 9] [--budget 20] [--seeds 0,1,2] [--o
 """
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -22,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from methods import (
-    OWN,
     Keys,
     Method,
     add,
     changes,
+    cores,
     figures,
+    given_keys,
     keep_settings,
     launch,
     price,
@@ -108,15 +108,13 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadline) -> None:
     """Do what is left of a pair; raises Paused where the deadline comes first."""
-    if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in OWN]:
-        raise UserError(f"{wrong[0]!r} is not for all seeds; give other keys as KEY=VALUE, and --seeds and --out")
-    keys: Keys = {"recipe": PAIRS[options.pair], **dict(word.partition("=")[::2] for word in arguments)}
+    keys: Keys = {"recipe": PAIRS[options.pair], **given_keys(arguments, "all seeds")}
     folder = options.out / options.pair
     settings = {"budget": options.budget, "keys": keys}
     keep_settings(folder / "settings.json", settings)
     keys |= trained(keys, deadline)
     method = Method(options.pair, options.pair, keys, load_recipe(written(keys)).recipe)
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores()
     if deadline.left() < min(MEASURING, options.minutes / 2) and not (folder / "costs.jsonl").exists():
         raise Paused("the cost of an update is to be measured next")
     with ThreadPoolExecutor(1) as lane:
