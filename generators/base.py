@@ -37,18 +37,22 @@ class ImageGenerator(nn.Module):
         raise TypeError(f"{type(self).__name__} has no forward")
 
 
-class _StraightClamp(torch.autograd.Function):
-    """Clamp to [0, 1] whose gradient is one everywhere, so that saturated pixels can still come back."""
+class _InwardClamp(torch.autograd.Function):
+    """Clamp to [0, 1]. A value outside takes the gradient that leads it back, so that saturated pixels can return, and
+    none that leads further out: there it would grow without any effect, and the head's scale with it."""
 
     @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
         return x.clamp(0, 1)
 
     @staticmethod
-    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return grad
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        outward = ((x > 1) & (grad < 0)) | ((x < 0) & (grad > 0))  # descent goes against the gradient
+        return grad.masked_fill(outward, 0)
 
 
-def straight_clamp(x: Tensor) -> Tensor:
-    """x clamped to [0, 1]; the gradient passes unchanged."""
-    return _StraightClamp.apply(x)
+def inward_clamp(x: Tensor) -> Tensor:
+    """x clamped to [0, 1]; beyond it only the gradient passes that leads back."""
+    return _InwardClamp.apply(x)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generators.base import ImageGenerator, straight_clamp
+from generators.base import ImageGenerator, inward_clamp
 
 
 class PixelHead(nn.Module):
@@ -32,7 +32,7 @@ class PixelHead(nn.Module):
         self.scale.copy_(torch.tensor(self.std).view_as(self.scale))
 
     def forward(self, x: Tensor) -> Tensor:
-        return straight_clamp(self.norm(x.to(self.shift.dtype)) * self.scale + self.shift)
+        return inward_clamp(self.norm(x.to(self.shift.dtype)) * self.scale + self.shift)
 
 
 class ClassNorm(nn.Module):

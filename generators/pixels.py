@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from generators.base import ImageGenerator, straight_clamp
+from generators.base import ImageGenerator, inward_clamp
 
 
 class PixelGenerator(ImageGenerator):
@@ -35,7 +35,7 @@ class PixelGenerator(ImageGenerator):
         return []
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        return straight_clamp(latents.view(-1, *self.shape) * self.std + self.mean)
+        return inward_clamp(latents.view(-1, *self.shape) * self.std + self.mean)
 
     @torch.no_grad()
     def project_(self, latents: Tensor) -> None:

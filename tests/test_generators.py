@@ -163,14 +163,15 @@ def test_the_first_latent_chooses_one_of_the_codes_of_a_class(make_generator: Ca
             assert row == 4 * label + quarter
 
 
-def test_a_saturated_pixel_keeps_its_gradient() -> None:
+@pytest.mark.parametrize(("weights", "wanted"), [([-1, 1, 1], [-0.25, 0.25, 0.25]), ([1, -1, -1], [0, -0.25, 0])])
+def test_a_saturated_pixel_takes_the_gradient_that_leads_back(weights: list[int], wanted: list[float]) -> None:
     head = PixelHead(1, mean=[0.5], std=[0.25]).eval()  # eval mode: running mean 0 and variance 1
     x = torch.tensor([[-9.0, 0.5, 9.0]]).view(1, 1, 1, 3).requires_grad_()
     images = head(x)
-    images.sum().backward()
+    (images.flatten() * torch.tensor(weights)).sum().backward()
     assert images.flatten().tolist() == pytest.approx([0, 0.625, 1], abs=1e-5)
     assert x.grad is not None
-    assert x.grad.flatten().tolist() == pytest.approx([0.25] * 3, rel=1e-4)
+    assert x.grad.flatten().tolist() == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize(("conditional", "names"), [(True, "embed project project_norm"), (False, "project")])
@@ -214,7 +215,7 @@ def test_pixels_are_the_latents_scaled_shifted_and_clamped() -> None:
     assert not list(generator.parameters())
 
 
-def test_saturated_pixels_keep_their_gradient() -> None:
+def test_saturated_pixels_keep_the_gradient_that_leads_back() -> None:
     latents = torch.full((1, 162), 50.0, requires_grad=True)
     pixels()(latents, torch.zeros(1, dtype=torch.int64)).sum().backward()
     assert latents.grad is not None
