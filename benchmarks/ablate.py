@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import (
+    OWN,
     Keys,
     Method,
     cells,
@@ -79,7 +80,6 @@ VARIANTS: dict[str, Keys] = {
 }
 # Last words of keys that change nothing of what an update does, as long as they are above 0.
 FREE = ("lr", "temperature", "warmup", "redraw", "replay", "bn", "ce", "diversity", "adversary")
-NOT_GIVEN = ("output", "seed", "overwrite")  # keys that are not for the command line here
 
 
 def make_variant(name: str, given: Keys) -> Method:
@@ -136,7 +136,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
-    keys = {"recipe": "digits", **given_keys(arguments, "all variants", NOT_GIVEN)}
+    keys = {"recipe": "digits", **given_keys(arguments, "all variants", own=set(OWN) - {"recipe"})}
     names = dict.fromkeys([DEFAULTS, *options.variants.split(",")])
     variants = [make_variant(name, keys) for name in names]
     threads = max(1, cores() // options.lanes)

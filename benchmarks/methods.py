@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
@@ -107,7 +107,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def given_keys(arguments: Sequence[str], what: str, own: Sequence[str] = OWN) -> Keys:
+def given_keys(arguments: Sequence[str], what: str, own: Collection[str] = OWN) -> Keys:
     """The KEY=VALUE arguments for all runs, which `what` names; raises UserError for others and for keys of `own`."""
     if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in own]:
         raise UserError(f"{wrong[0]!r} is not for {what}; give other keys as KEY=VALUE, and --seeds and --out")

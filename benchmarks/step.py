@@ -3,8 +3,7 @@
     python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile]
 
 - ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run with the default keys prepares
-  them, adversary fully ramped up.
-  With --compile as runtime.compile=true has them, after the minutes that compiling takes.
+  them, adversary fully ramped up; with --compile as runtime.compile=true has them, once they are compiled.
 - naive: the same losses on the same draws in float32 and NCHW, with teachers that take gradients, hooks that are never
   removed, a student whose gradients are computed in the adversary, and teachers that are asked again about every
   replayed image. Drawing, replay and augmentation are ours: no loss terms or bugs of others are held against them.
@@ -35,7 +34,7 @@ from dfkd import losses as L
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
 from dfkd.models import build_model
-from dfkd.runtime import Shard, compile_networks, eval_mode, frozen, make_accelerator, resolve_precision
+from dfkd.runtime import Shard, compiled, eval_mode, frozen, make_accelerator, resolve_precision
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer, draw_labels, draw_latents
 from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers, zoo_logits
@@ -405,12 +404,13 @@ def where(contenders: Mapping[str, Contender], repeats: int, device: torch.devic
     return "\n".join(lines)
 
 
-def header(device: torch.device, precision: str, repeats: int, seed: int) -> str:
+def header(device: torch.device, precision: str, repeats: int, seed: int, compiled: bool) -> str:
     """Under which circumstances the table was made, and what its columns are."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     threads = torch.get_num_threads()
+    ours = "ours compiled, " if compiled else ""
     return (
-        f"device {hardware}, {threads} threads, {precision} channels_last (naive: fp32 contiguous), "
+        f"device {hardware}, {threads} threads, {precision} channels_last, {ours}(naive: fp32 contiguous), "
         f"torch {torch.__version__}, seed {seed}, {repeats} repeats: medians, [quartiles]\n"
         f"{'images/s':<22}{'floor':>9}{'ours':>9}{'naive':>9}   {'time ours/floor':<19}time naive/ours"
     )
@@ -438,22 +438,22 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     accelerator, shard = make_accelerator(given.precision)
-    print(header(shard.device, resolve_precision(given.precision, shard.device), given.repeats, given.seed))
+    precision = resolve_precision(given.precision, shard.device)
+    print(header(shard.device, precision, given.repeats, given.seed, given.compile))
     for name in CASES if given.case == "all" else [given.case]:
         case = CASES[name]
         ours = Ours(case, given.seed, shard, accelerator)
-        if given.compile:
-            generator, zoo, student = ours.networks
-            compile_networks([generator, student.model, *(teacher.model for teacher in zoo)])
-            torch.compiler.set_stance("default")
-        contenders: dict[str, Contender] = {
-            "floor": Floor(case, given.seed, shard, accelerator),
-            "ours": ours,
-            "naive": Naive(case, given.seed, shard),
-        }
-        print(table(name, case, measure(contenders, given.repeats, shard.device)), flush=True)
-        if given.where:
-            print(where(contenders, given.repeats, shard.device), flush=True)
+        generator, zoo, student = ours.networks
+        networks = [generator, student.model, *(teacher.model for teacher in zoo)]
+        with compiled(networks if given.compile else []), torch.compiler.set_stance("default"):
+            contenders: dict[str, Contender] = {
+                "floor": Floor(case, given.seed, shard, accelerator),
+                "ours": ours,
+                "naive": Naive(case, given.seed, shard),
+            }
+            print(table(name, case, measure(contenders, given.repeats, shard.device)), flush=True)
+            if given.where:
+                print(where(contenders, given.repeats, shard.device), flush=True)
 
 
 if __name__ == "__main__":

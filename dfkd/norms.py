@@ -118,7 +118,7 @@ class _TappedNorm(torch.autograd.Function):
 
 
 def _forward(norm: nn.Module, collect: Callable[[nn.Module, Moments], object] | None, x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # as in batch_moments
         if collect is not None:
             collect(norm, batch_moments(x))
         return _normalised(x, norm)

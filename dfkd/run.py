@@ -27,7 +27,7 @@ from dfkd.mixing import make_mix
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
 from dfkd.results import finish
-from dfkd.runtime import Deadline, Shard, check_compile, compile_networks, eval_mode, make_accelerator, say, shut_down
+from dfkd.runtime import Deadline, Shard, check_compile, compiled, eval_mode, make_accelerator, say, shut_down
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
@@ -238,15 +238,12 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
                 take_up(parts, plan)
             elif plan.name not in TASKS:
                 prepare_student(parts, plan)
-                if recipe.runtime.compile:
-                    classifiers = [*parts.zoo, *([parts.student] if parts.student is not None else [])]
-                    generator = parts.worker or parts.generator
-                    compile_networks([generator, *(each.model for each in classifiers)])
                 synthesizer = make_synthesizer(parts) if plan.synthesis else None
                 fit = make_fit(parts, plan.students) if plan.students else None
                 loop = make_loop(parts, plan, synthesizer, fit, metrics, checkpoints, offset, spent, deadline)
                 begun = loop.load_state_dict(state) if state and k == reached else 0
-                loop.run(begun)
+                with compiled(networks(parts) if recipe.runtime.compile else []):
+                    loop.run(begun)
                 save_phase(parts, plan, synthesizer)
                 worked = begun < plan.total
             elif not finished(recipe, plan.name):
@@ -281,6 +278,12 @@ def prepare_student(parts: Parts, plan: Plan) -> None:
         hold_zeros(parts.student.requires_grad_(True))
     if parts.recipe.runtime.sync_batchnorm and parts.student is not None:
         sync_batchnorm(parts.student)
+
+
+def networks(parts: Parts) -> list[nn.Module]:
+    """The networks that work in the steps of a phase."""
+    classifiers = [*parts.zoo, *([parts.student] if parts.student is not None else [])]
+    return [parts.worker or parts.generator, *(each.model for each in classifiers)]
 
 
 def make_loop(

@@ -101,24 +101,45 @@ def frozen(module: nn.Module) -> Iterator[None]:
 def check_compile(device: torch.device) -> None:
     """Raise UserError where this machine cannot compile for a device."""
     try:
-        torch.compile(torch.sin)(torch.ones(2, device=device))
+        with torch.compiler.set_stance("default"), torch._dynamo.config.patch(suppress_errors=False):
+            torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # whatever a missing compiler leads to
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"runtime.compile=true, but torch.compile does not work here ({reason}); "
+            f"runtime.compile=true, but torch.compile does not work here ({_in_a_line(error)}); "
             "install a C++ compiler, or on a GPU Triton, or set runtime.compile=false"
         ) from None
 
 
-def compile_networks(networks: Iterable[nn.Module]) -> None:
-    """Have networks compiled, in place, for the calls in a scope of torch.compiler.set_stance("default"); all others
-    stay eager, as each further shape or mode would be compiled anew. What cannot be compiled runs as it is, with a
-    warning of torch's."""
-    torch._dynamo.config.suppress_errors = True
-    torch._dynamo.config.recompile_limit = COMPILED
-    torch.compiler.set_stance("force_eager")
-    for network in networks:
-        network.compile()
+@contextmanager
+def compiled(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Have networks compiled in its scope, in place, for calls within torch.compiler.set_stance("default"): those of
+    the steps, as whatever is called in other shapes or modes would be compiled anew. Nothing outlives it.
+
+    Raises UserError where a network cannot be compiled.
+    """
+    changed = list(networks)
+    settings = {
+        "suppress_errors": False,
+        "recompile_limit": COMPILED,
+        "skip_nnmodule_hook_guards": False,  # hooks of ours come and go from call to call
+    }
+    with torch._dynamo.config.patch(settings), torch.compiler.set_stance("force_eager"):
+        try:
+            for network in changed:
+                network.compile(dynamic=False)  # else one network's second batch size makes all others' general
+            yield
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise UserError(
+                f"runtime.compile=true, but a network could not be compiled ({_in_a_line(error)}); "
+                "set runtime.compile=false"
+            ) from error
+        finally:
+            for network in changed:
+                network._compiled_call_impl = None
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -275,7 +275,8 @@ class Runtime:
     channels_last: bool = key(True, "memory format of images and convolutions")
     compile: bool = key(
         False,
-        "torch.compile for the networks of the training steps: minutes to begin with, then faster (docs/results.md)",
+        "torch.compile for the networks of the tasks generator and distill: minutes to begin with, pays in long runs "
+        "in bf16; needs a C++ compiler (on a GPU Triton)",
     )
     sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
     checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)

@@ -3,6 +3,8 @@
 import itertools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dfkd.errors import UserError
 from dfkd.models import build_model
-from dfkd.runtime import eval_mode, frozen
+from dfkd.runtime import compiled, eval_mode, frozen
 from dfkd.teachers import Teacher, batch_norms, check_teacher, load_zoo, map_layers, sample_teachers, zoo_logits
 
 MakeTeacher = Callable[..., Teacher]
@@ -120,6 +123,46 @@ def test_maps_are_the_inputs_of_layers_spread_over_the_depth(make_teacher: MakeT
     assert len(means) == len(map_layers(teacher.model))
     seen = [mean for mean, _ in statistics.batch]
     assert all(any(torch.allclose(m, s, atol=1e-6) for s in seen if s.shape == m.shape) for m in means)
+
+
+def test_compiled_a_teacher_has_hooks_that_come_and_go_and_is_itself_again(
+    make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    teacher, x = make_teacher(), images()
+    wanted = teacher(x)
+    with torch.no_grad():
+        with compiled([teacher.model]):
+            teacher(x)
+            assert graphs.frame_count == 0  # outside the steps
+            with torch.compiler.set_stance("default"):
+                for asked in (True, False, True, False):
+                    with teacher.tap_means() if asked else nullcontext([]) as means:
+                        torch.testing.assert_close(teacher(x), wanted)
+                    assert len(means) == (len(batch_norms(teacher.model)) if asked else 0)
+            assert graphs.frame_count == 2
+        teacher(x[:3])
+        assert graphs.frame_count == 2
+
+
+def test_a_network_that_cannot_be_compiled_is_named_in_one_line(
+    make_teacher: MakeTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(*_: object) -> None:
+        raise NotImplementedError("no such kernel")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=unable))
+    teacher = make_teacher()
+    with (
+        pytest.raises(
+            UserError, match=r"a network could not be compiled \(.*no such kernel.*; set runtime.compile=false"
+        ),
+        compiled([teacher.model]),
+        torch.compiler.set_stance("default"),
+    ):
+        teacher(images())
+    assert teacher(images()).shape == (6, 3)
 
 
 def test_gradient_reaches_images_and_no_weight(make_teacher: MakeTeacher) -> None:
