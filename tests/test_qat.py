@@ -146,7 +146,8 @@ def test_every_weight_and_step_learns_and_no_statistic_does() -> None:
         assert torch.equal(norm.running_var, before[f"{name}.running_var"])
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
-        assert not torch.equal(parameter, before[name]) or not parameter.grad.any(), name
+        # Of a gradient that is nothing but rounding a float32 number need not change.
+        assert not torch.equal(parameter, before[name]) or parameter.grad.abs().max() < 1e-6, name
     assert sum(bool(each.scale.grad.any()) for each in activation_quantizers(network).values()) > 8
     decaying, free = training.fit.optimizer.param_groups
     scales = {id(p) for name, p in network.named_parameters() if name.endswith("scale")}
