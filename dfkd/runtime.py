@@ -1,4 +1,4 @@
-"""Where and how a run computes: the Accelerator, randomness by position, module modes."""
+"""Where and how a run computes: the Accelerator, randomness by position, module modes, torch.compile."""
 
 import gc
 import hashlib
