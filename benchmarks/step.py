@@ -404,13 +404,13 @@ def where(contenders: Mapping[str, Contender], repeats: int, device: torch.devic
     return "\n".join(lines)
 
 
-def header(device: torch.device, precision: str, repeats: int, seed: int, compiled: bool) -> str:
+def header(device: torch.device, precision: str, repeats: int, seed: int, compiling: bool) -> str:
     """Under which circumstances the table was made, and what its columns are."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     threads = torch.get_num_threads()
-    ours = "ours compiled, " if compiled else ""
+    ours = ", ours compiled" if compiling else ""
     return (
-        f"device {hardware}, {threads} threads, {precision} channels_last, {ours}(naive: fp32 contiguous), "
+        f"device {hardware}, {threads} threads, {precision} channels_last{ours} (naive: fp32 contiguous), "
         f"torch {torch.__version__}, seed {seed}, {repeats} repeats: medians, [quartiles]\n"
         f"{'images/s':<22}{'floor':>9}{'ours':>9}{'naive':>9}   {'time ours/floor':<19}time naive/ours"
     )

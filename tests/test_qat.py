@@ -146,8 +146,9 @@ def test_every_weight_and_step_learns_and_no_statistic_does() -> None:
         assert torch.equal(norm.running_var, before[f"{name}.running_var"])
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
-        # Of a gradient that is nothing but rounding a float32 number need not change.
-        assert not torch.equal(parameter, before[name]) or parameter.grad.abs().max() < 1e-6, name
+        # What stands still has no gradient, or one whose step (1.9e-3 of it, by Nesterov) float32 cannot add.
+        lost = 1.9e-3 * parameter.grad.abs() <= torch.finfo(torch.float32).eps * parameter.detach().abs()
+        assert not torch.equal(parameter, before[name]) or lost.all(), name
     assert sum(bool(each.scale.grad.any()) for each in activation_quantizers(network).values()) > 8
     decaying, free = training.fit.optimizer.param_groups
     scales = {id(p) for name, p in network.named_parameters() if name.endswith("scale")}
