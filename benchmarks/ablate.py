@@ -40,8 +40,10 @@ VARIANTS: dict[str, Keys] = {
     "no adversary": {"synthesis.losses.adversary": "0"},
     "adversary l1": {"synthesis.adversary_loss": "l1"},
     "adversary unmasked": {"synthesis.adversary_mask": "false"},
-    "adversary 3": {"synthesis.losses.adversary": "3"},
+    "adversary 1": {"synthesis.losses.adversary": "1"},
+    "adversary 10": {"synthesis.losses.adversary": "10"},
     "adversary from the start": {"synthesis.warmup": "0"},
+    "adversary to the end": {"synthesis.fade": "0"},
     "not equalised": {"synthesis.equalise": "false", "synthesis.losses.bn": "1"},
     "bn 10": {"synthesis.losses.bn": "10"},
     "bn 160": {"synthesis.losses.bn": "160"},
@@ -59,8 +61,8 @@ VARIANTS: dict[str, Keys] = {
     "student lr 0.2": {"distill.lr": "0.2"},
     "2 student steps": {"synthesis.student_steps": "2"},
     "8 student steps": {"synthesis.student_steps": "8"},
-    "no redraw": {"synthesis.redraw": "0"},
     "redraw 2": {"synthesis.redraw": "2"},
+    "redraw 6": {"synthesis.redraw": "6"},
     "no diversity": {"synthesis.losses.diversity": "0"},
     "diversity 0.3": {"synthesis.losses.diversity": "0.3"},
     "diversity 3": {"synthesis.losses.diversity": "3"},
@@ -68,8 +70,10 @@ VARIANTS: dict[str, Keys] = {
     "Data Mixing and one code": {"synthesis.mix.probability": "0.5", "generator.prototypes": "1"},
     "one code a class": {"generator.prototypes": "1"},
     "32 codes a class": {"generator.prototypes": "32"},
-    "student batches mixed": {"distill.mix": "0.5"},
+    "student batches not mixed": {"distill.mix": "0"},
+    "all student batches mixed": {"distill.mix": "1"},
     "no shift": {"distill.shift": "0"},
+    "half of the student's updates after the generator's": {"synthesis.student_steps": "2", "distill.steps": "1200"},
     "generator width 16": {"generator.width": "16"},
     "generator width 64": {"generator.width": "64"},
     "generator lr 1e-3": {"synthesis.lr": "1e-3"},
@@ -79,7 +83,7 @@ VARIANTS: dict[str, Keys] = {
     "batch 256": {"synthesis.batch_size": "256", "distill.batch_size": "256", "distill.lr": "0.14"},
 }
 # Last words of keys that change nothing of what an update does, as long as they are above 0.
-FREE = ("lr", "temperature", "warmup", "redraw", "replay", "bn", "ce", "diversity", "adversary")
+FREE = ("lr", "temperature", "warmup", "fade", "redraw", "replay", "bn", "ce", "diversity", "adversary")
 
 
 def make_variant(name: str, given: Keys) -> Method:

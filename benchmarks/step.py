@@ -149,6 +149,7 @@ class Ours:
             student=student,
             clip=CLIP,
             warmup=0.0,
+            fade=0.0,
             seed=seed,
             accelerator=accelerator,
             shard=shard,

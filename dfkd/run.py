@@ -368,6 +368,7 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
         adversary_loss=synthesis.adversary_loss,
         adversary_mask=synthesis.adversary_mask,
         warmup=synthesis.warmup,
+        fade=synthesis.fade,
         redraw=synthesis.redraw,
         pool=parts.generator if isinstance(parts.generator, PoolGenerator) else None,
         inner=synthesis.inner,

@@ -103,7 +103,7 @@ class Losses:
 
     ce: float = key(1.0, "cross-entropy to the (mixed) labels, MixMix eq. 9", 0)
     bn: float = key(40.0, "batch-norm statistics, MixMix eq. 2 and 6; in units of their value at the start", 0)
-    adversary: float = key(1.0, "student-teacher divergence, masked where they disagree already", 0)
+    adversary: float = key(3.0, "student-teacher divergence, masked where they disagree already", 0)
     diversity: float = key(1.0, "mode-seeking term over same-class pairs, in pixels (MSGAN eq. 3)", 0)
     likeness: float = key(0.0, "squared correlation of same-class feature maps; for classes without a pose", 0)
     spread: float = key(0.0, "RDSKD: change of the prediction per change of the image, over random pairs", 0)
@@ -137,7 +137,8 @@ class Synthesis:
     adversary_loss: Literal["kl", "l1", "mae", "js"] = key("kl", "divergence of the adversary; mae: DFAD; js: ADI")
     adversary_mask: bool = key(True, "count it only where student and teacher name the same class (CMI)")
     warmup: float = key(0.1, "share of the steps before the adversary starts; it ramps up over as many again", 0, 0.5)
-    redraw: int = key(6, "times the generator's first layers are drawn anew, evenly over the first 80 % of steps", 0)
+    fade: float = key(0.1, "share of the steps after the adversary's end; it ramps down over as many before", 0, 0.5)
+    redraw: int = key(0, "times the generator's first layers are drawn anew, evenly over the first 80 % of steps", 0)
     inner: int = key(1, "updates on the same labels and latents; above 1 a step is a round, and its images are kept", 1)
     pool: int = key(51200, "inner above 1: images kept, in uint8; the stream draws from them alone", 16)
     renew: Literal["none", "first", "all"] = key("none", "inner above 1: layers drawn anew before each round")
@@ -177,7 +178,7 @@ class Distill:
     fresh: float = key(0.5, "replay above 0: share of a batch that is drawn anew", 0.05, 1)
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
     flip: bool = key(False, "augmentation: random horizontal flip")
-    mix: float = key(0.0, "augmentation: share of student batches that are mixed (images only)", 0, 1)
+    mix: float = key(0.5, "augmentation: share of student batches that are mixed (images only)", 0, 1)
     input: str | None = key(None, "an earlier task (prune) or a folder whose model is trained on; null: student.model")
 
 

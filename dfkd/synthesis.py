@@ -115,6 +115,7 @@ class Synthesizer:
         adversary_loss: str = "l1",
         adversary_mask: bool = True,
         warmup: float = 0.1,
+        fade: float = 0.1,
         redraw: int = 0,
         pool: PoolGenerator | None = None,
         inner: int = 1,
@@ -144,7 +145,8 @@ class Synthesizer:
         self.steps, self.batch_size, self.sample = steps, batch_size, sample
         self.clip = clip if has_weights else 0.0
         self.manner = Manner(bn_distance, adversary_loss, adversary_mask)
-        self.equalise, self.penalise, self.warmup, self.seed = equalise, penalise, warmup, seed
+        self.equalise, self.penalise, self.seed = equalise, penalise, seed
+        self.warmup, self.fade = warmup * steps, fade * steps
         self.pool, self.inner, self.renew, self.latent_lr = pool, inner, renew, latent_lr
         self.lr, self.betas, self.cosine = lr, (betas[0], betas[1]), cosine
         self.jitter, self.flip, self.coarse = jitter, flip, coarse
@@ -272,11 +274,13 @@ class Synthesizer:
         return weight * value
 
     def _ramp(self, step: int) -> float:
-        """0 before the adversary's warm-up is over, then linear up to 1 over as many steps again."""
+        """The adversary's share of its weight: 0 during warm-up, then linear up to 1 over as many steps again; at the
+        end likewise down to 0, so that the generator left behind does not draw against this one student."""
         if "adversary" not in self.weights:
             return 0.0
-        warmup = self.warmup * self.steps
-        return min(1.0, max(0.0, (step + 1 - warmup) / warmup)) if warmup else 1.0
+        rise = (step + 1 - self.warmup) / self.warmup if self.warmup else 1.0
+        fall = (self.steps - self.fade - step) / self.fade if self.fade else 1.0
+        return max(0.0, min(1.0, rise, fall))
 
     def _schedule(self, optimizers: Sequence[torch.optim.Optimizer], progress: tuple[int, int]) -> None:
         if not self.cosine:

@@ -312,7 +312,10 @@ ROUNDS = ("synthesis.inner=4", "distill.replay=0")
         (["synthesis.inner=2"], "distill.replay=200 and synthesis.inner=2"),
         ([*ROUNDS, "generator.arch=pixels", "synthesis.redraw=0"], "synthesis.latent_lr above 0 (image inversion)"),
         (["generator.arch=pixels", "synthesis.redraw=0"], "set synthesis.inner above 1 and synthesis.latent_lr"),
-        ([*ROUNDS, "generator.arch=pixels", "synthesis.latent_lr=0.1"], "synthesis.redraw=6 and generator.arch=pixels"),
+        (
+            [*ROUNDS, "generator.arch=pixels", "synthesis.latent_lr=1", "synthesis.redraw=6"],
+            "synthesis.redraw=6 and generator.arch=pixels",
+        ),
         (["synthesis.penalise=true", "synthesis.losses.ce=0"], "synthesis.losses.{ce,one_hot,information}"),
         (["generator.conditional=false"], "synthesis.losses.ce, .diversity and .likeness to 0"),
         (["synthesis.penalise=true", "synthesis.learn_weights=true"], "both change the weight of ce"),
