@@ -44,6 +44,7 @@ VARIANTS: dict[str, Keys] = {
     "adversary 10": {"synthesis.losses.adversary": "10"},
     "adversary from the start": {"synthesis.warmup": "0"},
     "adversary to the end": {"synthesis.fade": "0"},
+    "fade 0.1": {"synthesis.fade": "0.1"},
     "not equalised": {"synthesis.equalise": "false", "synthesis.losses.bn": "1"},
     "bn 10": {"synthesis.losses.bn": "10"},
     "bn 160": {"synthesis.losses.bn": "160"},

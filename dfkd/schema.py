@@ -137,7 +137,7 @@ class Synthesis:
     adversary_loss: Literal["kl", "l1", "mae", "js"] = key("kl", "divergence of the adversary; mae: DFAD; js: ADI")
     adversary_mask: bool = key(True, "count it only where student and teacher name the same class (CMI)")
     warmup: float = key(0.1, "share of the steps before the adversary starts; it ramps up over as many again", 0, 0.5)
-    fade: float = key(0.1, "share of the steps after the adversary's end; it ramps down over as many before", 0, 0.5)
+    fade: float = key(0.2, "share of the steps after the adversary's end; it ramps down over as many before", 0, 0.5)
     redraw: int = key(0, "times the generator's first layers are drawn anew, evenly over the first 80 % of steps", 0)
     inner: int = key(1, "updates on the same labels and latents; above 1 a step is a round, and its images are kept", 1)
     pool: int = key(51200, "inner above 1: images kept, in uint8; the stream draws from them alone", 16)

@@ -115,7 +115,7 @@ class Synthesizer:
         adversary_loss: str = "l1",
         adversary_mask: bool = True,
         warmup: float = 0.1,
-        fade: float = 0.1,
+        fade: float = 0.2,
         redraw: int = 0,
         pool: PoolGenerator | None = None,
         inner: int = 1,
