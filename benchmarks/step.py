@@ -3,7 +3,8 @@
     python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile]
 
 - ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run with the default keys prepares
-  them, adversary fully ramped up; with --compile as runtime.compile=true has them, once they are compiled.
+  them, adversary fully ramped up, student batches not mixed; with --compile as runtime.compile=true has them, once they
+  are compiled.
 - naive: the same losses on the same draws in float32 and NCHW, with teachers that take gradients, hooks that are never
   removed, a student whose gradients are computed in the adversary, and teachers that are asked again about every
   replayed image. Drawing, replay and augmentation are ours: no loss terms or bugs of others are held against them.

@@ -444,6 +444,11 @@ def _synthesis_problems(recipe: Recipe) -> Iterator[str]:
         )
     if synthesis.penalise and synthesis.learn_weights:
         yield "synthesis.penalise and synthesis.learn_weights both change the weight of ce; set one of them to false"
+    if weights.adversary and 2 * (synthesis.warmup + synthesis.fade) > 1:
+        yield (
+            f"synthesis.warmup={synthesis.warmup} and synthesis.fade={synthesis.fade}: the adversary never has its "
+            "whole weight; keep their sum at 0.5 or below"
+        )
     rounds = synthesis.inner > 1
     for key, given in (
         ("latent_lr", synthesis.latent_lr),

@@ -178,7 +178,9 @@ class Distill:
     fresh: float = key(0.5, "replay above 0: share of a batch that is drawn anew", 0.05, 1)
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
     flip: bool = key(False, "augmentation: random horizontal flip")
-    mix: float = key(0.5, "augmentation: share of student batches that are mixed (images only)", 0, 1)
+    mix: float = key(
+        0.5, "augmentation: share of batches whose fresh images are mixed before the teacher answers", 0, 1
+    )
     input: str | None = key(None, "an earlier task (prune) or a folder whose model is trained on; null: student.model")
 
 

@@ -146,7 +146,7 @@ class Synthesizer:
         self.clip = clip if has_weights else 0.0
         self.manner = Manner(bn_distance, adversary_loss, adversary_mask)
         self.equalise, self.penalise, self.seed = equalise, penalise, seed
-        self.warmup, self.fade = warmup * steps, fade * steps
+        self.rise, self.fall = warmup * steps, fade * steps  # in steps
         self.pool, self.inner, self.renew, self.latent_lr = pool, inner, renew, latent_lr
         self.lr, self.betas, self.cosine = lr, (betas[0], betas[1]), cosine
         self.jitter, self.flip, self.coarse = jitter, flip, coarse
@@ -278,9 +278,9 @@ class Synthesizer:
         end likewise down to 0, so that the generator left behind does not draw against this one student."""
         if "adversary" not in self.weights:
             return 0.0
-        rise = (step + 1 - self.warmup) / self.warmup if self.warmup else 1.0
-        fall = (self.steps - self.fade - step) / self.fade if self.fade else 1.0
-        return max(0.0, min(1.0, rise, fall))
+        up = (step + 1 - self.rise) / self.rise if self.rise else 1.0
+        down = (self.steps - self.fall - step) / self.fall if self.fall else 1.0
+        return max(0.0, min(1.0, up, down))
 
     def _schedule(self, optimizers: Sequence[torch.optim.Optimizer], progress: tuple[int, int]) -> None:
         if not self.cosine:

@@ -104,7 +104,7 @@ def verdict(
     if student and student["agreement"]["percent"] < DISAGREES:
         found.append(
             f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of fresh images: raise "
-            "distill.steps or synthesis.student_steps, or choose a larger student"
+            "distill.steps, synthesis.student_steps or synthesis.fade, or choose a larger student"
         )
     quarter = student and student["last_quarter"]
     if quarter and quarter["lowest"] < quarter["mean"] - SWING:

@@ -112,6 +112,7 @@ def training(shard: Shard, accelerator: Any) -> dict[str, Any]:
         mix=make_mix("resize"),
         student=student,
         warmup=0.0,
+        fade=0.0,
         redraw=1,
         learn_weights=True,
         lr=1e-2,

@@ -53,6 +53,14 @@ def test_there_are_methods() -> None:
     assert set(METHODS) >= NOISE | OFFLINE
 
 
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"dfkd"}))
+def test_a_published_method_does_not_follow_the_defaults(method: str) -> None:
+    loaded = own(method)
+    keys = ["synthesis.losses.adversary", "synthesis.redraw", "distill.mix"] if method not in NOISE else ["distill.mix"]
+    keys += ["synthesis.fade"] if loaded.recipe.synthesis.losses.adversary and method not in NOISE else []
+    assert {key for key in keys if not loaded.sources.get(key, "").startswith("recipes/methods/")} == set()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_a_method_says_survives_another_base(base: str, method: str) -> None:
     alone, other = own(method), load_recipe([f"recipe=methods/{method}", base])

@@ -308,6 +308,7 @@ ROUNDS = ("synthesis.inner=4", "distill.replay=0")
         (["synthesis.steps=0", "distill.steps=0"], "synthesis.steps=0 leaves the generator untrained"),
         (["synthesis.latent_lr=0.1"], "synthesis.latent_lr=0.1 is about rounds; set synthesis.inner above 1"),
         (["synthesis.renew=first"], "synthesis.renew=first is about rounds; set synthesis.inner above 1"),
+        (["synthesis.losses.adversary=1", "synthesis.warmup=0.4", "synthesis.fade=0.2"], "their sum at 0.5 or below"),
         (["synthesis.coarse=0.5"], "synthesis.coarse=0.5 is about rounds; set synthesis.inner above 1"),
         (["synthesis.inner=2"], "distill.replay=200 and synthesis.inner=2"),
         ([*ROUNDS, "generator.arch=pixels", "synthesis.redraw=0"], "synthesis.latent_lr above 0 (image inversion)"),
