@@ -48,6 +48,7 @@ OWN = ("recipe", "output", "seed", "overwrite")  # keys that are not for the com
 TOLERATED = 0.2  # share by which a run's seconds may miss the budget before its row says so
 PROBE = 1 / 12  # share of the budget that a measurement of the seconds per update takes at least
 FIRST_PROBE, CHEAPEST = 10, 1e-6  # updates; seconds per update, below which a measurement is noise
+LEAST = 0.5  # share of a run's seconds that its updates must have taken
 AGAIN = 3  # times that a probe is made
 PROBE_ROUNDS = 2  # of a probe at the least
 ROUNDED = 0.1  # seconds to which a line rounds those of its training
@@ -147,11 +148,17 @@ def scale(work: Work, cost: Cost, budget: float) -> tuple[Work, str]:
 
 
 def fit_cost(trials: Sequence[tuple[Work, float]]) -> Cost:
-    """What an update costs, and what all runs have in common, out of runs and their seconds: least squares."""
+    """What an update costs, and what all runs have in common, out of runs and their seconds: least squares.
+
+    A machine that was slower in the shorter runs makes updates look free; none costs less than LEAST of the mean one in
+    the run that had the cheapest.
+    """
     rows = torch.tensor([[1.0, work.generator, work.student] for work, _ in trials], dtype=torch.float64)
     seconds = torch.tensor([seconds for _, seconds in trials], dtype=torch.float64)
     found = torch.linalg.lstsq(rows, seconds.unsqueeze(1), driver="gelsd").solution.flatten()
-    run, generator, student = found.clamp_min(CHEAPEST).tolist()
+    least = LEAST * (seconds / rows[:, 1:].sum(1)).min() * rows.any(0)
+    least[0] = 0
+    run, generator, student = found.maximum(least).clamp_min(CHEAPEST).tolist()
     return Cost(generator, student, run)
 
 

@@ -127,6 +127,11 @@ def test_the_cost_is_that_of_the_trials(bench: ModuleType) -> None:
     assert bench.fit_cost(noise) == pytest.approx((0, 0.01, 0.25), abs=2e-6)
 
 
+def test_no_update_looks_free_where_the_shorter_trial_was_disturbed(bench: ModuleType) -> None:
+    disturbed = [(bench.Work(0, 1, 0, 10), 2.0), (bench.Work(0, 1, 0, 100), 1.0)]
+    assert bench.fit_cost(disturbed).student == pytest.approx(0.005)  # half of a hundredth of a second
+
+
 def test_work_is_what_a_recipe_asks_for_and_changes_lead_to_it(
     bench: ModuleType, here: list[tuple[str, dict[str, str]]]
 ) -> None:
