@@ -150,15 +150,15 @@ def scale(work: Work, cost: Cost, budget: float) -> tuple[Work, str]:
 def fit_cost(trials: Sequence[tuple[Work, float]]) -> Cost:
     """What an update costs, and what all runs have in common, out of runs and their seconds: least squares.
 
-    A machine that was slower in the shorter runs makes updates look free; none costs less than LEAST of the mean one in
-    the run that had the cheapest.
+    A machine that was slower during the shorter runs makes updates look free: none costs less than LEAST of what one
+    took on average in the run where that was the least.
     """
     rows = torch.tensor([[1.0, work.generator, work.student] for work, _ in trials], dtype=torch.float64)
     seconds = torch.tensor([seconds for _, seconds in trials], dtype=torch.float64)
     found = torch.linalg.lstsq(rows, seconds.unsqueeze(1), driver="gelsd").solution.flatten()
-    least = LEAST * (seconds / rows[:, 1:].sum(1)).min() * rows.any(0)
-    least[0] = 0
-    run, generator, student = found.maximum(least).clamp_min(CHEAPEST).tolist()
+    least = LEAST * (seconds / rows[:, 1:].sum(1)).min() * rows[:, 1:].any(0)
+    found[1:] = found[1:].maximum(least)
+    run, generator, student = found.clamp_min(CHEAPEST).tolist()
     return Cost(generator, student, run)
 
 

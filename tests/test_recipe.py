@@ -314,7 +314,7 @@ ROUNDS = ("synthesis.inner=4", "distill.replay=0")
         ([*ROUNDS, "generator.arch=pixels", "synthesis.redraw=0"], "synthesis.latent_lr above 0 (image inversion)"),
         (["generator.arch=pixels", "synthesis.redraw=0"], "set synthesis.inner above 1 and synthesis.latent_lr"),
         (
-            [*ROUNDS, "generator.arch=pixels", "synthesis.latent_lr=1", "synthesis.redraw=6"],
+            [*ROUNDS, "generator.arch=pixels", "synthesis.latent_lr=0.1", "synthesis.redraw=6"],
             "synthesis.redraw=6 and generator.arch=pixels",
         ),
         (["synthesis.penalise=true", "synthesis.losses.ce=0"], "synthesis.losses.{ce,one_hot,information}"),

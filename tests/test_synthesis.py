@@ -287,12 +287,11 @@ def test_the_adversary_ramps_up_after_warm_up_and_down_before_it_ends(
     zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
 ) -> None:
     # A quarter of 20 steps, and as many again; at the end a tenth, and as many before.
-    ramp = {0: 0.0, 4: 0.0, 5: 0.2, 7: 0.6, 9: 1.0, 16: 1.0, 17: 0.5, 18: 0.0, 19: 0.0}
+    ramp = {0: 0.0, 4: 0.0, 5: 0.2, 7: 0.6, 9: 1.0, 15: 1.0, 16: 1.0, 17: 0.5, 18: 0.0, 19: 0.0}
     for step, factor in ramp.items():
-        weights = {"ce": 1.0, "adversary": 3.0}
-        ramped = build(make_generator(), zoo, weights, student=student, steps=20, warmup=0.25, fade=0.1)
-        weights["adversary"] = 3 * factor
-        plain = build(make_generator(), zoo, weights, student=student, warmup=0.0, fade=0.0)
+        full, scaled = ({"ce": 1.0, "adversary": 3 * share} for share in (1.0, factor))
+        ramped = build(make_generator(), zoo, full, student=student, steps=20, warmup=0.25, fade=0.1)
+        plain = build(make_generator(), zoo, scaled, student=student, warmup=0.0, fade=0.0)
         terms, wanted = ramped.step(step), plain.step(step)
         assert ("adversary" in terms) == ("adversary" in wanted) == (factor > 0)
         for a, b in zip(ramped.generator.parameters(), plain.generator.parameters()):
@@ -370,9 +369,9 @@ def test_a_loss_of_weight_zero_is_not_computed(
 def test_an_adversary_alone_waits_out_its_warm_up(
     zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
 ) -> None:
-    synthesizer = build(make_generator(), zoo, {"adversary": 1.0}, student=student, warmup=0.4)
+    synthesizer = build(make_generator(), zoo, {"adversary": 1.0}, student=student, warmup=0.5, fade=0.0)
     assert "adversary" not in synthesizer.step(0)
-    assert "adversary" in synthesizer.step(7)
+    assert "adversary" in synthesizer.step(9)
 
 
 # --- redrawing ---
