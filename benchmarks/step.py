@@ -1,10 +1,9 @@
 """Images per second of a generator step, of a student step and of the stream, between the bare floor and a naive form.
 
-    python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile]
+    python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile] [--eager]
 
 - ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run with the default keys prepares
-  them, adversary fully ramped up, student batches not mixed; with --compile as runtime.compile=true has them, once they
-  are compiled.
+  them, adversary fully ramped up; with --compile as runtime.compile=true has them, once they are compiled.
 - naive: the same losses on the same draws in float32 and NCHW, with teachers that take gradients, hooks that are never
   removed, a student whose gradients are computed in the adversary, and teachers that are asked again about every
   replayed image. Drawing, replay and augmentation are ours: no loss terms or bugs of others are held against them.
@@ -12,6 +11,7 @@
   teacher and for the adversary forward and input gradient, generator forward and backward; for the student its forward
   and backward, the teachers' and the generator's forward for the fresh half; for the stream the generator's forward.
 
+On a GPU networks of ours and of the floor are CUDA graphs, as runtime.cuda_graphs has them, unless --eager is given.
 The three take turns step by step, so that a ratio compares neighbours in time. Weights are random. --where profiles
 ours and the floor afterwards, and says in which operators what is beyond the floor goes.
 """
@@ -34,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from dfkd import losses as L
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
+from dfkd.cuda_graphs import Outputs, recorder
 from dfkd.models import build_model
 from dfkd.runtime import Shard, compiled, eval_mode, frozen, make_accelerator, resolve_precision
 from dfkd.stream import SyntheticStream
@@ -45,6 +46,7 @@ SAMPLE = 2  # m': teachers of a generator step
 WEIGHTS = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 1.0}
 CLIP = 5.0
 FRESH = 0.5  # of a student batch, the rest is replayed
+MIXED = 0.5  # probability that what is fresh is mixed
 SCHEDULE = 10_000  # length of the run that a measured step is part of
 WARMUP = 3  # rounds before the clock starts
 SHOWN = 10  # operators that --where names
@@ -70,7 +72,7 @@ class Case:
     @property
     def stream(self) -> dict[str, Any]:
         """Options of the student's stream."""
-        return {"batch_size": self.batch, "replay": self.replay, "fresh": FRESH, "shift": 0.125}
+        return {"batch_size": self.batch, "replay": self.replay, "fresh": FRESH, "shift": 0.125, "mix": MIXED}
 
 
 TINY = [(f"dfkd:tiny_{family}", {"width": 16}) for family in ("plain", "inverted", "residual")]
@@ -137,7 +139,13 @@ class Ours:
     """The steps of a run."""
 
     def __init__(
-        self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None, sample: int = SAMPLE
+        self,
+        case: Case,
+        seed: int,
+        shard: Shard,
+        accelerator: Accelerator | None = None,
+        sample: int = SAMPLE,
+        graphs: bool = False,
     ) -> None:
         self.networks = generator, zoo, student = build(case, seed, shard.device, torch.channels_last)
         self.synthesizer = Synthesizer(
@@ -154,11 +162,13 @@ class Ours:
             seed=seed,
             accelerator=accelerator,
             shard=shard,
+            call=recorder(graphs, shard),
         )
-        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True}
+        call = recorder(graphs, shard)
+        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True, "call": call}
         options |= {"autocast": accelerator.autocast} if accelerator else {}
         stream = SyntheticStream(generator, teacher=zoo, **case.stream, **options)
-        self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator)
+        self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, call=call)
         self.images = SyntheticStream(generator, batch_size=case.batch, **options)
 
     def generator_step(self, step: int) -> dict[str, Tensor]:
@@ -274,8 +284,11 @@ class Naive:
 class Floor:
     """The network work without which neither step can be."""
 
-    def __init__(self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None, graphs: bool = False
+    ) -> None:
         self.networks = build(case, seed, shard.device, torch.channels_last)
+        self.call = recorder(graphs, shard)
         self.generator, self.zoo, self.student = self.networks
         self.autocast = accelerator.autocast if accelerator else nullcontext
         self.seed, self.fresh = seed, math.ceil(FRESH * case.batch)
@@ -288,34 +301,36 @@ class Floor:
 
     def generator_step(self, step: int) -> None:
         """Generator forward and backward; forward and input gradient of the sampled teachers and of the adversary."""
-        with self.autocast():
-            images = self.generator(self.latents, self.labels)
+        (images,) = self._ask("generator", self.generator, self.generator, self.latents, self.labels)
         leaf = images.detach().requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
         with eval_mode(self.student), frozen(self.student):
             for network in (*sample_teachers(self.zoo, SAMPLE, self.seed, step), self.student):
-                self._backward(network, leaf)
+                self._ask(network.name, None, network, leaf)[0].backward(self.gradient)
         self.generator.zero_grad()
         images.backward(leaf.grad)
 
     def student_step(self, step: int) -> None:
         """Student forward and backward, forward of every teacher and of the generator for the fresh half."""
-        with torch.no_grad(), self.autocast():
-            self.generator(self.latents[: self.fresh], self.labels[: self.fresh])
+        with torch.no_grad():
+            self._ask("fresh", self.generator, self.generator, self.latents[: self.fresh], self.labels[: self.fresh])
             for teacher in self.zoo:
-                teacher(self.images[: self.fresh])
+                self._ask(teacher.name, None, teacher, self.images[: self.fresh])
         self.student.zero_grad()
-        self._backward(self.student, self.images)
+        self._ask("student", self.student, self.student, self.images)[0].backward(self.gradient)
 
     @torch.no_grad()
     def stream_step(self, step: int) -> Tensor:
         """Generator forward."""
-        with eval_mode(self.generator), self.autocast():
-            return self.generator(self.latents, self.labels)
+        with eval_mode(self.generator):
+            return self._ask("stream", self.generator, self.generator, self.latents, self.labels)[0]
 
-    def _backward(self, network: nn.Module, images: Tensor) -> None:
-        with self.autocast():
-            logits = network(images)
-        logits.backward(self.gradient)
+    def _ask(self, name: str, learner: nn.Module | None, network: nn.Module, *inputs: Tensor) -> Outputs:
+        def forward(*inputs: Tensor) -> Outputs:
+            with self.autocast():
+                return (network(*inputs),)
+
+        return self.call((name,), learner, forward, *inputs)
 
 
 Seconds = dict[str, list[float]]  # contender -> seconds of each repetition
@@ -406,11 +421,12 @@ def where(contenders: Mapping[str, Contender], repeats: int, device: torch.devic
     return "\n".join(lines)
 
 
-def header(device: torch.device, precision: str, repeats: int, seed: int, compiling: bool) -> str:
+def header(device: torch.device, precision: str, repeats: int, seed: int, compiling: bool, eager: bool) -> str:
     """Under which circumstances the table was made, and what its columns are."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     threads = torch.get_num_threads()
     ours = ", ours compiled" if compiling else ""
+    ours += ", CUDA graphs" if device.type == "cuda" and not eager else ""
     return (
         f"device {hardware}, {threads} threads, {precision} channels_last{ours} (naive: fp32 contiguous), "
         f"torch {torch.__version__}, seed {seed}, {repeats} repeats: medians, [quartiles]\n"
@@ -427,6 +443,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="ours compiled; the others stay eager")
+    parser.add_argument("--eager", action="store_true", help="on a GPU: ours and the floor without CUDA graphs")
     parser.add_argument("--where", action="store_true", help="profile what is beyond the floor")
     given = parser.parse_args()
     if given.repeats < 2:
@@ -441,15 +458,15 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     accelerator, shard = make_accelerator(given.precision)
     precision = resolve_precision(given.precision, shard.device)
-    print(header(shard.device, precision, given.repeats, given.seed, given.compile))
+    print(header(shard.device, precision, given.repeats, given.seed, given.compile, given.eager))
     for name in CASES if given.case == "all" else [given.case]:
         case = CASES[name]
-        ours = Ours(case, given.seed, shard, accelerator)
+        ours = Ours(case, given.seed, shard, accelerator, graphs=not given.eager)
         generator, zoo, student = ours.networks
         networks = [generator, student.model, *(teacher.model for teacher in zoo)]
         with compiled(networks if given.compile else []), torch.compiler.set_stance("default"):
             contenders: dict[str, Contender] = {
-                "floor": Floor(case, given.seed, shard, accelerator),
+                "floor": Floor(case, given.seed, shard, accelerator, not given.eager),
                 "ours": ours,
                 "naive": Naive(case, given.seed, shard),
             }

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.collectives import agreed
+from dfkd.cuda_graphs import recorder
 from dfkd.data import RealImages, load_images, opened
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
@@ -194,6 +195,7 @@ def _train(
         channels_last=recipe.runtime.channels_last,
         checkpoint=checkpoint,
         deadline=deadline,
+        call=recorder(recipe.runtime.cuda_graphs, Shard(device)),
     )
     if finished:
         about = {**describe(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
+from dfkd.cuda_graphs import Call, plain
 from dfkd.runtime import Deadline, Shard, rng
 from dfkd.stream import augment, to_float
 
@@ -42,6 +43,7 @@ def train_teacher(
     log: Callable[[int, float], None] = lambda epoch, loss: None,
     checkpoint: Path | None = None,
     deadline: Deadline | None = None,
+    call: Call = plain,
 ) -> bool:
     """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, random shifts and flips; in place.
 
@@ -55,6 +57,11 @@ def train_teacher(
     optimizer = torch.optim.SGD(
         classifier.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True
     )
+
+    def answer(x: Tensor) -> tuple[Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
+            return (classifier(x),)
+
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(images))
     batches = len(images) // batch_size
@@ -72,8 +79,8 @@ def train_teacher(
             for group in optimizer.param_groups:
                 group["lr"] = lr * one_cycle((epoch * batches + k) / (epochs * batches))
             x = augment(to_float(images[rows]), shard, round(shift * images.shape[-1]), flip, seed, epoch, k)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss = F.cross_entropy(classifier(x.contiguous(memory_format=memory_format)), labels[rows])
+            (logits,) = call(("teacher",), classifier, answer, x.contiguous(memory_format=memory_format))
+            loss = F.cross_entropy(logits, labels[rows])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -18,6 +18,7 @@ from dfkd.classifier import Classifier
 from dfkd.collectives import agreed, sync_batchnorm
 from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, Hints, hold_zeros, map_pairs
+from dfkd.cuda_graphs import recorder
 from dfkd.errors import Paused, UserError
 from dfkd.evaluate import accuracy, agreement
 from dfkd.folder import may_run, open_folder, owner
@@ -382,6 +383,7 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
         seed=recipe.seed,
         accelerator=parts.accelerator,
         shard=parts.shard,
+        call=recorder(recipe.runtime.cuda_graphs, parts.shard),
     )
 
 
@@ -391,6 +393,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
     hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
+    call = recorder(recipe.runtime.cuda_graphs and hints is None, parts.shard)
     stream = SyntheticStream(
         parts.generator,
         batch_size=distill.batch_size,
@@ -404,6 +407,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
         shard=parts.shard,
         autocast=parts.accelerator.autocast,
         channels_last=recipe.runtime.channels_last,
+        call=call,
     )
     return Fit(
         parts.student,
@@ -417,6 +421,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
         clip=distill.clip,
         hints=hints,
         accelerator=parts.accelerator,
+        call=call,
     )
 
 

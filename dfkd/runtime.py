@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, parse_flag_from_env
 from torch import Tensor, nn
 
 from dfkd.errors import UserError
@@ -170,7 +170,9 @@ def make_accelerator(precision: str) -> tuple[Accelerator, Shard]:
     # SyncBatchNorm of ours keeps buffers equal; broadcasting them in DDP breaks two forwards in one step on CUDA.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[ddp])
+    # No weight is used twice in a forward, and a CUDA graph must not read a copy that was made outside of it.
+    autocast = AutocastKwargs(cache_enabled=False)
+    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[ddp, autocast])
     return accelerator, Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)
 
 

@@ -281,6 +281,9 @@ class Runtime:
         "torch.compile for the networks of the tasks generator and distill: minutes to begin with, pays in long runs "
         "in bf16; needs a C++ compiler (on a GPU Triton)",
     )
+    cuda_graphs: bool = key(
+        True, "on one GPU: the networks' work in the tasks generator and distill recorded once, as CUDA graphs"
+    )
     sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
     checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)
     log_every: int = key(50, "student steps (without a student: generator steps) between logged lines", 1)

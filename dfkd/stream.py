@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.utils import save_image
 
+from dfkd.cuda_graphs import Call, plain
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix, mix_batch
 from dfkd.runtime import Shard, full_precision, rng, to_bytes
@@ -22,13 +23,16 @@ from generators import ImageGenerator
 Source = Callable[[Shard, int, tuple[int | str, ...]], tuple[Tensor, Tensor]]
 
 
-def from_generator(generator: ImageGenerator) -> Source:
+def from_generator(generator: ImageGenerator, call: Call = plain) -> Source:
     """Images of a generator, of balanced classes."""
+
+    def images(latents: Tensor, labels: Tensor) -> tuple[Tensor]:
+        return (full_precision(generator(latents, labels)),)
 
     def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
         labels = draw_labels(shard, count, generator.classes, *position)
         latents = draw_latents(shard, count, generator.latent, *position)
-        return full_precision(generator(latents, labels)), labels
+        return call(("stream", "generator"), generator, images, latents, labels)[0], labels
 
     return draw
 
@@ -148,6 +152,7 @@ class SyntheticStream(IterableDataset):
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         channels_last: bool = False,
         epoch: int = 0,
+        call: Call = plain,
     ) -> None:
         super().__init__()
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
@@ -156,12 +161,12 @@ class SyntheticStream(IterableDataset):
             raise UserError(f"a stream needs fresh above 0 and at most 1, the share of a batch drawn anew, got {fresh}")
         self.shard = shard or default_shard(source)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
-        self.source = from_generator(source) if isinstance(source, ImageGenerator) else source
+        self.source = from_generator(source, call) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
         self.replay = Replay(replay) if replay else None
         self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
-        self.shift, self.flip, self.autocast = shift, flip, autocast
+        self.shift, self.flip, self.autocast, self.call = shift, flip, autocast, call
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -195,7 +200,7 @@ class SyntheticStream(IterableDataset):
                 # As the ring keeps them, so that the targets are of these very images whenever they are drawn.
                 images = to_bytes(images).to(images.dtype) / 255
             images = images.contiguous(memory_format=self.memory_format)
-            targets = zoo_logits(self.teachers, images) if self.teachers else labels
+            targets = zoo_logits(self.teachers, images, self.call) if self.teachers else labels
         if self.replay is None:
             return images, targets
         self.replay.push(images, targets)

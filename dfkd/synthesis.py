@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from itertools import chain
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd import losses as L
 from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm
 from dfkd.contrast import Contrast
+from dfkd.cuda_graphs import Call, plain
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
@@ -129,12 +130,14 @@ class Synthesizer:
         seed: int = 0,
         accelerator: Accelerator | None = None,
         shard: Shard | None = None,
+        call: Call = plain,
     ) -> None:
         check_losses(losses, zoo, student, generator, bank)
         for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.ADVERSARIES), (renew, RENEWED)):
             if given not in table:
                 raise UserError(f"unknown choice {given!r}; choose from {sorted(table)}")
         self.shard = shard or Shard(generator.device)
+        self.call = call
         self.generator = generator.train()
         sync_batchnorm(generator)
         self.accelerator, self.autocast = accelerator, accelerator.autocast if accelerator else nullcontext
@@ -185,7 +188,7 @@ class Synthesizer:
             self._project(latents)
             optimizers.append(self._adam([latents], self.latent_lr))
         if self.equalise and "bn" in self.weights and not self.bn_start:
-            self.bn_start = self._bn_losses(self._images(latents, labels))
+            self.bn_start = self._bn_losses(*self._drawn(latents, labels))
         for k in range(self.inner):
             self._schedule(optimizers, (k, self.inner) if self.pool is not None else (step, self.steps))
             for optimizer in optimizers:
@@ -201,14 +204,14 @@ class Synthesizer:
         labels = draw_labels(self.shard, self.batch_size, self.generator.classes, *position, repeats=2)
         return labels, draw_latents(self.shard, self.batch_size, self.generator.latent, *position)
 
-    def _images(self, latents: Tensor, labels: Tensor) -> Tensor:
+    def _drawn(self, latents: Tensor, labels: Tensor) -> tuple[Tensor]:
         with self.autocast():
-            return full_precision(self.prepared(latents, labels))
+            return (full_precision(self.prepared(latents, labels)),)
 
     def _backward(self, step: int, k: int, labels: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The gradients of one update; returns its terms."""
         position: tuple[int | str, ...] = (self.seed, "synthesis", step, *([k] if k else []))
-        images = self._images(latents, labels)
+        (images,) = self.call(("generator",), self.generator, self._drawn, latents, labels)
         seen = jitter(images, self.jitter, self.flip, *position)
         if k < self.coarse * self.inner:
             seen = F.avg_pool2d(seen, 2)
@@ -239,17 +242,18 @@ class Synthesizer:
         ramp = self._ramp(step)
         # Where the adversary is all that asks them anything, the teachers rest until its warm-up is over.
         asked = any(name in self.weights for name in TEACHER_TERMS if name != "adversary" or ramp)
+        leaf.grad = torch.zeros_like(leaf) if asked else None  # a sum of its own: a graph's gradients are overwritten
         update = step * self.inner + k
         chosen, upcoming = (sample_teachers(self.zoo, self.sample, self.seed, u) for u in (update, update + 1))
         seen: dict[str, list[Tensor]] = {}
         reply = reply_leaf = None
         if ramp and self.student is not None:
-            norms = batch_norms(self.student).values()
-            with eval_mode(self.student), frozen(self.student), frozen_norms(norms), self.autocast():
-                reply = self.student(leaf)
+            (reply,) = self.call(("adversary",), None, self._reply, leaf)
             reply_leaf = reply.detach().requires_grad_()
         for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():
-            answer = ask(teacher, mixed, leaf, self.weights, self.manner, self.autocast, self.contrast, position)
+            answer = ask(
+                teacher, mixed, leaf, self.weights, self.manner, self.autocast, self.contrast, position, self.call
+            )
             answer.student = reply_leaf
             if answer.bn is not None:
                 self.bn_last[teacher.name] = answer.bn.detach()
@@ -263,6 +267,14 @@ class Synthesizer:
         if reply is not None and reply_leaf is not None:
             reply.backward(reply_leaf.grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
+
+    def _reply(self, images: Tensor) -> tuple[Tensor]:
+        """The adversary's logits [B, K], as those of a frozen network in eval mode."""
+        if self.student is None:
+            raise ValueError("there is no adversary")
+        norms = batch_norms(self.student).values()
+        with eval_mode(self.student), frozen(self.student), frozen_norms(norms), self.autocast():
+            return (self.student(images),)
 
     def _weigh(self, name: str, value: Tensor, ramp: float) -> Tensor:
         weight = self.weights[name] * (ramp if name == "adversary" else 1.0)
@@ -307,7 +319,7 @@ class Synthesizer:
     @torch.no_grad()
     def _keep(self, labels: Tensor, latents: Tensor) -> None:
         """Put the images of a round into the pool, and their features into the memory bank."""
-        images = self._images(latents, labels)
+        (images,) = self._drawn(latents, labels)
         if self.contrast is not None:
             with self.autocast():
                 self.contrast.remember(self.zoo[0], images)
@@ -334,9 +346,9 @@ class Synthesizer:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(rng("cpu", self.seed, "redraw", step).initial_seed())
             for module in modules:
-                device = next(chain(module.parameters(False), module.buffers(False))).device
-                module.cpu().reset_parameters()  # type: ignore[operator]
-                module.to(device)
+                fresh = deepcopy(module).cpu()  # so that the numbers are the same on every device
+                fresh.reset_parameters()  # type: ignore[operator]
+                module.load_state_dict(fresh.state_dict())  # in place: a CUDA graph reads this memory
                 for parameter in module.parameters():
                     if self.optimizer is not None:
                         self.optimizer.state.pop(parameter, None)
@@ -353,7 +365,7 @@ class Synthesizer:
             for norm in norms:
                 norm.momentum = 1 / (k + 1)
             labels, latents = self._draw(self.steps + k)
-            self._images(latents, labels)
+            self._drawn(latents, labels)
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
         done.eval().requires_grad_(False)

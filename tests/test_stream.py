@@ -240,11 +240,14 @@ def test_half_of_a_replayed_batch_is_fresh(make_stream: MakeStream, batch_size: 
 
 @pytest.mark.parametrize(("fresh", "rows"), [(0.125, 1), (0.5, 4), (0.7, 6), (1.0, 8)])
 def test_teacher_and_generator_are_asked_only_for_what_is_fresh(
-    make_stream: MakeStream, make_teacher: Callable[..., Teacher], fresh: float, rows: int
+    make_generator: Callable[..., ConvGenerator], make_teacher: Callable[..., Teacher], fresh: float, rows: int
 ) -> None:
     teacher, asked = make_teacher(), []
-    stream = make_stream(teacher=teacher, replay=3, fresh=fresh, shift=0.25, flip=True)
-    for network in (teacher, stream.source.__closure__[0].cell_contents):  # type: ignore[attr-defined]
+    generator = make_generator().eval()
+    stream = SyntheticStream(
+        generator, batch_size=8, teacher=teacher, replay=3, fresh=fresh, shift=0.25, flip=True, shard=CPU
+    )
+    for network in (teacher, generator):
         network.register_forward_hook(lambda module, inputs, output: asked.append(len(output)))
     for index in range(3):
         images, logits = stream.batch(index)

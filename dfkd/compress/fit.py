@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dfkd.compress.graph import images_of, watch
+from dfkd.cuda_graphs import Call, plain
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, hints
 from dfkd.runtime import Shard, eval_mode, rng
@@ -141,10 +142,12 @@ class Fit:
         clip: float = 0.0,
         hints: Hints | None = None,
         accelerator: Accelerator | None = None,
+        call: Call = plain,
     ) -> None:
         # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
+        self.call = plain if hints else call  # a layer that is watched must run
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.lr, self.warmup, self.temperature = lr, warmup, temperature
         if loss not in STUDENT_LOSSES:
@@ -164,8 +167,8 @@ class Fit:
         torch.manual_seed(rng("cpu", *position).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
-        with self.autocast(), wanted.watch_student() if wanted else nullcontext() as ours:
-            logits = self.prepared(images)
+        with wanted.watch_student() if wanted else nullcontext() as ours:
+            (logits,) = self.call(("student",), self.student, self._answer, images)
         loss = self.loss(logits, targets, self.temperature)
         if wanted is not None and ours is not None and theirs is not None:
             loss = loss + wanted.term(ours, theirs)
@@ -176,6 +179,10 @@ class Fit:
         self.optimizer.step()
         agree = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
         return {"loss": loss.detach(), "agreement": agree}
+
+    def _answer(self, images: Tensor) -> tuple[Tensor]:
+        with self.autocast():
+            return (self.prepared(images),)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs: the student, its optimiser, the stream's replay ring."""

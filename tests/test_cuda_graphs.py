@@ -1,0 +1,176 @@
+"""What only a GPU can show; elsewhere nothing is recorded."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd.classifier import Classifier
+from dfkd.compress.fit import Fit
+from dfkd.cuda_graphs import Call, Graphs, plain, recorder
+from dfkd.mixing import make_mix
+from dfkd.models import build_model
+from dfkd.pretrain import train_teacher
+from dfkd.runtime import Shard
+from dfkd.stream import SyntheticStream
+from dfkd.synthesis import Synthesizer
+from dfkd.teachers import Teacher, load_zoo
+from generators import ConvGenerator
+
+GPU = torch.device("cuda", 0)
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+WEIGHTS = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions sum in one order."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.mark.parametrize(("wanted", "device", "world"), [(True, "cpu", 1), (False, "cuda", 1), (True, "cuda", 2)])
+def test_nothing_is_recorded_without_a_gpu_or_with_several_processes(wanted: bool, device: str, world: int) -> None:
+    assert recorder(wanted, Shard(torch.device(device), 0, world)) is plain
+
+
+def autocast(bf16: bool) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+class Trained:
+    """Generator and student in turn, as a run trains them, on two of three teachers."""
+
+    def __init__(self, bf16: bool, calls: Callable[[], Call], **options: Any) -> None:
+        torch.manual_seed(0)
+        shard = Shard(GPU)
+        names = ("plain", "residual", "inverted")
+        specs = {n: {"model": f"dfkd:tiny_{n}", "kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]} for n in names}
+        zoo = load_zoo(specs, classes=10, channels=1, size=16, device=GPU, channels_last=True)
+        self.generator = ConvGenerator(latent=16, classes=10, channels=1, size=16, width=8, prototypes=2).to(GPU)
+        network = build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 4})
+        network.linear = nn.Sequential(nn.Dropout(0.2), network.linear)
+        self.student = Classifier(network).to(GPU)
+        self.synthesizer = Synthesizer(
+            self.generator,
+            zoo,
+            losses=WEIGHTS,
+            steps=100,
+            batch_size=32,
+            mix=make_mix("resize", 0.5),
+            student=self.student,
+            warmup=0.0,
+            fade=0.0,
+            shard=shard,
+            call=calls(),
+            **options,
+        )
+        self.synthesizer.autocast = autocast(bf16)
+        call = calls()
+        stream = SyntheticStream(
+            self.generator,
+            batch_size=32,
+            teacher=zoo,
+            replay=4,
+            mix=0.5,
+            shard=shard,
+            autocast=autocast(bf16),
+            call=call,
+        )
+        self.fit = Fit(self.student, stream, steps=100, call=call)
+        self.fit.autocast = autocast(bf16)
+
+    def train(self, start: int, stop: int) -> list[Tensor]:
+        terms: list[Tensor] = []
+        for step in range(start, stop):
+            terms += self.synthesizer.step(step).values()
+            terms += self.fit.step(2 * step).values()
+            terms += self.fit.step(2 * step + 1).values()
+        self.synthesizer.settle(2)
+        return terms
+
+    def weights(self) -> list[Tensor]:
+        return [*self.generator.state_dict().values(), *self.student.state_dict().values()]
+
+
+@on_gpu
+@pytest.mark.parametrize("options", [{}, {"redraw": 10}, {"equalise": False}, {"learn_weights": True}], ids=str)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_graphs_compute_what_the_plain_calls_do(bf16: bool, options: dict[str, Any]) -> None:
+    recorded, direct = Trained(bf16, Graphs, **options), Trained(bf16, lambda: plain, **options)
+    terms = recorded.train(0, 12)
+    assert recorded.synthesizer.call.known  # type: ignore[attr-defined]
+    for mine, its in zip(terms, direct.train(0, 12)):
+        assert torch.equal(mine, its)
+    for mine, its in zip(recorded.weights(), direct.weights()):
+        assert torch.equal(mine, its)
+
+
+@on_gpu
+def test_a_resumed_run_with_graphs_is_the_uninterrupted_one() -> None:
+    whole, first, second = Trained(True, Graphs), Trained(True, Graphs), Trained(True, Graphs)
+    whole.train(0, 5), first.train(0, 5)
+    for part in ("generator", "synthesizer", "fit"):
+        getattr(second, part).load_state_dict(getattr(first, part).state_dict())
+    for trained in (whole, second):
+        trained.generator.train().requires_grad_(True)
+        trained.train(5, 9)
+    for mine, its in zip(second.weights(), whole.weights()):
+        assert torch.equal(mine, its)
+
+
+@on_gpu
+def test_a_teacher_trained_with_graphs_is_the_same() -> None:
+    rng = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(256, (128, 3, 8, 8), generator=rng, dtype=torch.uint8), torch.arange(128) % 4
+    found = []
+    for call in (plain, Graphs()):
+        torch.manual_seed(0)
+        classifier = Classifier(build_model("dfkd:resnet20", classes=4, channels=3))
+        assert train_teacher(classifier, images, labels, epochs=2, batch_size=32, device=GPU, bf16=True, call=call)
+        found.append(classifier.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@on_gpu
+def test_what_waits_for_the_host_goes_without_a_graph(capfd: pytest.CaptureFixture[str]) -> None:
+    linear = nn.BatchNorm1d(4).to(GPU)
+    seen: list[float] = []
+
+    def waits(x: Tensor) -> tuple[Tensor]:
+        seen.append(float(x.sum()))
+        return (linear(x),)
+
+    call, x = Graphs(), torch.rand(8, 4, device=GPU)
+    before = {name: value.clone() for name, value in linear.state_dict().items()}
+    (y,) = call(("net",), linear, waits, x)
+    assert "net could not be recorded as a CUDA graph" in capfd.readouterr().out
+    torch.testing.assert_close(y, (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt())
+    torch.testing.assert_close(linear.running_mean, 0.9 * before["running_mean"] + 0.1 * x.mean(0))
+    count = len(seen)
+    call(("net",), linear, waits, x)
+    assert len(seen) == count + 1
+    y.sum().backward()
+    assert linear.bias.grad is not None
+
+
+@on_gpu
+def test_teachers_that_take_turns_on_the_gpu_change_no_bit() -> None:
+    found = []
+    for gigabytes in (0.0, 3.8e-3):
+        torch.manual_seed(0)
+        names = ("resnet20", "resnet32", "resnet44")
+        specs = {n: {"model": f"dfkd:{n}", "mean": [0.5] * 3, "std": [0.25] * 3} for n in names}
+        zoo: list[Teacher] = load_zoo(specs, classes=10, device=GPU, memory_gb=gigabytes)
+        generator = ConvGenerator(latent=16, classes=10, channels=3, size=32, width=8).to(GPU)
+        weights = {"ce": 1.0, "bn": 1.0}
+        synthesizer = Synthesizer(
+            generator, zoo, losses=weights, steps=50, batch_size=16, shard=Shard(GPU), call=recorder(True, Shard(GPU))
+        )
+        for step in range(8):
+            synthesizer.step(step)
+        found.append([parameter.detach().clone() for parameter in generator.parameters()])
+    assert all(map(partial(torch.equal), *found))
