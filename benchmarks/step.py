@@ -162,13 +162,13 @@ class Ours:
             seed=seed,
             accelerator=accelerator,
             shard=shard,
-            call=recorder(graphs, shard),
+            graphs=recorder(graphs, shard),
         )
-        call = recorder(graphs, shard)
-        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True, "call": call}
+        calls = recorder(graphs, shard)
+        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True, "graphs": calls}
         options |= {"autocast": accelerator.autocast} if accelerator else {}
         stream = SyntheticStream(generator, teacher=zoo, **case.stream, **options)
-        self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, call=call)
+        self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, graphs=calls)
         self.images = SyntheticStream(generator, batch_size=case.batch, **options)
 
     def generator_step(self, step: int) -> dict[str, Tensor]:
@@ -288,7 +288,7 @@ class Floor:
         self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None, graphs: bool = False
     ) -> None:
         self.networks = build(case, seed, shard.device, torch.channels_last)
-        self.call = recorder(graphs, shard)
+        self.graphs = recorder(graphs, shard)
         self.generator, self.zoo, self.student = self.networks
         self.autocast = accelerator.autocast if accelerator else nullcontext
         self.seed, self.fresh = seed, math.ceil(FRESH * case.batch)
@@ -316,8 +316,7 @@ class Floor:
             self._ask("fresh", self.generator, self.generator, self.latents[: self.fresh], self.labels[: self.fresh])
             for teacher in self.zoo:
                 self._ask(teacher.name, None, teacher, self.images[: self.fresh])
-        self.student.zero_grad()
-        self._ask("student", self.student, self.student, self.images)[0].backward(self.gradient)
+        self.graphs.learn(("student",), self.student, self._learnt, self.images)
 
     @torch.no_grad()
     def stream_step(self, step: int) -> Tensor:
@@ -325,12 +324,16 @@ class Floor:
         with eval_mode(self.generator):
             return self._ask("stream", self.generator, self.generator, self.latents, self.labels)[0]
 
+    def _learnt(self, images: Tensor) -> Outputs:
+        with self.autocast():
+            return (self.student(images).sum(),)
+
     def _ask(self, name: str, learner: nn.Module | None, network: nn.Module, *inputs: Tensor) -> Outputs:
         def forward(*inputs: Tensor) -> Outputs:
             with self.autocast():
                 return (network(*inputs),)
 
-        return self.call((name,), learner, forward, *inputs)
+        return self.graphs.call((name,), learner, forward, *inputs)
 
 
 Seconds = dict[str, list[float]]  # contender -> seconds of each repetition

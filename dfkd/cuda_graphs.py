@@ -1,6 +1,6 @@
 """CUDA graphs: what every step calls in the same shapes is recorded once, and replayed with one launch."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,31 @@ from dfkd.runtime import Shard, say
 
 Outputs = tuple[Tensor, ...]
 Function = Callable[..., Outputs]
-Call = Callable[..., Outputs]  # with the arguments of plain
+WARMUPS = 3  # calls before recording, as torch.cuda.make_graphed_callables has them
 
 
-def plain(key: tuple[str, ...], network: nn.Module | None, function: Function, *inputs: Tensor) -> Outputs:
-    """function(*inputs) as it is: what Graphs does, where there is nothing to record."""
-    return function(*inputs)
+class Calls:
+    """How the steps call what may be recorded: as it is."""
+
+    def call(self, key: tuple[str, ...], network: nn.Module | None, function: Function, *inputs: Tensor) -> Outputs:
+        """function(*inputs), differentiable."""
+        return function(*inputs)
+
+    def learn(self, key: tuple[str, ...], network: nn.Module, function: Function, *inputs: Tensor) -> Outputs:
+        """function(*inputs), detached, of which the first is a loss; leaves its gradients in the network's parameters,
+        in place of any that were there."""
+        return _learn(network, function, inputs)
+
+
+def _learn(network: nn.Module, function: Function, inputs: Sequence[Tensor]) -> Outputs:
+    for parameter in network.parameters():
+        parameter.grad = None
+    outputs = function(*inputs)
+    outputs[0].backward()
+    return tuple(output.detach() for output in outputs)
+
+
+DIRECT = Calls()
 
 
 class _Recorded(nn.Module):
@@ -29,8 +48,8 @@ class _Recorded(nn.Module):
         return self.function(*inputs)
 
 
-class Graphs:
-    """Calls a function of tensors, forward and backward, as CUDA graphs recorded at the first call of its key.
+class Graphs(Calls):
+    """Calls functions as CUDA graphs, recorded at the first call of their key: forward, and backward if any.
 
     Small networks ask a GPU for thousands of short kernels a step, and launching them takes longer than they do. A
     function takes tensors and returns a tuple of them. It must depend on these and on memory that stays where it is,
@@ -44,41 +63,85 @@ class Graphs:
         self.known: dict[Hashable, Function] = {}
         self.pools: dict[str, Any] = {}
 
-    def __call__(self, key: tuple[str, ...], network: nn.Module | None, function: Function, *inputs: Tensor) -> Outputs:
+    def call(self, key: tuple[str, ...], network: nn.Module | None, function: Function, *inputs: Tensor) -> Outputs:
+        def record(samples: tuple[Tensor, ...], pool: Any) -> Function:
+            whole = function if network is None else _Recorded(function, network)
+            return torch.cuda.make_graphed_callables(whole, samples, allow_unused_input=True, pool=pool)  # type: ignore
+
+        return self._replayed(key, network, function, record, inputs)
+
+    def learn(self, key: tuple[str, ...], network: nn.Module, function: Function, *inputs: Tensor) -> Outputs:
+        def record(samples: tuple[Tensor, ...], pool: Any) -> Function:
+            return _record_learning(network, function, samples, pool)
+
+        return self._replayed(key, network, lambda *inputs: _learn(network, function, inputs), record, inputs)
+
+    def _replayed(
+        self,
+        key: tuple[str, ...],
+        network: nn.Module | None,
+        plain: Function,
+        record: Callable[[tuple[Tensor, ...], Any], Function],
+        inputs: tuple[Tensor, ...],
+    ) -> Outputs:
         shapes = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
         full = (key, network is not None and network.training, torch.is_grad_enabled(), shapes)
         if full not in self.known:
-            self.known[full] = self._recorded(key, network, function, inputs)
-        return self.known[full](*inputs)
+            self.known[full] = self._recorded(key, network, record, inputs) or plain
+        # Copies, since the next replay, also of one that shares the memory, overwrites what this one left.
+        return tuple(output.clone() for output in self.known[full](*inputs))
 
     def _recorded(
-        self, key: tuple[str, ...], network: nn.Module | None, function: Function, inputs: tuple[Tensor, ...]
-    ) -> Function:
+        self,
+        key: tuple[str, ...],
+        network: nn.Module | None,
+        record: Callable[[tuple[Tensor, ...], Any], Function],
+        inputs: tuple[Tensor, ...],
+    ) -> Function | None:
         device = inputs[0].device
         pool = self.pools.setdefault(key[0], torch.cuda.graph_pool_handle())
         samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
         buffers = list(network.buffers()) if network is not None else []
         kept, random = [buffer.clone() for buffer in buffers], torch.cuda.get_rng_state(device)
-        whole = function if network is None else _Recorded(function, network)
         try:
-            graphed = torch.cuda.make_graphed_callables(whole, samples, allow_unused_input=True, pool=pool)
+            return record(samples, pool)
         except RuntimeError as error:  # it waits for the host, say
             reason = " ".join(str(error).split())[:200]
             say(f"{' '.join(key)} could not be recorded as a CUDA graph ({reason}) and goes without: it is slower")
-            return function
+            return None
         finally:
             with torch.no_grad():
                 for buffer, value in zip(buffers, kept):
                     buffer.copy_(value)
             torch.cuda.set_rng_state(random, device)
 
-        def replay(*inputs: Tensor) -> Outputs:
-            # Copies, since the next replay, also of one that shares the memory, overwrites what this one left.
-            return tuple(output.clone() for output in graphed(*inputs))  # type: ignore[union-attr]
 
-        return replay
+def _record_learning(network: nn.Module, function: Function, samples: tuple[Tensor, ...], pool: Any) -> Function:
+    """One graph of forward and backward: unlike make_graphed_callables' it spares autograd a visit per parameter."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUPS):
+            _learn(network, function, samples)
+    torch.cuda.current_stream().wait_stream(side)
+    for parameter in network.parameters():
+        parameter.grad = None  # so that they are made in the graph's memory
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        outputs = _learn(network, function, samples)
+    gradients = [(parameter, parameter.grad) for parameter in network.parameters()]
+
+    def replay(*inputs: Tensor) -> Outputs:
+        for sample, given in zip(samples, inputs):
+            sample.copy_(given)
+        graph.replay()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return outputs
+
+    return replay
 
 
-def recorder(wanted: bool, shard: Shard) -> Call:
-    """Graphs where they are wanted and serve, on a GPU and with one process; else `plain`."""
-    return Graphs() if wanted and shard.device.type == "cuda" and shard.world == 1 else plain
+def recorder(wanted: bool, shard: Shard) -> Calls:
+    """Graphs where they are wanted and serve, on a GPU and with one process; else DIRECT."""
+    return Graphs() if wanted and shard.device.type == "cuda" and shard.world == 1 else DIRECT

@@ -1,5 +1,6 @@
 """Data Mixing: two synthetic images in one, with both labels and their exact shares of the area."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -132,21 +133,28 @@ def partners(batch: int, device: torch.device | str = "cpu") -> Tensor:
 def mix_batch(mix: MixAugmentationBaseV2, images: Tensor, labels: Tensor, shard: Shard, *position: int | str) -> Mixed:
     """Mix a batch: images [B, C, H, W] float, labels [B]; the boxes depend on position alone and are this rank's part
     of the global batch's. Gradients reach both images of every pair."""
-    batch = images.shape[0]
+    params = draw_mix(mix, images.shape, shard, *position)
+    for name in ("mix_pairs", "mixup_pairs"):
+        if name in params:
+            params[name] = partners(len(images)).expand_as(params[name])
+    with torch.autocast(images.device.type, enabled=False):
+        mixed, rows = mix(images, labels, params=params, data_keys=["input", "class"])
+    rows = rows.view(len(images), 3)
+    beta = 1 - rows[:, 2] if isinstance(mix, RandomCutMixV2) else rows[:, 2]
+    return Mixed(mixed, rows[:, 0].long(), rows[:, 1].long(), beta)
+
+
+def draw_mix(mix: MixAugmentationBaseV2, shape: Sequence[int], shard: Shard, *position: int | str) -> dict[str, Tensor]:
+    """Kornia's parameters of a batch of this shape, on the host, by position alone: this rank's part of the global
+    batch's. Whether the batch is mixed is `batch_prob` [1], 1 or 0."""
+    batch = shape[0]
     with torch.random.fork_rng(devices=[]):
         # Kornia draws from torch's global generator, and its parameters live on the host by design.
         torch.default_generator.manual_seed(rng("cpu", *position, "mix").initial_seed())
-        params = mix.forward_parameters(torch.Size((batch * shard.world, *images.shape[1:])))
+        params = mix.forward_parameters(torch.Size((batch * shard.world, *shape[1:])))
     for name, axis in BATCH_AXIS.items():
         if name in params:
             params[name] = params[name].narrow(axis, shard.rank * batch, batch)
     # Batches are mixed whole or not at all; given one flag per image, Kornia adds them up one by one in Python.
     params["batch_prob"] = params["batch_prob"][:1]
-    for name in ("mix_pairs", "mixup_pairs"):
-        if name in params:
-            params[name] = partners(batch).expand_as(params[name])
-    with torch.autocast(images.device.type, enabled=False):
-        mixed, rows = mix(images, labels, params=params, data_keys=["input", "class"])
-    rows = rows.view(batch, 3)
-    beta = 1 - rows[:, 2] if isinstance(mix, RandomCutMixV2) else rows[:, 2]
-    return Mixed(mixed, rows[:, 0].long(), rows[:, 1].long(), beta)
+    return params

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
-from dfkd.cuda_graphs import Call, plain
+from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.runtime import Deadline, Shard, rng
 from dfkd.stream import augment, to_float
 
@@ -43,7 +43,7 @@ def train_teacher(
     log: Callable[[int, float], None] = lambda epoch, loss: None,
     checkpoint: Path | None = None,
     deadline: Deadline | None = None,
-    call: Call = plain,
+    graphs: Calls = DIRECT,
 ) -> bool:
     """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, random shifts and flips; in place.
 
@@ -58,9 +58,9 @@ def train_teacher(
         classifier.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True
     )
 
-    def answer(x: Tensor) -> tuple[Tensor]:
+    def examined(x: Tensor, labels: Tensor) -> tuple[Tensor]:
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            return (classifier(x),)
+            return (F.cross_entropy(classifier(x), labels),)
 
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(images))
@@ -79,12 +79,10 @@ def train_teacher(
             for group in optimizer.param_groups:
                 group["lr"] = lr * one_cycle((epoch * batches + k) / (epochs * batches))
             x = augment(to_float(images[rows]), shard, round(shift * images.shape[-1]), flip, seed, epoch, k)
-            (logits,) = call(("teacher",), classifier, answer, x.contiguous(memory_format=memory_format))
-            loss = F.cross_entropy(logits, labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            x = x.contiguous(memory_format=memory_format)
+            (loss,) = graphs.learn(("teacher",), classifier, examined, x, labels[rows])
             optimizer.step()
-        log(epoch, float(loss.detach()))
+        log(epoch, float(loss))
         if checkpoint is not None:
             state = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
             _save(state, checkpoint)

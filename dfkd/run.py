@@ -383,7 +383,7 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
         seed=recipe.seed,
         accelerator=parts.accelerator,
         shard=parts.shard,
-        call=recorder(recipe.runtime.cuda_graphs, parts.shard),
+        graphs=recorder(recipe.runtime.cuda_graphs, parts.shard),
     )
 
 
@@ -393,7 +393,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
     hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
-    call = recorder(recipe.runtime.cuda_graphs and hints is None, parts.shard)
+    graphs = recorder(recipe.runtime.cuda_graphs and hints is None, parts.shard)
     stream = SyntheticStream(
         parts.generator,
         batch_size=distill.batch_size,
@@ -407,7 +407,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
         shard=parts.shard,
         autocast=parts.accelerator.autocast,
         channels_last=recipe.runtime.channels_last,
-        call=call,
+        graphs=graphs,
     )
     return Fit(
         parts.student,
@@ -421,7 +421,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
         clip=distill.clip,
         hints=hints,
         accelerator=parts.accelerator,
-        call=call,
+        graphs=graphs,
     )
 
 

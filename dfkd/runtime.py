@@ -72,6 +72,11 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host's on a device, without waiting for what the device has still to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
     """Put modules in eval mode, and on leaving give every submodule the mode it had."""

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.utils import save_image
 
-from dfkd.cuda_graphs import Call, plain
+from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
-from dfkd.mixing import make_mix, mix_batch
-from dfkd.runtime import Shard, full_precision, rng, to_bytes
+from dfkd.mixing import draw_mix, make_mix, partners, paste
+from dfkd.runtime import Shard, full_precision, rng, to_bytes, to_device
 from dfkd.synthesis import draw_labels, draw_latents
 from dfkd.teachers import Teacher, zoo_logits
 from generators import ImageGenerator
@@ -23,8 +23,10 @@ from generators import ImageGenerator
 Source = Callable[[Shard, int, tuple[int | str, ...]], tuple[Tensor, Tensor]]
 
 
-def from_generator(generator: ImageGenerator, call: Call = plain) -> Source:
+def from_generator(generator: ImageGenerator, graphs: Calls = DIRECT) -> Source:
     """Images of a generator, of balanced classes."""
+
+    graphs = graphs if any(True for _ in generator.parameters()) else DIRECT  # a pool's images may move
 
     def images(latents: Tensor, labels: Tensor) -> tuple[Tensor]:
         return (full_precision(generator(latents, labels)),)
@@ -32,7 +34,7 @@ def from_generator(generator: ImageGenerator, call: Call = plain) -> Source:
     def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
         labels = draw_labels(shard, count, generator.classes, *position)
         latents = draw_latents(shard, count, generator.latent, *position)
-        return call(("stream", "generator"), generator, images, latents, labels)[0], labels
+        return graphs.call(("stream", "generator"), generator, images, latents, labels)[0], labels
 
     return draw
 
@@ -87,13 +89,13 @@ class Replay:
 
     def draw(self, shard: Shard, count: int, *position: int | str) -> tuple[Tensor, Tensor]:
         """`count` past images in [0, 1] and their targets."""
-        generator = rng(shard.device, *position, "replay")
-        slots = torch.randint(self.filled, (count * shard.world,), generator=generator, device=shard.device)
+        slots = torch.randint(self.filled, (count * shard.world,), generator=rng("cpu", *position, "replay"))
         # An offset that all share reaches every row in time where fewer are drawn than a batch has.
         (offset,), kept = torch.rand(1, generator=rng("cpu", *position, "rows")).tolist(), self.targets.shape[1]
-        rows = ((torch.arange(count, device=shard.device, dtype=torch.float64) + offset) * kept / max(1, count)).long()
-        slots, rows = shard.take(slots), rows.clamp_max(kept - 1)
-        return to_float(self.images[slots, rows]).permute(0, 3, 1, 2), self.targets[slots, rows]
+        rows = ((torch.arange(count, dtype=torch.float64) + offset) * kept / max(1, count)).long().clamp_max(kept - 1)
+        chosen = to_device(shard.take(slots) * kept + rows, shard.device)
+        images, targets = self.images.flatten(0, 1)[chosen], self.targets.flatten(0, 1)[chosen]
+        return to_float(images).permute(0, 3, 1, 2), targets
 
     def state_dict(self) -> dict[str, Any]:
         """The ring's contents, of this rank."""
@@ -113,9 +115,17 @@ def augment(images: Tensor, shard: Shard, shift: int, flip: bool, *position: int
     """Shift images [B, C, H, W] by up to `shift` pixels each way, edges repeated, and flip half of them if asked."""
     if not shift and not flip:
         return images
+    return moved(images, to_device(draw_moves(shard, len(images), *position), images.device), shift, flip)
+
+
+def draw_moves(shard: Shard, batch: int, *position: int | str) -> Tensor:
+    """Three uniform numbers in [0, 1) for each image of this rank, on the host: [batch, 3]."""
+    return shard.take(torch.rand(batch * shard.world, 3, generator=rng("cpu", *position, "augment")))
+
+
+def moved(images: Tensor, u: Tensor, shift: int, flip: bool) -> Tensor:
+    """Images [B, C, H, W] shifted down and across by what u [B, 3] says, and flipped where asked (see augment)."""
     batch, _, height, width = images.shape
-    generator = rng(images.device, *position, "augment")
-    u = shard.take(torch.rand(batch * shard.world, 3, generator=generator, device=images.device))
     offset = (u[:, :2] * (2 * shift + 1)).floor().long() - shift
     rows = (torch.arange(height, device=images.device) + offset[:, :1]).clamp(0, height - 1)
     columns = (torch.arange(width, device=images.device) + offset[:, 1:]).clamp(0, width - 1)
@@ -152,7 +162,7 @@ class SyntheticStream(IterableDataset):
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         channels_last: bool = False,
         epoch: int = 0,
-        call: Call = plain,
+        graphs: Calls = DIRECT,
     ) -> None:
         super().__init__()
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
@@ -161,12 +171,14 @@ class SyntheticStream(IterableDataset):
             raise UserError(f"a stream needs fresh above 0 and at most 1, the share of a batch drawn anew, got {fresh}")
         self.shard = shard or default_shard(source)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
-        self.source = from_generator(source, call) if isinstance(source, ImageGenerator) else source
+        self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
         self.replay = Replay(replay) if replay else None
         self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
-        self.shift, self.flip, self.autocast, self.call = shift, flip, autocast, call
+        self.shift, self.flip, self.autocast = shift, flip, autocast
+        # Teachers that take turns on the device are not where they were.
+        self.graphs = graphs if all(teacher.pager is None for teacher in self.teachers) else DIRECT
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -195,12 +207,10 @@ class SyntheticStream(IterableDataset):
         position = (self.seed, "stream", epoch, index)
         with self.autocast():
             images, labels = self.source(self.shard, self.fresh, position)
-            images = self._augmented(images, labels, position)
-            if self.replay is not None:
-                # As the ring keeps them, so that the targets are of these very images whenever they are drawn.
-                images = to_bytes(images).to(images.dtype) / 255
-            images = images.contiguous(memory_format=self.memory_format)
-            targets = zoo_logits(self.teachers, images, self.call) if self.teachers else labels
+            chances = self._chances(images, position)
+            names = ("stream", *chances)
+            finish = lambda images, labels, *drawn: self._finished(images, labels, **dict(zip(chances, drawn)))  # noqa: E731
+            images, targets = self.graphs.call(names, None, finish, images, labels, *chances.values())
         if self.replay is None:
             return images, targets
         self.replay.push(images, targets)
@@ -208,11 +218,31 @@ class SyntheticStream(IterableDataset):
         images = torch.cat([images, old]).contiguous(memory_format=self.memory_format)
         return images, torch.cat([targets, old_targets])
 
-    def _augmented(self, images: Tensor, labels: Tensor, position: tuple[int | str, ...]) -> Tensor:
-        images = augment(images, self.shard, round(self.shift * images.shape[-1]), self.flip, *position)
-        if self.mix is None:
-            return images
-        return mix_batch(self.mix, images, labels, self.shard, *position).images
+    def _chances(self, images: Tensor, position: tuple[int | str, ...]) -> dict[str, Tensor]:
+        """What is drawn for images besides: where they move to, and the boxes of a batch that is mixed."""
+        drawn = {}
+        if self.shift or self.flip:
+            drawn["moves"] = draw_moves(self.shard, len(images), *position)
+        if self.mix is not None:
+            params = draw_mix(self.mix, images.shape, self.shard, *position)
+            if params["batch_prob"].all():
+                drawn["boxes"] = params["box"]
+        return {name: to_device(x, images.device) for name, x in drawn.items()}
+
+    def _finished(
+        self, images: Tensor, labels: Tensor, moves: Tensor | None = None, boxes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Images of the source as they are streamed, and their targets."""
+        if moves is not None:
+            images = moved(images, moves, round(self.shift * images.shape[-1]), self.flip)
+        if boxes is not None and self.mix is not None:
+            with torch.autocast(images.device.type, enabled=False):
+                images = paste(images, images[partners(len(images), images.device)], boxes)
+        if self.replay is not None:
+            # As the ring keeps them, so that the targets are of these very images whenever they are drawn.
+            images = to_bytes(images).to(images.dtype) / 255
+        images = images.contiguous(memory_format=self.memory_format)
+        return images, zoo_logits(self.teachers, images) if self.teachers else labels
 
 
 def default_shard(source: object) -> Shard:

@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd import losses as L
 from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm
 from dfkd.contrast import Contrast
-from dfkd.cuda_graphs import Call, plain
+from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
-from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng, to_bytes
+from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng, to_bytes, to_device
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
@@ -51,13 +51,13 @@ def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, re
     classes as fit are picked at random.
     """
     total = batch * shard.world
-    generator = rng(shard.device, *position, "labels")
-    chosen = torch.randperm(classes, generator=generator, device=shard.device)[: max(1, total // repeats)]
-    labels = chosen[torch.arange(total, device=shard.device).mul(len(chosen)).div(total, rounding_mode="floor")]
+    generator = rng("cpu", *position, "labels")  # so small that on a GPU every line would cost more than the copy
+    chosen = torch.randperm(classes, generator=generator)[: max(1, total // repeats)]
+    labels = chosen[torch.arange(total).mul(len(chosen)).div(total, rounding_mode="floor")]
     blocks = total // repeats
-    order = torch.randperm(blocks, generator=generator, device=shard.device)
+    order = torch.randperm(blocks, generator=generator)
     shuffled = labels[: blocks * repeats].view(blocks, repeats)[order].reshape(-1)
-    return shard.take(torch.cat([shuffled, labels[blocks * repeats :]]))
+    return to_device(shard.take(torch.cat([shuffled, labels[blocks * repeats :]])), shard.device)
 
 
 def draw_latents(shard: Shard, batch: int, latent: int, *position: int | str) -> Tensor:
@@ -130,14 +130,14 @@ class Synthesizer:
         seed: int = 0,
         accelerator: Accelerator | None = None,
         shard: Shard | None = None,
-        call: Call = plain,
+        graphs: Calls = DIRECT,
     ) -> None:
         check_losses(losses, zoo, student, generator, bank)
         for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.ADVERSARIES), (renew, RENEWED)):
             if given not in table:
                 raise UserError(f"unknown choice {given!r}; choose from {sorted(table)}")
         self.shard = shard or Shard(generator.device)
-        self.call = call
+        self.graphs = graphs
         self.generator = generator.train()
         sync_batchnorm(generator)
         self.accelerator, self.autocast = accelerator, accelerator.autocast if accelerator else nullcontext
@@ -211,7 +211,7 @@ class Synthesizer:
     def _backward(self, step: int, k: int, labels: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The gradients of one update; returns its terms."""
         position: tuple[int | str, ...] = (self.seed, "synthesis", step, *([k] if k else []))
-        (images,) = self.call(("generator",), self.generator, self._drawn, latents, labels)
+        (images,) = self.graphs.call(("generator",), self.generator, self._drawn, latents, labels)
         seen = jitter(images, self.jitter, self.flip, *position)
         if k < self.coarse * self.inner:
             seen = F.avg_pool2d(seen, 2)
@@ -248,11 +248,11 @@ class Synthesizer:
         seen: dict[str, list[Tensor]] = {}
         reply = reply_leaf = None
         if ramp and self.student is not None:
-            (reply,) = self.call(("adversary",), None, self._reply, leaf)
+            (reply,) = self.graphs.call(("adversary",), None, self._reply, leaf)
             reply_leaf = reply.detach().requires_grad_()
         for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():
             answer = ask(
-                teacher, mixed, leaf, self.weights, self.manner, self.autocast, self.contrast, position, self.call
+                teacher, mixed, leaf, self.weights, self.manner, self.autocast, self.contrast, position, self.graphs
             )
             answer.student = reply_leaf
             if answer.bn is not None:

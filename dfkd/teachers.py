@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.collectives import all_reduce_mean, global_moments
-from dfkd.cuda_graphs import Call, Function, Outputs, plain
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.norms import Moments, frozen_norms
@@ -81,10 +80,6 @@ class Teacher(Classifier):
         if self.pager is not None:
             self.pager.fetch(self.model)
         return super().forward(images)
-
-    def called(self, call: Call, group: str, function: Function, images: Tensor) -> Outputs:
-        """function(images), which asks this teacher, by `call`; as it is where the network moves (see Pager)."""
-        return (call if self.pager is None else plain)((group, self.name), None, function, images)
 
     @contextmanager
     def tap(self) -> Iterator[BatchNormStatistics]:
@@ -212,14 +207,14 @@ def sample_teachers(zoo: Sequence[Teacher], count: int, seed: int, step: int) ->
     return [zoo[k] for k in sorted(order[:count])]
 
 
-def zoo_logits(zoo: Sequence[Teacher], images: Tensor, call: Call = plain) -> Tensor:
+def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     """The zoo's weighted mean logits [B, K], each teacher's first standardised to unit spread and then scaled back by
     the mean spread, so that no teacher counts more for shouting louder."""
-    logits = [teacher.called(call, "zoo", lambda x, ask=teacher: (ask(x),), images)[0] for teacher in in_turn(zoo)]
     if len(zoo) == 1:
-        return logits[0]
+        return zoo[0](images)
     total = sum(teacher.weight for teacher in zoo)
     shares = [teacher.weight / total for teacher in zoo]
+    logits = [teacher(images) for teacher in in_turn(zoo)]
     spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
     spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfkd import losses as L
 from dfkd.collectives import all_reduce_mean
 from dfkd.contrast import Contrast
-from dfkd.cuda_graphs import Call, plain
+from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed
 from dfkd.norms import frozen_norms
@@ -82,7 +82,7 @@ def ask(
     autocast: Autocast,
     contrast: Contrast | None = None,
     position: tuple[int | str, ...] = (),
-    call: Call = plain,
+    graphs: Calls = DIRECT,
 ) -> Answer:
     """One forward of a teacher over images [B, C, H, W] (`mixed.images`, as a leaf), tapped for the wanted terms."""
     with ExitStack() as stack:
@@ -92,9 +92,9 @@ def ask(
             likeness = stack.enter_context(teacher.tap_maps(lambda maps: L.likeness(maps, mixed.labels)))
         means = stack.enter_context(teacher.tap_means()) if contrast is not None else []
         if contrast is not None or not wanted.keys().isdisjoint(("activation", "likeness")):
-            call = plain  # hooks would see the first forward alone
+            graphs = DIRECT  # hooks would see the first forward alone
         look = partial(logits_and_bn, teacher, "bn" in wanted, manner.bn_distance, autocast)
-        logits, *bn = teacher.called(call, "teachers", look, images)
+        logits, *bn = (graphs if teacher.pager is None else DIRECT).call(("teachers", teacher.name), None, look, images)
     answer = Answer(
         teacher, images, mixed, manner, logits, bn=bn[0] if bn else None, features=features, likeness=likeness
     )

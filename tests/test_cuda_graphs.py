@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
-from dfkd.cuda_graphs import Call, Graphs, plain, recorder
+from dfkd.cuda_graphs import DIRECT, Calls, Graphs, recorder
 from dfkd.mixing import make_mix
 from dfkd.models import build_model
 from dfkd.pretrain import train_teacher
@@ -34,7 +34,7 @@ def deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("wanted", "device", "world"), [(True, "cpu", 1), (False, "cuda", 1), (True, "cuda", 2)])
 def test_nothing_is_recorded_without_a_gpu_or_with_several_processes(wanted: bool, device: str, world: int) -> None:
-    assert recorder(wanted, Shard(torch.device(device), 0, world)) is plain
+    assert recorder(wanted, Shard(torch.device(device), 0, world)) is DIRECT
 
 
 def autocast(bf16: bool) -> Callable[[], AbstractContextManager[Any]]:
@@ -44,7 +44,7 @@ def autocast(bf16: bool) -> Callable[[], AbstractContextManager[Any]]:
 class Trained:
     """Generator and student in turn, as a run trains them, on two of three teachers."""
 
-    def __init__(self, bf16: bool, calls: Callable[[], Call], **options: Any) -> None:
+    def __init__(self, bf16: bool, calls: Callable[[], Calls], **options: Any) -> None:
         torch.manual_seed(0)
         shard = Shard(GPU)
         names = ("plain", "residual", "inverted")
@@ -65,11 +65,11 @@ class Trained:
             warmup=0.0,
             fade=0.0,
             shard=shard,
-            call=calls(),
+            graphs=calls(),
             **options,
         )
         self.synthesizer.autocast = autocast(bf16)
-        call = calls()
+        graphs = calls()
         stream = SyntheticStream(
             self.generator,
             batch_size=32,
@@ -78,9 +78,9 @@ class Trained:
             mix=0.5,
             shard=shard,
             autocast=autocast(bf16),
-            call=call,
+            graphs=graphs,
         )
-        self.fit = Fit(self.student, stream, steps=100, call=call)
+        self.fit = Fit(self.student, stream, steps=100, graphs=graphs)
         self.fit.autocast = autocast(bf16)
 
     def train(self, start: int, stop: int) -> list[Tensor]:
@@ -100,9 +100,9 @@ class Trained:
 @pytest.mark.parametrize("options", [{}, {"redraw": 10}, {"equalise": False}, {"learn_weights": True}], ids=str)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_graphs_compute_what_the_plain_calls_do(bf16: bool, options: dict[str, Any]) -> None:
-    recorded, direct = Trained(bf16, Graphs, **options), Trained(bf16, lambda: plain, **options)
+    recorded, direct = Trained(bf16, Graphs, **options), Trained(bf16, lambda: DIRECT, **options)
     terms = recorded.train(0, 12)
-    assert recorded.synthesizer.call.known  # type: ignore[attr-defined]
+    assert recorded.synthesizer.graphs.known  # type: ignore[attr-defined]
     for mine, its in zip(terms, direct.train(0, 12)):
         assert torch.equal(mine, its)
     for mine, its in zip(recorded.weights(), direct.weights()):
@@ -127,10 +127,10 @@ def test_a_teacher_trained_with_graphs_is_the_same() -> None:
     rng = torch.Generator().manual_seed(0)
     images, labels = torch.randint(256, (128, 3, 8, 8), generator=rng, dtype=torch.uint8), torch.arange(128) % 4
     found = []
-    for call in (plain, Graphs()):
+    for graphs in (DIRECT, Graphs()):
         torch.manual_seed(0)
         classifier = Classifier(build_model("dfkd:resnet20", classes=4, channels=3))
-        assert train_teacher(classifier, images, labels, epochs=2, batch_size=32, device=GPU, bf16=True, call=call)
+        assert train_teacher(classifier, images, labels, epochs=2, batch_size=32, device=GPU, bf16=True, graphs=graphs)
         found.append(classifier.state_dict())
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
@@ -144,14 +144,14 @@ def test_what_waits_for_the_host_goes_without_a_graph(capfd: pytest.CaptureFixtu
         seen.append(float(x.sum()))
         return (linear(x),)
 
-    call, x = Graphs(), torch.rand(8, 4, device=GPU)
+    graphs, x = Graphs(), torch.rand(8, 4, device=GPU)
     before = {name: value.clone() for name, value in linear.state_dict().items()}
-    (y,) = call(("net",), linear, waits, x)
+    (y,) = graphs.call(("net",), linear, waits, x)
     assert "net could not be recorded as a CUDA graph" in capfd.readouterr().out
     torch.testing.assert_close(y, (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt())
     torch.testing.assert_close(linear.running_mean, 0.9 * before["running_mean"] + 0.1 * x.mean(0))
     count = len(seen)
-    call(("net",), linear, waits, x)
+    graphs.call(("net",), linear, waits, x)
     assert len(seen) == count + 1
     y.sum().backward()
     assert linear.bias.grad is not None
@@ -168,7 +168,7 @@ def test_teachers_that_take_turns_on_the_gpu_change_no_bit() -> None:
         generator = ConvGenerator(latent=16, classes=10, channels=3, size=32, width=8).to(GPU)
         weights = {"ce": 1.0, "bn": 1.0}
         synthesizer = Synthesizer(
-            generator, zoo, losses=weights, steps=50, batch_size=16, shard=Shard(GPU), call=recorder(True, Shard(GPU))
+            generator, zoo, losses=weights, steps=50, batch_size=16, shard=Shard(GPU), graphs=recorder(True, Shard(GPU))
         )
         for step in range(8):
             synthesizer.step(step)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dfkd.compress.graph import images_of, watch
-from dfkd.cuda_graphs import Call, plain
+from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, hints
 from dfkd.runtime import Shard, eval_mode, rng
@@ -142,12 +142,12 @@ class Fit:
         clip: float = 0.0,
         hints: Hints | None = None,
         accelerator: Accelerator | None = None,
-        call: Call = plain,
+        graphs: Calls = DIRECT,
     ) -> None:
         # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
-        self.call = plain if hints else call  # a layer that is watched must run
+        self.graphs = DIRECT if hints else graphs  # a layer that is watched must run
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.lr, self.warmup, self.temperature = lr, warmup, temperature
         if loss not in STUDENT_LOSSES:
@@ -167,22 +167,22 @@ class Fit:
         torch.manual_seed(rng("cpu", *position).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
-        with wanted.watch_student() if wanted else nullcontext() as ours:
-            (logits,) = self.call(("student",), self.student, self._answer, images)
-        loss = self.loss(logits, targets, self.temperature)
-        if wanted is not None and ours is not None and theirs is not None:
-            loss = loss + wanted.term(ours, theirs)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        examined = partial(self._examined, theirs)
+        loss, agree = self.graphs.learn(("student",), self.student, examined, images, targets)
         if self.clip:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
         self.optimizer.step()
-        agree = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
-        return {"loss": loss.detach(), "agreement": agree}
+        return {"loss": loss, "agreement": agree}
 
-    def _answer(self, images: Tensor) -> tuple[Tensor]:
-        with self.autocast():
-            return (self.prepared(images),)
+    def _examined(self, theirs: dict[str, Tensor] | None, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's loss, and how often it names its teacher's class."""
+        wanted = self.hints
+        with self.autocast(), wanted.watch_student() if wanted else nullcontext() as ours:
+            logits = self.prepared(images)
+        loss = self.loss(logits, targets, self.temperature)
+        if wanted is not None and ours is not None and theirs is not None:
+            loss = loss + wanted.term(ours, theirs)
+        return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs: the student, its optimiser, the stream's replay ring."""
