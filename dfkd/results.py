@@ -4,7 +4,7 @@ import json
 import platform
 import time
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -121,6 +121,11 @@ def describe_device(shard: Shard) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
-    names = ("dfkd", "torch", "torchvision", "timm", "accelerate", "kornia")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    """Versions of what the figures depend on; `not installed` where one runs from its folder."""
+    found = {"python": platform.python_version()}
+    for name in ("dfkd", "torch", "torchvision", "timm", "accelerate", "kornia"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # it must not cost the run that ends here
+            found[name] = "not installed"
+    return found

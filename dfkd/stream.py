@@ -177,8 +177,9 @@ class SyntheticStream(IterableDataset):
         self.replay = Replay(replay) if replay else None
         self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
         self.shift, self.flip, self.autocast = shift, flip, autocast
-        # Teachers that take turns on the device are not where they were.
-        self.graphs = graphs if all(teacher.pager is None for teacher in self.teachers) else DIRECT
+        # Without a teacher it does not pay; teachers that take turns on the device are not where they were.
+        stay = all(teacher.pager is None for teacher in self.teachers)
+        self.graphs = graphs if self.teachers and stay else DIRECT
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
 from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng, to_bytes, to_device
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
-from dfkd.terms import TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
+from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
 
 # Larger than torch's 1e-8: the first steps divide each gradient by its own size, and one that is rounding noise would
@@ -157,6 +158,7 @@ class Synthesizer:
         self.bn_start: dict[str, Tensor] = {}
         self.bn_last: dict[str, Tensor] = {}
         self.bn_end: dict[str, Tensor] = {}
+        self.named: dict[tuple[str, int], list[str]] = {}  # terms by teacher and number of what it is given
         names = [name for name in ("ce", "bn") if name in self.weights] if learn_weights else []
         self.log_variance = {n: torch.zeros((), device=self.shard.device, requires_grad=True) for n in names}
         self.contrast = self._contrast(bank) if "contrastive" in self.weights else None
@@ -188,7 +190,7 @@ class Synthesizer:
             self._project(latents)
             optimizers.append(self._adam([latents], self.latent_lr))
         if self.equalise and "bn" in self.weights and not self.bn_start:
-            self.bn_start = self._bn_losses(*self._drawn(latents, labels))
+            self.bn_start = self._bn_losses(self._images(latents, labels))
         for k in range(self.inner):
             self._schedule(optimizers, (k, self.inner) if self.pool is not None else (step, self.steps))
             for optimizer in optimizers:
@@ -204,21 +206,26 @@ class Synthesizer:
         labels = draw_labels(self.shard, self.batch_size, self.generator.classes, *position, repeats=2)
         return labels, draw_latents(self.shard, self.batch_size, self.generator.latent, *position)
 
-    def _drawn(self, latents: Tensor, labels: Tensor) -> tuple[Tensor]:
+    def _images(self, latents: Tensor, labels: Tensor) -> Tensor:
         with self.autocast():
-            return (full_precision(self.prepared(latents, labels)),)
+            return full_precision(self.prepared(latents, labels))
+
+    def _drawn(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """Images, and what is asked of them themselves."""
+        images = self._images(latents, labels)
+        return images, *image_terms(images, latents.detach(), labels, self.zoo[0], self.weights).values()
 
     def _backward(self, step: int, k: int, labels: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The gradients of one update; returns its terms."""
         position: tuple[int | str, ...] = (self.seed, "synthesis", step, *([k] if k else []))
-        (images,) = self.graphs.call(("generator",), self.generator, self._drawn, latents, labels)
+        images, *own = self.graphs.call(("generator",), self.generator, self._drawn, latents, labels)
+        extra = dict(zip((name for name in IMAGE_TERMS if name in self.weights), own))
         seen = jitter(images, self.jitter, self.flip, *position)
         if k < self.coarse * self.inner:
             seen = F.avg_pool2d(seen, 2)
         mixed = self._mix(seen, labels, position)
         leaf = mixed.images.detach().requires_grad_()
         terms = self._teacher_terms(mixed, leaf, step, k, position)
-        extra = image_terms(images, latents.detach(), labels, self.zoo[0], self.weights)
         terms |= {name: value.detach() for name, value in extra.items()}
         roots: list[Tensor] = [mixed.images] if leaf.grad is not None else []
         gradients: list[Tensor | None] = [leaf.grad] if leaf.grad is not None else []
@@ -242,7 +249,8 @@ class Synthesizer:
         ramp = self._ramp(step)
         # Where the adversary is all that asks them anything, the teachers rest until its warm-up is over.
         asked = any(name in self.weights for name in TEACHER_TERMS if name != "adversary" or ramp)
-        leaf.grad = torch.zeros_like(leaf) if asked else None  # a sum of its own: a graph's gradients are overwritten
+        # Sums of their own: the gradients that a graph gives are overwritten by the next teacher's.
+        leaf.grad = torch.zeros_like(leaf) if asked else None
         update = step * self.inner + k
         chosen, upcoming = (sample_teachers(self.zoo, self.sample, self.seed, u) for u in (update, update + 1))
         seen: dict[str, list[Tensor]] = {}
@@ -250,16 +258,16 @@ class Synthesizer:
         if ramp and self.student is not None:
             (reply,) = self.graphs.call(("adversary",), None, self._reply, leaf)
             reply_leaf = reply.detach().requires_grad_()
+            reply_leaf.grad = torch.zeros_like(reply_leaf)
+        given = [leaf, mixed.labels, mixed.other, mixed.beta, *([reply_leaf] if reply_leaf is not None else [])]
         for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():
-            answer = ask(
-                teacher, mixed, leaf, self.weights, self.manner, self.autocast, self.contrast, position, self.graphs
-            )
-            answer.student = reply_leaf
-            if answer.bn is not None:
-                self.bn_last[teacher.name] = answer.bn.detach()
-                start = self.bn_start.setdefault(teacher.name, answer.bn.detach())
-                answer.bn = answer.bn / start if self.equalise else answer.bn
-            terms = teacher_terms(answer, self.weights)
+            graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
+            values = graphs.call(("teachers", teacher.name), None, partial(self._asked, teacher, position), *given)
+            terms = dict(zip(self.named[teacher.name, len(given)], values))
+            if "bn" in terms:
+                self.bn_last[teacher.name] = terms["bn"].detach()
+                start = self.bn_start.setdefault(teacher.name, terms["bn"].detach())
+                terms["bn"] = terms["bn"] / start if self.equalise else terms["bn"]
             total = torch.stack([self._weigh(name, value, ramp) for name, value in terms.items()]).sum()
             (total / len(chosen)).backward()
             for name, value in terms.items():
@@ -267,6 +275,15 @@ class Synthesizer:
         if reply is not None and reply_leaf is not None:
             reply.backward(reply_leaf.grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
+
+    def _asked(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> tuple[Tensor, ...]:
+        """A teacher's terms of mixed images, their labels and shares, and the adversary's logits where it counts."""
+        mixed = Mixed(*given[:4])
+        answer = ask(teacher, mixed, mixed.images, self.weights, self.manner, self.autocast, self.contrast, position)
+        answer.student = given[4] if len(given) > 4 else None
+        terms = teacher_terms(answer, self.weights)
+        self.named[teacher.name, len(given)] = list(terms)  # a graph knows their values alone
+        return tuple(terms.values())
 
     def _reply(self, images: Tensor) -> tuple[Tensor]:
         """The adversary's logits [B, K], as those of a frozen network in eval mode."""
@@ -319,7 +336,7 @@ class Synthesizer:
     @torch.no_grad()
     def _keep(self, labels: Tensor, latents: Tensor) -> None:
         """Put the images of a round into the pool, and their features into the memory bank."""
-        (images,) = self._drawn(latents, labels)
+        images = self._images(latents, labels)
         if self.contrast is not None:
             with self.autocast():
                 self.contrast.remember(self.zoo[0], images)
@@ -365,7 +382,7 @@ class Synthesizer:
             for norm in norms:
                 norm.momentum = 1 / (k + 1)
             labels, latents = self._draw(self.steps + k)
-            self._drawn(latents, labels)
+            self._images(latents, labels)
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
         done.eval().requires_grad_(False)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from dfkd import losses as L
 from dfkd.collectives import all_reduce_mean
 from dfkd.contrast import Contrast
-from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed
 from dfkd.norms import frozen_norms
@@ -82,37 +80,26 @@ def ask(
     autocast: Autocast,
     contrast: Contrast | None = None,
     position: tuple[int | str, ...] = (),
-    graphs: Calls = DIRECT,
 ) -> Answer:
     """One forward of a teacher over images [B, C, H, W] (`mixed.images`, as a leaf), tapped for the wanted terms."""
     with ExitStack() as stack:
+        statistics = stack.enter_context(
+            teacher.tap() if "bn" in wanted else frozen_norms(batch_norms(teacher.model).values())
+        )
         features = stack.enter_context(teacher.tap_features()) if "activation" in wanted else []
         likeness: list[Tensor] = []
         if "likeness" in wanted:
             likeness = stack.enter_context(teacher.tap_maps(lambda maps: L.likeness(maps, mixed.labels)))
         means = stack.enter_context(teacher.tap_means()) if contrast is not None else []
-        if contrast is not None or not wanted.keys().isdisjoint(("activation", "likeness")):
-            graphs = DIRECT  # hooks would see the first forward alone
-        look = partial(logits_and_bn, teacher, "bn" in wanted, manner.bn_distance, autocast)
-        logits, *bn = (graphs if teacher.pager is None else DIRECT).call(("teachers", teacher.name), None, look, images)
-    answer = Answer(
-        teacher, images, mixed, manner, logits, bn=bn[0] if bn else None, features=features, likeness=likeness
-    )
+        stack.enter_context(autocast())
+        logits = teacher(images)
+    answer = Answer(teacher, images, mixed, manner, logits, features=features, likeness=likeness)
+    if statistics is not None:
+        answer.bn = L.BN_DISTANCES[manner.bn_distance](statistics.gather(), statistics.stored)
     if contrast is not None:
         with autocast():
             answer.contrastive = contrast(teacher, images, means, *position)
     return answer
-
-
-def logits_and_bn(
-    teacher: Teacher, tapped: bool, distance: str, autocast: Autocast, images: Tensor
-) -> tuple[Tensor, ...]:
-    """A teacher's logits [B, K] of images [B, C, H, W] and, where tapped, its batch-norm loss."""
-    with teacher.tap() if tapped else frozen_norms(batch_norms(teacher.model).values()) as statistics, autocast():
-        logits = teacher(images)
-    if statistics is None:
-        return (logits,)
-    return logits, L.BN_DISTANCES[distance](statistics.gather(), statistics.stored)
 
 
 def teacher_terms(answer: Answer, wanted: Mapping[str, float]) -> dict[str, Tensor]:
