@@ -1,5 +1,6 @@
 """CUDA graphs: what every step calls in the same shapes is recorded once, and replayed with one launch."""
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -144,4 +145,8 @@ def _record_learning(network: nn.Module, function: Function, samples: tuple[Tens
 
 def recorder(wanted: bool, shard: Shard) -> Calls:
     """Graphs where they are wanted and serve, on a GPU and with one process; else DIRECT."""
-    return Graphs() if wanted and shard.device.type == "cuda" and shard.world == 1 else DIRECT
+    if not wanted or shard.device.type != "cuda" or shard.world > 1:
+        return DIRECT
+    # Of the generator's parameters, whose gradients come from the graph's stream: it is waited for.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+    return Graphs()

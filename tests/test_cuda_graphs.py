@@ -1,8 +1,6 @@
 """What only a GPU can show; elsewhere nothing is recorded."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +19,7 @@ from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, load_zoo
 from generators import ConvGenerator
 
-GPU = torch.device("cuda", 0)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WEIGHTS = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 1.0}
 
@@ -37,23 +35,19 @@ def test_nothing_is_recorded_without_a_gpu_or_with_several_processes(wanted: boo
     assert recorder(wanted, Shard(torch.device(device), 0, world)) is DIRECT
 
 
-def autocast(bf16: bool) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False)
-
-
 class Trained:
     """Generator and student in turn, as a run trains them, on two of three teachers."""
 
-    def __init__(self, bf16: bool, calls: Callable[[], Calls], **options: Any) -> None:
+    def __init__(self, device: torch.device, bf16: bool, calls: Callable[[], Calls], **options: Any) -> None:
         torch.manual_seed(0)
-        shard = Shard(GPU)
+        shard = Shard(device)
         names = ("plain", "residual", "inverted")
         specs = {n: {"model": f"dfkd:tiny_{n}", "kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]} for n in names}
-        zoo = load_zoo(specs, classes=10, channels=1, size=16, device=GPU, channels_last=True)
-        self.generator = ConvGenerator(latent=16, classes=10, channels=1, size=16, width=8, prototypes=2).to(GPU)
+        zoo = load_zoo(specs, classes=10, channels=1, size=16, device=device, channels_last=True)
+        self.generator = ConvGenerator(latent=16, classes=10, channels=1, size=16, width=8, prototypes=2).to(device)
         network = build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 4})
         network.linear = nn.Sequential(nn.Dropout(0.2), network.linear)
-        self.student = Classifier(network).to(GPU)
+        self.student = Classifier(network).to(device)
         self.synthesizer = Synthesizer(
             self.generator,
             zoo,
@@ -68,20 +62,12 @@ class Trained:
             graphs=calls(),
             **options,
         )
-        self.synthesizer.autocast = autocast(bf16)
         graphs = calls()
-        stream = SyntheticStream(
-            self.generator,
-            batch_size=32,
-            teacher=zoo,
-            replay=4,
-            mix=0.5,
-            shard=shard,
-            autocast=autocast(bf16),
-            graphs=graphs,
-        )
+        own: dict[str, Any] = {"shard": shard, "graphs": graphs}
+        stream = SyntheticStream(self.generator, batch_size=32, teacher=zoo, replay=4, shift=0.1, mix=0.5, **own)
         self.fit = Fit(self.student, stream, steps=100, graphs=graphs)
-        self.fit.autocast = autocast(bf16)
+        for part in (self.synthesizer, stream, self.fit):
+            part.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def train(self, start: int, stop: int) -> list[Tensor]:
         terms: list[Tensor] = []
@@ -96,30 +82,80 @@ class Trained:
         return [*self.generator.state_dict().values(), *self.student.state_dict().values()]
 
 
+def assert_same(one: list[Tensor], other: list[Tensor]) -> None:
+    assert len(one) == len(other) > 0
+    for mine, its in zip(one, other):
+        assert torch.equal(mine, its)
+
+
+class Handed(torch.autograd.Function):
+    """Passes a gradient on in memory that it keeps a hold of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: list[Tensor]) -> Tensor:
+        ctx.kept = kept
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.kept.append(grad.clone())
+        return ctx.kept[-1].detach(), None
+
+
+class Overwriting(Calls):
+    """A graph's manners without a GPU: the first call's Python is that of all, and what gradients an input was given is
+    overwritten as soon as a call shares the memory."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, Any] = {}
+        self.kept: dict[str, list[Tensor]] = {}
+
+    def call(self, key: tuple[str, ...], network: Any, function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        kept = self.kept.setdefault(key[0], [])
+        for gradient in kept:
+            gradient.fill_(torch.nan)
+        kept.clear()
+        return self._first(key, network, function, inputs)(*(Handed.apply(x, kept) for x in inputs))
+
+    def learn(self, key: tuple[str, ...], network: Any, function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return super().learn(key, network, self._first(key, network, function, inputs), *inputs)
+
+    def _first(self, key: tuple[str, ...], network: Any, function: Any, inputs: tuple[Tensor, ...]) -> Any:
+        shapes = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
+        training = network is not None and network.training
+        return self.known.setdefault((key, training, torch.is_grad_enabled(), shapes), function)
+
+
+OPTIONS = [{}, {"redraw": 10}, {"equalise": False}, {"learn_weights": True}, {"penalise": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_steps_suit_graphs(options: dict[str, Any]) -> None:
+    overwriting, direct = (Trained(CPU, False, calls, **options) for calls in (Overwriting, Calls))
+    assert_same(overwriting.train(0, 12), direct.train(0, 12))
+    assert_same(overwriting.weights(), direct.weights())
+
+
 @on_gpu
-@pytest.mark.parametrize("options", [{}, {"redraw": 10}, {"equalise": False}, {"learn_weights": True}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("bf16", [False, True])
 def test_graphs_compute_what_the_plain_calls_do(bf16: bool, options: dict[str, Any]) -> None:
-    recorded, direct = Trained(bf16, Graphs, **options), Trained(bf16, lambda: DIRECT, **options)
-    terms = recorded.train(0, 12)
+    recorded, direct = (Trained(GPU, bf16, calls, **options) for calls in (Graphs, Calls))
+    assert_same(recorded.train(0, 12), direct.train(0, 12))
     assert recorded.synthesizer.graphs.known  # type: ignore[attr-defined]
-    for mine, its in zip(terms, direct.train(0, 12)):
-        assert torch.equal(mine, its)
-    for mine, its in zip(recorded.weights(), direct.weights()):
-        assert torch.equal(mine, its)
+    assert_same(recorded.weights(), direct.weights())
 
 
 @on_gpu
 def test_a_resumed_run_with_graphs_is_the_uninterrupted_one() -> None:
-    whole, first, second = Trained(True, Graphs), Trained(True, Graphs), Trained(True, Graphs)
+    whole, first, second = (Trained(GPU, True, Graphs) for _ in range(3))
     whole.train(0, 5), first.train(0, 5)
     for part in ("generator", "synthesizer", "fit"):
         getattr(second, part).load_state_dict(getattr(first, part).state_dict())
     for trained in (whole, second):
         trained.generator.train().requires_grad_(True)
         trained.train(5, 9)
-    for mine, its in zip(second.weights(), whole.weights()):
-        assert torch.equal(mine, its)
+    assert_same(second.weights(), whole.weights())
 
 
 @on_gpu
@@ -131,8 +167,8 @@ def test_a_teacher_trained_with_graphs_is_the_same() -> None:
         torch.manual_seed(0)
         classifier = Classifier(build_model("dfkd:resnet20", classes=4, channels=3))
         assert train_teacher(classifier, images, labels, epochs=2, batch_size=32, device=GPU, bf16=True, graphs=graphs)
-        found.append(classifier.state_dict())
-    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+        found.append(list(classifier.state_dict().values()))
+    assert_same(*found)
 
 
 @on_gpu
@@ -173,4 +209,4 @@ def test_teachers_that_take_turns_on_the_gpu_change_no_bit() -> None:
         for step in range(8):
             synthesizer.step(step)
         found.append([parameter.detach().clone() for parameter in generator.parameters()])
-    assert all(map(partial(torch.equal), *found))
+    assert_same(*found)
