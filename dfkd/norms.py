@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,14 +18,22 @@ def per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     It is the eval-mode batch norm of mean 0 and variance 1: one kernel that keeps x's dtype and layout, where addcmul
     with operands broadcast over the pixels takes 2 (32 channels) to 11 times (16 channels) as long in bfloat16.
     """
-    zero = torch.zeros_like(scale)
-    return torch.native_batch_norm(x, scale, shift, zero, torch.ones_like(scale), False, 0.0, 0.0)[0]
+    return torch.native_batch_norm(x, scale, shift, _constant(0, scale), _constant(1, scale), False, 0.0, 0.0)[0]
+
+
+def _constant(value: float, like: Tensor) -> Tensor:
+    return _filled(value, len(like), like.dtype, like.device)
+
+
+@cache
+def _filled(value: float, channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: on a GPU filling takes as long as many a computation on so few numbers."""
+    return torch.full((channels,), value, dtype=dtype, device=device)
 
 
 def _moments(x: Tensor) -> Moments:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-    var = torch.zeros_like(mean)
+    mean, var = torch.zeros(2, x.shape[1], dtype=dtype, device=x.device)
     # Momentum 1 leaves the batch's own moments in the buffers, in float32 also where x is bfloat16.
     torch.batch_norm_update_stats(x, mean, var, 1.0)
     count = x.numel() // x.shape[1]
@@ -36,7 +44,7 @@ def _moments_backward(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tens
     """The gradient of moments is slope * x + offset: slope and offset [C]."""
     count = x.numel() // x.shape[1]
     slope = grad_var * (2 / count)
-    return slope, grad_mean / count - slope * mean
+    return slope, torch.addcmul(grad_mean / count, slope, mean, value=-1)
 
 
 class _BatchMoments(torch.autograd.Function):
@@ -77,9 +85,11 @@ def _normalised(x: Tensor, norm: Any) -> Tensor:
     return torch.native_batch_norm(x, norm.weight, norm.bias, *stored, False, 0.0, norm.eps)[0]
 
 
-def _scale(norm: Any) -> Tensor:
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    return scale if norm.weight is None else scale * norm.weight
+def _scaled(grad: Tensor, norm: Any, offset: Tensor | None = None) -> Tensor:
+    """A gradient times the scale of a fixed norm, and offset [C] added: that norm about 0."""
+    zero = _constant(0, norm.running_var)
+    offset = zero if offset is None else offset
+    return torch.native_batch_norm(grad, norm.weight, offset, zero, norm.running_var, False, 0.0, norm.eps)[0]
 
 
 class _FrozenNorm(torch.autograd.Function):
@@ -93,8 +103,7 @@ class _FrozenNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        scale = _scale(ctx.norm)
-        return per_channel(grad, scale, torch.zeros_like(scale)), None
+        return _scaled(grad, ctx.norm), None
 
 
 class _TappedNorm(torch.autograd.Function):
@@ -111,10 +120,10 @@ class _TappedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         slope, offset = _moments_backward(x, mean, *grads[1:])
-        result = per_channel(grads[0], _scale(ctx.norm), offset)
+        result = _scaled(grads[0], ctx.norm, offset)
         if x.dtype == slope.dtype:
             return result.addcmul_(x, slope.view(-1, *[1] * (x.dim() - 2))), None
-        return result.add_(per_channel(x, slope, torch.zeros_like(slope))), None
+        return result.add_(per_channel(x, slope, _constant(0, slope))), None
 
 
 def _forward(norm: nn.Module, collect: Callable[[nn.Module, Moments], object] | None, x: Tensor) -> Tensor:
