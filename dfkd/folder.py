@@ -18,7 +18,7 @@ from dfkd.schema import Recipe
 
 # Keys that change how a run goes, not what comes out: they may differ when it is resumed.
 FREE_KEYS = ("overwrite", "output", "trust_code", "description", "zoo.memory_gb")
-FREE_RUNTIME_KEYS = ("checkpoint_every", "log_every", "grid_every", "evaluations", "minutes")
+FREE_RUNTIME_KEYS = ("checkpoint_every", "log_every", "grid_every", "evaluations", "minutes", "cuda_graphs")
 
 
 def may_run(loaded: Loaded, folder: Path) -> bool:
