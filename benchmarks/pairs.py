@@ -5,7 +5,7 @@ python benchmarks/pairs.py PAIR [--minutes 9] [--budget 20] [--seeds 0,1,2] [--o
 - PAIR is one of PAIRS. KEY=VALUE go to its recipe: `data.dataset=imagefolder data.root=TEST data.train_root=TRAIN` for
   images in folders, `teachers.NAME.weights=PATH` for a teacher that is there already.
 - A call stops itself after --minutes, with a whole checkpoint; the same call goes on there, until it exits with 0.
-- All updates of the student come beside the generator's (KEYS), which at 16x16 is a point better than half after its end.
+- All updates of the student come beside the generator's (KEYS), and none on the finished generator.
 - First the teachers are trained (their time does not count), then the seconds of an update are measured on this device,
   then each seed trains for --budget minutes: what the recipe asks for, longer or shorter.
 - The student is its last weights. `last quarter`: mean, deviation and lowest over the evaluations there of its

@@ -195,7 +195,7 @@ def _train(
         channels_last=recipe.runtime.channels_last,
         checkpoint=checkpoint,
         deadline=deadline,
-        graphs=recorder(recipe.runtime.cuda_graphs, Shard(device)),
+        graphs=recorder(recipe.runtime.cuda_graphs, Shard(device, world=PartialState().num_processes)),
     )
     if finished:
         about = {**describe(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]}

@@ -1,6 +1,5 @@
 """CUDA graphs: what every step calls in the same shapes is recorded once, and replayed with one launch."""
 
-import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from dfkd.runtime import Shard, say
 
 Outputs = tuple[Tensor, ...]
 Function = Callable[..., Outputs]
+ROOM = 0.5  # share of the GPU's memory that must be free: a graph keeps what a call would give back
 WARMUPS = 3  # calls before recording, as torch.cuda.make_graphed_callables has them
 
 
@@ -25,6 +25,9 @@ class Calls:
         """function(*inputs), detached, of which the first is a loss; leaves its gradients in the network's parameters,
         in place of any that were there."""
         return _learn(network, function, inputs)
+
+    def forget(self) -> None:
+        """Give back what was recorded: the steps are over."""
 
 
 def _learn(network: nn.Module, function: Function, inputs: Sequence[Tensor]) -> Outputs:
@@ -54,14 +57,16 @@ class Graphs(Calls):
 
     Small networks ask a GPU for thousands of short kernels a step, and launching them takes longer than they do. A
     function takes tensors and returns a tuple of them. It must depend on these and on memory that stays where it is,
-    and do nothing else: Python in it runs once. `network` is the one whose parameters take its gradients (None: there
-    is none); buffers that its forwards update are put back after recording. Keys that begin alike share memory, so
-    their forwards and backwards must take turns. What cannot be recorded is called as it is from then on, and that is
-    said once.
+    and do nothing else: Python in it runs a few times, while it is recorded, and not again. `network` is the one whose
+    parameters take its gradients (None: there is none); buffers that its forwards update are put back after recording.
+    A key names a function for good: what owns the functions has Graphs of its own. Keys that begin alike may share
+    memory, so their forwards and backwards must take turns. What cannot be recorded, or would leave less than ROOM of
+    the GPU's memory, is called as it is from then on, and that is said.
     """
 
     def __init__(self) -> None:
-        self.known: dict[Hashable, Function] = {}
+        self.recorded: dict[Hashable, Function] = {}
+        self.refused: set[Hashable] = set()
         self.pools: dict[str, Any] = {}
 
     def call(self, key: tuple[str, ...], network: nn.Module | None, function: Function, *inputs: Tensor) -> Outputs:
@@ -85,14 +90,24 @@ class Graphs(Calls):
         record: Callable[[tuple[Tensor, ...], Any], Function],
         inputs: tuple[Tensor, ...],
     ) -> Outputs:
-        shapes = tuple((x.shape, x.dtype, x.requires_grad) for x in inputs)
-        full = (key, network is not None and network.training, torch.is_grad_enabled(), shapes)
-        if full not in self.known:
-            self.known[full] = self._recorded(key, network, record, inputs) or plain
+        layout = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in inputs)
+        place = (key, network is not None and network.training, torch.is_grad_enabled(), layout)
+        if place not in self.recorded and place not in self.refused:
+            found = self._record(key, network, record, inputs)
+            if found is None:
+                self.refused.add(place)
+            else:
+                self.recorded[place] = found
+        if place in self.refused:
+            return plain(*inputs)
         # Copies, since the next replay, also of one that shares the memory, overwrites what this one left.
-        return tuple(output.clone() for output in self.known[full](*inputs))
+        return tuple(output.clone() for output in self.recorded[place](*inputs))
 
-    def _recorded(
+    def forget(self) -> None:
+        self.recorded.clear()
+        self.pools.clear()
+
+    def _record(
         self,
         key: tuple[str, ...],
         network: nn.Module | None,
@@ -100,12 +115,17 @@ class Graphs(Calls):
         inputs: tuple[Tensor, ...],
     ) -> Function | None:
         device = inputs[0].device
+        free, total = torch.cuda.mem_get_info(device)
+        if free < ROOM * total:
+            say(f"{' '.join(key)} goes without a CUDA graph, which is slower: {free / 1e9:.1f} GB of the GPU are free")
+            return None
         pool = self.pools.setdefault(key[0], torch.cuda.graph_pool_handle())
         samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
         buffers = list(network.buffers()) if network is not None else []
         kept, random = [buffer.clone() for buffer in buffers], torch.cuda.get_rng_state(device)
         try:
-            return record(samples, pool)
+            with torch.cuda.stream(torch.cuda.current_stream(device)):  # a recording that fails may leave another one
+                return record(samples, pool)
         except RuntimeError as error:  # it waits for the host, say
             reason = " ".join(str(error).split())[:200]
             say(f"{' '.join(key)} could not be recorded as a CUDA graph ({reason}) and goes without: it is slower")
@@ -145,8 +165,4 @@ def _record_learning(network: nn.Module, function: Function, samples: tuple[Tens
 
 def recorder(wanted: bool, shard: Shard) -> Calls:
     """Graphs where they are wanted and serve, on a GPU and with one process; else DIRECT."""
-    if not wanted or shard.device.type != "cuda" or shard.world > 1:
-        return DIRECT
-    # Of the generator's parameters, whose gradients come from the graph's stream: it is waited for.
-    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
-    return Graphs()
+    return Graphs() if wanted and shard.device.type == "cuda" and shard.world == 1 else DIRECT

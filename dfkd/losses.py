@@ -31,8 +31,8 @@ def bn_l2(batch: Sequence[Moments], stored: Sequence[Moments]) -> Tensor:
 
 
 class _Norms(torch.autograd.Function):
-    """The norms [n] of the pieces of a vector, of these lengths; their slope at zero is zero. As many kernels as for one
-    piece are launched: a deep network has more than a hundred."""
+    """The norms [n] of the pieces of a vector, of these lengths; their slope at zero is zero. As many kernels
+    are launched as for one piece: a deep network has more than a hundred."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: tuple[int, ...]) -> Tensor:

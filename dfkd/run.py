@@ -393,7 +393,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
     hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
-    graphs = recorder(recipe.runtime.cuda_graphs and hints is None, parts.shard)
+    graphs = recorder(recipe.runtime.cuda_graphs, parts.shard)
     stream = SyntheticStream(
         parts.generator,
         batch_size=distill.batch_size,

@@ -168,6 +168,7 @@ def make_accelerator(precision: str) -> tuple[Accelerator, Shard]:
     """The Accelerator at a recipe's precision and this process's shard; checks the launch (see check_launch)."""
     # The main process trains missing teachers while the others wait; a dead process ends the job without this.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
+    torch.backends.cudnn.deterministic = True  # or a resumed run may sum in another order
     check_launch(state.num_processes)
     if state.device.type == "cpu":
         share_cores()
@@ -175,7 +176,9 @@ def make_accelerator(precision: str) -> tuple[Accelerator, Shard]:
     # SyncBatchNorm of ours keeps buffers equal; broadcasting them in DDP breaks two forwards in one step on CUDA.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
-    # No weight is used twice in a forward, and a CUDA graph must not read a copy that was made outside of it.
+    # Gradients that a CUDA graph leaves come from its own stream, which is waited for.
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match", category=UserWarning)
+    # Hardly a weight is used twice in a forward, and a CUDA graph must not read a copy that was made outside of it.
     autocast = AutocastKwargs(cache_enabled=False)
     accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[ddp, autocast])
     return accelerator, Shard(accelerator.device, accelerator.process_index, accelerator.num_processes)

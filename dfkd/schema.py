@@ -282,7 +282,9 @@ class Runtime:
         "in bf16; needs a C++ compiler (on a GPU Triton)",
     )
     cuda_graphs: bool = key(
-        True, "on one GPU: the networks' work in the tasks generator and distill recorded once, as CUDA graphs"
+        True,
+        "on a GPU, with one process: the networks' work in the tasks generator and distill, and in the training of "
+        "teachers, is recorded once, as CUDA graphs",
     )
     sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
     checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)

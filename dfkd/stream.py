@@ -26,7 +26,7 @@ Source = Callable[[Shard, int, tuple[int | str, ...]], tuple[Tensor, Tensor]]
 def from_generator(generator: ImageGenerator, graphs: Calls = DIRECT) -> Source:
     """Images of a generator, of balanced classes."""
 
-    graphs = graphs if any(True for _ in generator.parameters()) else DIRECT  # a pool's images may move
+    graphs = graphs if any(True for _ in generator.parameters()) else DIRECT  # pixels and pools: nothing to gain
 
     def images(latents: Tensor, labels: Tensor) -> tuple[Tensor]:
         return (full_precision(generator(latents, labels)),)
@@ -208,10 +208,10 @@ class SyntheticStream(IterableDataset):
         position = (self.seed, "stream", epoch, index)
         with self.autocast():
             images, labels = self.source(self.shard, self.fresh, position)
-            chances = self._chances(images, position)
-            names = ("stream", *chances)
-            finish = lambda images, labels, *drawn: self._finished(images, labels, **dict(zip(chances, drawn)))  # noqa: E731
-            images, targets = self.graphs.call(names, None, finish, images, labels, *chances.values())
+            draws = self._random_draws(images, position)
+            names = ("stream", *draws)
+            finish = lambda images, labels, *drawn: self._finished(images, labels, **dict(zip(draws, drawn)))  # noqa: E731
+            images, targets = self.graphs.call(names, None, finish, images, labels, *draws.values())
         if self.replay is None:
             return images, targets
         self.replay.push(images, targets)
@@ -219,7 +219,7 @@ class SyntheticStream(IterableDataset):
         images = torch.cat([images, old]).contiguous(memory_format=self.memory_format)
         return images, torch.cat([targets, old_targets])
 
-    def _chances(self, images: Tensor, position: tuple[int | str, ...]) -> dict[str, Tensor]:
+    def _random_draws(self, images: Tensor, position: tuple[int | str, ...]) -> dict[str, Tensor]:
         """What is drawn for images besides: where they move to, and the boxes of a batch that is mixed."""
         drawn = {}
         if self.shift or self.flip:
@@ -236,7 +236,7 @@ class SyntheticStream(IterableDataset):
         """Images of the source as they are streamed, and their targets."""
         if moves is not None:
             images = moved(images, moves, round(self.shift * images.shape[-1]), self.flip)
-        if boxes is not None and self.mix is not None:
+        if boxes is not None:
             with torch.autocast(images.device.type, enabled=False):
                 images = paste(images, images[partners(len(images), images.device)], boxes)
         if self.replay is not None:

@@ -210,7 +210,7 @@ class Synthesizer:
         with self.autocast():
             return full_precision(self.prepared(latents, labels))
 
-    def _drawn(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    def _generated(self, latents: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         """Images, and what is asked of them themselves."""
         images = self._images(latents, labels)
         return images, *image_terms(images, latents.detach(), labels, self.zoo[0], self.weights).values()
@@ -218,7 +218,7 @@ class Synthesizer:
     def _backward(self, step: int, k: int, labels: Tensor, latents: Tensor) -> dict[str, Tensor]:
         """The gradients of one update; returns its terms."""
         position: tuple[int | str, ...] = (self.seed, "synthesis", step, *([k] if k else []))
-        images, *own = self.graphs.call(("generator",), self.generator, self._drawn, latents, labels)
+        images, *own = self.graphs.call(("generator",), self.generator, self._generated, latents, labels)
         extra = dict(zip((name for name in IMAGE_TERMS if name in self.weights), own))
         seen = jitter(images, self.jitter, self.flip, *position)
         if k < self.coarse * self.inner:
@@ -262,7 +262,7 @@ class Synthesizer:
         given = [leaf, mixed.labels, mixed.other, mixed.beta, *([reply_leaf] if reply_leaf is not None else [])]
         for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():
             graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
-            values = graphs.call(("teachers", teacher.name), None, partial(self._asked, teacher, position), *given)
+            values = graphs.call(("teachers", teacher.name), None, partial(self._losses_of, teacher, position), *given)
             terms = dict(zip(self.named[teacher.name, len(given)], values))
             if "bn" in terms:
                 self.bn_last[teacher.name] = terms["bn"].detach()
@@ -276,7 +276,7 @@ class Synthesizer:
             reply.backward(reply_leaf.grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
 
-    def _asked(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> tuple[Tensor, ...]:
+    def _losses_of(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> tuple[Tensor, ...]:
         """A teacher's terms of mixed images, their labels and shares, and the adversary's logits where it counts."""
         mixed = Mixed(*given[:4])
         answer = ask(teacher, mixed, mixed.images, self.weights, self.manner, self.autocast, self.contrast, position)
@@ -375,6 +375,7 @@ class Synthesizer:
         """Finish what is streamed, frozen and in eval mode, and return it: the pool, or the generator, whose running
         statistics become the mean over fresh batches of what its batch norms see in training, so that eval mode draws
         the images that were trained."""
+        self.graphs.forget()
         done = self.generator if self.pool is None else self.pool
         norms = [module for module in done.modules() if isinstance(module, _BatchNorm)]
         momenta = [norm.momentum for norm in norms]

@@ -122,6 +122,7 @@ class Loop:
         if self.synthesizer is not None and plan.frozen == 0:
             self.synthesizer.settle()
         if self.fit is not None:
+            self.fit.graphs.forget()
             mean_over_processes(batch_norm_buffers(self.fit.student))
         self._account(begun)
 

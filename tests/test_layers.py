@@ -29,12 +29,9 @@ CORE: dict[str, set[str]] = {
     "evaluate": {"data", "errors", "runtime"},
     "paging": {"errors"},
     "cuda_graphs": {"runtime"},
-    "teachers": {"classifier", "collectives", "cuda_graphs", "errors", "models", "norms", "paging", "runtime"},
+    "teachers": {"classifier", "collectives", "errors", "models", "norms", "paging", "runtime"},
     "contrast": {"collectives", "losses", "runtime", "teachers"},
-    "terms": {
-        *("collectives", "contrast", "cuda_graphs", "errors", "generators", "losses", "mixing", "norms", "runtime"),
-        "teachers",
-    },
+    "terms": {"collectives", "contrast", "errors", "generators", "losses", "mixing", "norms", "runtime", "teachers"},
     "synthesis": {
         *("collectives", "contrast", "cuda_graphs", "errors", "generators", "losses", "mixing", "norms", "paging"),
         *("runtime", "teachers", "terms"),

@@ -3,6 +3,7 @@
 import ast
 import json
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dfkd.cli import main
 from dfkd.compress.files import load_compressed
 from dfkd.data import opened
 from dfkd.models import build_model, save_model
+from dfkd.results import versions
 from generators import load_generator
 
 SHORT = ("synthesis.steps=3", "distill.steps=2", "runtime.log_every=1")
@@ -87,6 +89,17 @@ def test_a_run_leaves_its_files(runs: Runs) -> None:
     about = json.loads((folder / "generator" / "generator.json").read_text())
     assert about["teachers"].keys() == {"plain", "residual"}
     assert about["bn_loss"]["plain"]["end"] != about["bn_loss"]["plain"]["start"]
+
+
+def test_what_is_not_installed_has_no_version_and_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "dfkd":
+            raise PackageNotFoundError(name)
+        return f"{name} 1"
+
+    monkeypatch.setattr("dfkd.results.version", version)
+    found = versions()
+    assert (found["dfkd"], found["torch"]) == ("not installed", "torch 1")
 
 
 def test_results_hold_every_figure_of_the_contract(runs: Runs) -> None:

@@ -147,7 +147,11 @@ class Fit:
         # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
-        self.graphs = DIRECT if hints else graphs  # a layer that is watched must run
+        self.graphs = graphs
+        if hints is not None:  # a layer that is watched must run
+            self.graphs = DIRECT
+            if isinstance(stream, SyntheticStream):
+                stream.graphs = DIRECT
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.lr, self.warmup, self.temperature = lr, warmup, temperature
         if loss not in STUDENT_LOSSES:
@@ -167,14 +171,16 @@ class Fit:
         torch.manual_seed(rng("cpu", *position).initial_seed())
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
-        examined = partial(self._examined, theirs)
-        loss, agree = self.graphs.learn(("student",), self.student, examined, images, targets)
+        judged = partial(self._loss_and_agreement, theirs)
+        loss, agree = self.graphs.learn(("student",), self.student, judged, images, targets)
         if self.clip:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
         self.optimizer.step()
         return {"loss": loss, "agreement": agree}
 
-    def _examined(self, theirs: dict[str, Tensor] | None, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss_and_agreement(
+        self, theirs: dict[str, Tensor] | None, images: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The student's loss, and how often it names its teacher's class."""
         wanted = self.hints
         with self.autocast(), wanted.watch_student() if wanted else nullcontext() as ours:
