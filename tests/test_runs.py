@@ -91,6 +91,12 @@ def test_a_run_leaves_its_files(runs: Runs) -> None:
     assert about["bn_loss"]["plain"]["end"] != about["bn_loss"]["plain"]["start"]
 
 
+def test_the_adversary_fades_when_the_recipe_says(runs: Runs) -> None:
+    assert runs.run("fades", "synthesis.warmup=0", "synthesis.fade=0.5").code == 0
+    seen = {line["step"]: "adversary" in line for line in lines(runs.folder / "fades") if line["phase"] == "generator"}
+    assert seen == {step: step <= 10 for step in range(2, 21, 2)}  # of 20 updates it counts in half
+
+
 def test_what_is_not_installed_has_no_version_and_costs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name == "dfkd":
