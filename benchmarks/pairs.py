@@ -52,7 +52,8 @@ PAIRS = {  # in the order to run them
     "vgg11_resnet18": "cifar10_vgg11_resnet18",
 }
 KEYS: Keys = {"distill.steps": "0", "synthesis.fade": "0.1"}  # of all pairs, where KEY=VALUE does not say otherwise
-PRICED_WITH = 96.0  # seconds of training, as which the probes of an update's cost are sized
+PRICED_WITH = 96.0  # seconds of training, as which the probes of an update's cost are sized at the most
+PRICED_SHARE = 0.1  # of a seed's budget: in a short lease the probes must not take what they are to divide
 MEASURING, LEFT = 2.0, 0.5  # minutes, below which no measurement and no run is begun
 
 
@@ -120,7 +121,8 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
     if deadline.left() < min(MEASURING, options.minutes / 2) and not (folder / "costs.jsonl").exists():
         raise Paused("the cost of an update is to be measured next")
     with ThreadPoolExecutor(1) as lane:
-        costs = price([method], folder, {"seconds": PRICED_WITH, "threads": threads}, lane)
+        seconds = min(PRICED_WITH, PRICED_SHARE * 60 * options.budget)
+        costs = price([method], folder, {"seconds": seconds, "threads": threads}, lane)
     if method.name not in costs:
         raise UserError(f"the cost of an update of {method.name} could not be measured; see {folder}/logs")
     work, note = scale(work_of(method.recipe), costs[method.name], 60 * options.budget)
