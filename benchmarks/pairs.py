@@ -5,7 +5,6 @@ python benchmarks/pairs.py PAIR [--minutes 9] [--budget 20] [--seeds 0,1,2] [--o
 - PAIR is one of PAIRS. KEY=VALUE go to its recipe: `data.dataset=imagefolder data.root=TEST data.train_root=TRAIN` for
   images in folders, `teachers.NAME.weights=PATH` for a teacher that is there already.
 - A call stops itself after --minutes, with a whole checkpoint; the same call goes on there, until it exits with 0.
-- All updates of the student come beside the generator's (KEYS), and none on the finished generator.
 - First the teachers are trained (their time does not count), then the seconds of an update are measured on this device,
   then each seed trains for --budget minutes: what the recipe asks for, longer or shorter.
 - The student is its last weights. `last quarter`: mean, deviation and lowest over the evaluations there of its
@@ -51,7 +50,6 @@ PAIRS = {  # in the order to run them
     "wrn_40_2_wrn_16_1": "cifar10_wrn_40_2_wrn_16_1",
     "vgg11_resnet18": "cifar10_vgg11_resnet18",
 }
-KEYS: Keys = {"distill.steps": "0", "synthesis.fade": "0.1"}  # of all pairs, where KEY=VALUE does not say otherwise
 PRICED_WITH = 96.0  # seconds of training, as which the probes of an update's cost are sized at the most
 PRICED_SHARE = 0.1  # of a seed's budget: in a short lease the probes must not take what they are to divide
 MEASURING, LEFT = 2.0, 0.5  # minutes, below which no measurement and no run is begun
@@ -111,7 +109,7 @@ def main(given: Sequence[str] | None = None) -> int:
 
 def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadline) -> None:
     """Do what is left of a pair; raises Paused where the deadline comes first."""
-    keys: Keys = {"recipe": PAIRS[options.pair], **KEYS, **given_keys(arguments, "all seeds")}
+    keys: Keys = {"recipe": PAIRS[options.pair], **given_keys(arguments, "all seeds")}
     folder = options.out / options.pair
     settings = {"budget": options.budget, "keys": keys}
     keep_settings(folder / "settings.json", settings)
