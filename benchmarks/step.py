@@ -165,11 +165,11 @@ class Ours:
             graphs=recorder(graphs, shard),
         )
         calls = recorder(graphs, shard)
-        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True, "graphs": calls}
+        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True}
         options |= {"autocast": accelerator.autocast} if accelerator else {}
-        stream = SyntheticStream(generator, teacher=zoo, **case.stream, **options)
+        stream = SyntheticStream(generator, teacher=zoo, graphs=calls, **case.stream, **options)
         self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, graphs=calls)
-        self.images = SyntheticStream(generator, batch_size=case.batch, **options)
+        self.images = SyntheticStream(generator, batch_size=case.batch, graphs=recorder(graphs, shard), **options)
 
     def generator_step(self, step: int) -> dict[str, Tensor]:
         """One `Synthesizer.step`."""

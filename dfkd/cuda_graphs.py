@@ -65,8 +65,7 @@ class Graphs(Calls):
     """
 
     def __init__(self) -> None:
-        self.recorded: dict[Hashable, Function] = {}
-        self.refused: set[Hashable] = set()
+        self.recorded: dict[Hashable, Function | None] = {}  # None: called as it is
         self.pools: dict[str, Any] = {}
 
     def call(self, key: tuple[str, ...], network: nn.Module | None, function: Function, *inputs: Tensor) -> Outputs:
@@ -92,16 +91,12 @@ class Graphs(Calls):
     ) -> Outputs:
         layout = tuple((x.shape, x.stride(), x.dtype, x.requires_grad) for x in inputs)
         place = (key, network is not None and network.training, torch.is_grad_enabled(), layout)
-        if place not in self.recorded and place not in self.refused:
-            found = self._record(key, network, record, inputs)
-            if found is None:
-                self.refused.add(place)
-            else:
-                self.recorded[place] = found
-        if place in self.refused:
+        if place not in self.recorded:
+            self.recorded[place] = self._record(key, network, record, inputs)
+        if (replay := self.recorded[place]) is None:
             return plain(*inputs)
         # Copies, since the next replay, also of one that shares the memory, overwrites what this one left.
-        return tuple(output.clone() for output in self.recorded[place](*inputs))
+        return tuple(output.clone() for output in replay(*inputs))
 
     def forget(self) -> None:
         self.recorded.clear()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,9 +210,8 @@ class SyntheticStream(IterableDataset):
         with self.autocast():
             images, labels = self.source(self.shard, self.fresh, position)
             draws = self._random_draws(images, position)
-            names = ("stream", *draws)
-            finish = lambda images, labels, *drawn: self._finished(images, labels, **dict(zip(draws, drawn)))  # noqa: E731
-            images, targets = self.graphs.call(names, None, finish, images, labels, *draws.values())
+            finish = partial(self._finished, tuple(draws))
+            images, targets = self.graphs.call(("stream", *draws), None, finish, images, labels, *draws.values())
         if self.replay is None:
             return images, targets
         self.replay.push(images, targets)
@@ -231,14 +231,15 @@ class SyntheticStream(IterableDataset):
         return {name: to_device(x, images.device) for name, x in drawn.items()}
 
     def _finished(
-        self, images: Tensor, labels: Tensor, moves: Tensor | None = None, boxes: Tensor | None = None
+        self, names: tuple[str, ...], images: Tensor, labels: Tensor, *drawn: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Images of the source as they are streamed, and their targets."""
-        if moves is not None:
-            images = moved(images, moves, round(self.shift * images.shape[-1]), self.flip)
-        if boxes is not None:
+        """Images of the source as they are streamed, and their targets; drawn are `_random_draws` of these names."""
+        draws = dict(zip(names, drawn))
+        if "moves" in draws:
+            images = moved(images, draws["moves"], round(self.shift * images.shape[-1]), self.flip)
+        if "boxes" in draws:
             with torch.autocast(images.device.type, enabled=False):
-                images = paste(images, images[partners(len(images), images.device)], boxes)
+                images = paste(images, images[partners(len(images), images.device)], draws["boxes"])
         if self.replay is not None:
             # As the ring keeps them, so that the targets are of these very images whenever they are drawn.
             images = to_bytes(images).to(images.dtype) / 255

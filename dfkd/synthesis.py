@@ -256,7 +256,7 @@ class Synthesizer:
         seen: dict[str, list[Tensor]] = {}
         reply = reply_leaf = None
         if ramp and self.student is not None:
-            (reply,) = self.graphs.call(("adversary",), None, self._reply, leaf)
+            (reply,) = self.graphs.call(("adversary",), None, partial(self._reply, self.student), leaf)
             reply_leaf = reply.detach().requires_grad_()
             reply_leaf.grad = torch.zeros_like(reply_leaf)
         given = [leaf, mixed.labels, mixed.other, mixed.beta, *([reply_leaf] if reply_leaf is not None else [])]
@@ -279,19 +279,17 @@ class Synthesizer:
     def _losses_of(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> tuple[Tensor, ...]:
         """A teacher's terms of mixed images, their labels and shares, and the adversary's logits where it counts."""
         mixed = Mixed(*given[:4])
-        answer = ask(teacher, mixed, mixed.images, self.weights, self.manner, self.autocast, self.contrast, position)
+        answer = ask(teacher, mixed, self.weights, self.manner, self.autocast, self.contrast, position)
         answer.student = given[4] if len(given) > 4 else None
         terms = teacher_terms(answer, self.weights)
         self.named[teacher.name, len(given)] = list(terms)  # a graph knows their values alone
         return tuple(terms.values())
 
-    def _reply(self, images: Tensor) -> tuple[Tensor]:
+    def _reply(self, student: nn.Module, images: Tensor) -> tuple[Tensor]:
         """The adversary's logits [B, K], as those of a frozen network in eval mode."""
-        if self.student is None:
-            raise ValueError("there is no adversary")
-        norms = batch_norms(self.student).values()
-        with eval_mode(self.student), frozen(self.student), frozen_norms(norms), self.autocast():
-            return (self.student(images),)
+        norms = batch_norms(student).values()
+        with eval_mode(student), frozen(student), frozen_norms(norms), self.autocast():
+            return (student(images),)
 
     def _weigh(self, name: str, value: Tensor, ramp: float) -> Tensor:
         weight = self.weights[name] * (ramp if name == "adversary" else 1.0)

@@ -31,8 +31,6 @@ class Manner:
 class Answer:
     """What one teacher makes of a batch of (mixed) images, as far as the wanted terms ask for it."""
 
-    teacher: Teacher
-    images: Tensor
     mixed: Mixed
     manner: Manner
     logits: Tensor
@@ -59,7 +57,7 @@ TEACHER_TERMS: dict[str, Callable[[Answer], Tensor | None]] = {
     "activation": lambda a: L.activation(a.features[-1]),
     "information": lambda a: L.information(all_reduce_mean(_probabilities(a).mean(0))),
     "likeness": lambda a: torch.stack(a.likeness).mean() if a.likeness else None,
-    "spread": lambda a: L.spread(a.images, _probabilities(a)),
+    "spread": lambda a: L.spread(a.mixed.images, _probabilities(a)),
     "contrastive": lambda a: a.contrastive,
 }
 IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor, Teacher], Tensor]] = {  # of images, latents, labels
@@ -74,14 +72,13 @@ LOSSES = (*TEACHER_TERMS, *IMAGE_TERMS)
 def ask(
     teacher: Teacher,
     mixed: Mixed,
-    images: Tensor,
     wanted: Mapping[str, float],
     manner: Manner,
     autocast: Autocast,
     contrast: Contrast | None = None,
     position: tuple[int | str, ...] = (),
 ) -> Answer:
-    """One forward of a teacher over images [B, C, H, W] (`mixed.images`, as a leaf), tapped for the wanted terms."""
+    """One forward of a teacher over mixed images [B, C, H, W], tapped for the wanted terms."""
     with ExitStack() as stack:
         statistics = stack.enter_context(
             teacher.tap() if "bn" in wanted else frozen_norms(batch_norms(teacher.model).values())
@@ -92,13 +89,13 @@ def ask(
             likeness = stack.enter_context(teacher.tap_maps(lambda maps: L.likeness(maps, mixed.labels)))
         means = stack.enter_context(teacher.tap_means()) if contrast is not None else []
         stack.enter_context(autocast())
-        logits = teacher(images)
-    answer = Answer(teacher, images, mixed, manner, logits, features=features, likeness=likeness)
+        logits = teacher(mixed.images)
+    answer = Answer(mixed, manner, logits, features=features, likeness=likeness)
     if statistics is not None:
         answer.bn = L.BN_DISTANCES[manner.bn_distance](statistics.gather(), statistics.stored)
     if contrast is not None:
         with autocast():
-            answer.contrastive = contrast(teacher, images, means, *position)
+            answer.contrastive = contrast(teacher, mixed.images, means, *position)
     return answer
 
 
