@@ -35,10 +35,11 @@ from dfkd import losses as L
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
 from dfkd.cuda_graphs import Outputs, recorder
+from dfkd.draws import draw_labels, draw_latents
 from dfkd.models import build_model
 from dfkd.runtime import Shard, compiled, eval_mode, frozen, make_accelerator, resolve_precision
 from dfkd.stream import SyntheticStream
-from dfkd.synthesis import Synthesizer, draw_labels, draw_latents
+from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers, zoo_logits
 from generators import ConvGenerator
 

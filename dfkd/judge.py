@@ -21,9 +21,9 @@ from dfkd.quality import NEAR, quality
 from dfkd.recipe import Loaded
 from dfkd.report import columns
 from dfkd.results import describe_device, versions
-from dfkd.runtime import Shard, make_accelerator, say, shut_down
+from dfkd.runtime import Shard, make_accelerator, say, shut_down, to_float
 from dfkd.schema import Recipe
-from dfkd.stream import Source, SyntheticStream, from_generator, from_noise, materialize, to_float
+from dfkd.stream import Source, SyntheticStream, from_generator, from_noise, materialize
 from dfkd.tasks import HELD_OUT, HELD_OUT_BATCH, HELD_OUT_EPOCH
 from dfkd.teachers import Teacher
 from dfkd.training import GRID_COLUMNS

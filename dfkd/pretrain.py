@@ -14,8 +14,8 @@ from torch import Tensor
 from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
 from dfkd.cuda_graphs import DIRECT, Calls
-from dfkd.runtime import Deadline, Shard, rng
-from dfkd.stream import augment, to_float
+from dfkd.draws import augment
+from dfkd.runtime import Deadline, Shard, rng, to_float
 
 
 def one_cycle(progress: float, warmup: float = 0.2) -> float:

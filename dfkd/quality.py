@@ -13,8 +13,7 @@ from dfkd.errors import UserError
 from dfkd.evaluate import diversity, refuse_broken, wilson
 from dfkd.losses import bn_kl, bn_l2
 from dfkd.norms import Moments
-from dfkd.runtime import to_bytes
-from dfkd.stream import to_float
+from dfkd.runtime import to_bytes, to_float
 from dfkd.teachers import Teacher
 
 NEAR = 0.05  # a neighbour nearer than this share of the mean distance of all pairs is a near-duplicate

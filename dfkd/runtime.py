@@ -72,6 +72,11 @@ def to_bytes(images: Tensor) -> Tensor:
     return (images * 255).round().to(torch.uint8)
 
 
+def to_float(images: Tensor) -> Tensor:
+    """Images in [0, 1] from uint8 or float ones."""
+    return images.float() / 255 if images.dtype == torch.uint8 else full_precision(images)
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the host's on a device, without waiting for what the device has still to do."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

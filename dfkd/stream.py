@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.utils import save_image
 
 from dfkd.cuda_graphs import DIRECT, Calls
+from dfkd.draws import draw_labels, draw_latents, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.mixing import draw_mix, make_mix, partners, paste
-from dfkd.runtime import Shard, full_precision, rng, to_bytes, to_device
-from dfkd.synthesis import draw_labels, draw_latents
+from dfkd.runtime import Shard, full_precision, rng, to_bytes, to_device, to_float
 from dfkd.teachers import Teacher, zoo_logits
 from generators import ImageGenerator
 
@@ -63,11 +63,6 @@ def from_images(images: Tensor, labels: Tensor) -> Source:
     return draw
 
 
-def to_float(images: Tensor) -> Tensor:
-    """Images in [0, 1] from uint8 or float ones."""
-    return images.float() / 255 if images.dtype == torch.uint8 else full_precision(images)
-
-
 class Replay:
     """A ring of past batches with their targets on the device, images in uint8: 1 byte a value instead of 4.
 
@@ -110,30 +105,6 @@ class Replay:
             self.images = images.new_zeros((self.slots, *images.shape[1:]))
             self.targets = targets.new_zeros((self.slots, *targets.shape[1:]))
             self.images[: self.filled], self.targets[: self.filled] = images, targets
-
-
-def augment(images: Tensor, shard: Shard, shift: int, flip: bool, *position: int | str) -> Tensor:
-    """Shift images [B, C, H, W] by up to `shift` pixels each way, edges repeated, and flip half of them if asked."""
-    if not shift and not flip:
-        return images
-    return moved(images, to_device(draw_moves(shard, len(images), *position), images.device), shift, flip)
-
-
-def draw_moves(shard: Shard, batch: int, *position: int | str) -> Tensor:
-    """Three uniform numbers in [0, 1) for each image of this rank, on the host: [batch, 3]."""
-    return shard.take(torch.rand(batch * shard.world, 3, generator=rng("cpu", *position, "augment")))
-
-
-def moved(images: Tensor, u: Tensor, shift: int, flip: bool) -> Tensor:
-    """Images [B, C, H, W] shifted down and across by what u [B, 3] says, and flipped where asked (see augment)."""
-    batch, _, height, width = images.shape
-    offset = (u[:, :2] * (2 * shift + 1)).floor().long() - shift
-    rows = (torch.arange(height, device=images.device) + offset[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) + offset[:, 1:]).clamp(0, width - 1)
-    if flip:
-        columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
-    each = torch.arange(batch, device=images.device)
-    return images.permute(0, 2, 3, 1)[each.view(-1, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 class SyntheticStream(IterableDataset):

@@ -18,11 +18,12 @@ from dfkd import losses as L
 from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm
 from dfkd.contrast import Contrast
 from dfkd.cuda_graphs import DIRECT, Calls
+from dfkd.draws import draw_labels, draw_latents, jitter
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
-from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng, to_bytes, to_device
+from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng, to_bytes
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
@@ -45,44 +46,9 @@ RENEWED: dict[str, Callable[[ImageGenerator], list[nn.Module]]] = {
 }
 
 
-def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, repeats: int = 1) -> Tensor:
-    """Labels [batch] int64 of this rank, balanced over the global batch, as equal neighbours where repeats is 2.
-
-    Every class appears equally often (to one) where the global batch holds all of them `repeats` times; else as many
-    classes as fit are picked at random.
-    """
-    total = batch * shard.world
-    generator = rng("cpu", *position, "labels")  # so small that on a GPU every line would cost more than the copy
-    chosen = torch.randperm(classes, generator=generator)[: max(1, total // repeats)]
-    labels = chosen[torch.arange(total).mul(len(chosen)).div(total, rounding_mode="floor")]
-    blocks = total // repeats
-    order = torch.randperm(blocks, generator=generator)
-    shuffled = labels[: blocks * repeats].view(blocks, repeats)[order].reshape(-1)
-    return to_device(shard.take(torch.cat([shuffled, labels[blocks * repeats :]])), shard.device)
-
-
-def draw_latents(shard: Shard, batch: int, latent: int, *position: int | str) -> Tensor:
-    """Standard normal latents [batch, latent] of this rank, its part of the global batch's."""
-    generator = rng(shard.device, *position, "latents")
-    # A copy: the slice alone would keep the whole batch's in memory.
-    return shard.take(torch.randn(batch * shard.world, latent, generator=generator, device=shard.device)).clone()
-
-
 def redraw_steps(steps: int, times: int) -> set[int]:
     """The steps at which the first layers are drawn anew: evenly over the first 80 % of training, never step 0."""
     return {round(0.8 * steps * k / times) for k in range(1, times + 1)} - {0} if times else set()
-
-
-def jitter(images: Tensor, pixels: int, flip: bool, *position: int | str) -> Tensor:
-    """All images [B, C, H, W] rolled by one random offset of up to `pixels` each way, and mirrored half the time if
-    asked (DeepInversion, Yin et al. 2020, appendix A)."""
-    if not pixels and not flip:
-        return images
-    # Host values, so that roll needs no sync; by position, so that every process moves its images alike.
-    u = torch.rand(3, generator=rng("cpu", *position, "jitter")).tolist()
-    down, across = (int(x * (2 * pixels + 1)) - pixels for x in u[:2])
-    images = images.roll((down, across), (2, 3)) if pixels else images
-    return images.flip(3) if flip and u[2] < 0.5 else images
 
 
 class Synthesizer:

@@ -13,11 +13,12 @@ from torch import Tensor
 from dfkd.checkpoints import Checkpoints
 from dfkd.collectives import agreed, batch_norm_buffers, mean_over_processes
 from dfkd.compress.fit import Fit
+from dfkd.draws import draw_latents
 from dfkd.errors import Paused, UserError
 from dfkd.evaluate import diversity
 from dfkd.metrics import Metrics, learning_rates
 from dfkd.runtime import Deadline, Shard, eval_mode
-from dfkd.synthesis import Synthesizer, draw_latents
+from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher
 from dfkd.verdict import generator_notes, student_notes
 from generators import ImageGenerator

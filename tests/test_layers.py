@@ -29,26 +29,27 @@ CORE: dict[str, set[str]] = {
     "evaluate": {"data", "errors", "runtime"},
     "paging": {"errors"},
     "cuda_graphs": {"runtime"},
+    "draws": {"runtime"},
     "teachers": {"classifier", "collectives", "errors", "models", "norms", "paging", "runtime"},
     "contrast": {"collectives", "losses", "runtime", "teachers"},
     "terms": {"collectives", "contrast", "errors", "generators", "losses", "mixing", "norms", "runtime", "teachers"},
     "synthesis": {
-        *("collectives", "contrast", "cuda_graphs", "errors", "generators", "losses", "mixing", "norms", "paging"),
-        *("runtime", "teachers", "terms"),
+        *("collectives", "contrast", "cuda_graphs", "draws", "errors", "generators", "losses", "mixing", "norms"),
+        *("paging", "runtime", "teachers", "terms"),
     },
-    "stream": {"classifier", "cuda_graphs", "errors", "generators", "mixing", "runtime", "synthesis", "teachers"},
-    "pretrain": {"checkpoints", "classifier", "cuda_graphs", "errors", "runtime", "stream"},
+    "stream": {"classifier", "cuda_graphs", "draws", "errors", "generators", "mixing", "runtime", "teachers"},
+    "pretrain": {"checkpoints", "classifier", "cuda_graphs", "draws", "errors", "runtime"},
     "compress": {
         *("classifier", "collectives", "cuda_graphs", "errors", "losses", "models", "runtime", "stream", "teachers"),
     },
     "export": {"classifier", "compress", "errors"},
-    "quality": {"errors", "evaluate", "losses", "norms", "runtime", "stream", "teachers"},
+    "quality": {"errors", "evaluate", "losses", "norms", "runtime", "teachers"},
     "verify": {"classifier", "compress", "errors", "export", "runtime"},
     "verdict": {"generators"},
     "checkpoints": {"errors", "runtime"},
     "metrics": {"collectives", "errors"},
     "training": {
-        *("checkpoints", "collectives", "compress", "errors", "evaluate", "generators", "metrics", "runtime"),
+        *("checkpoints", "collectives", "compress", "draws", "errors", "evaluate", "generators", "metrics", "runtime"),
         *("stream", "synthesis", "teachers", "verdict"),
     },
 }
@@ -105,7 +106,7 @@ def test_the_reader_of_imports_sees_every_form() -> None:
     source = (
         "import dfkd.data\n"
         "from dfkd import losses as L\n"
-        "from dfkd.stream import augment\n"
+        "from dfkd.stream import Replay\n"
         "def f():\n    from ..teachers import Teacher\n    from .fit import Fit\n    import generators.conv\n"
         "torchvision.datasets.ImageFolder\n"
     )

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd import synthesis
+from dfkd.draws import draw_latents, jitter
 from dfkd.errors import UserError
 from dfkd.runtime import Shard
-from dfkd.synthesis import ADAM_EPS, Synthesizer, draw_latents, jitter
+from dfkd.synthesis import ADAM_EPS, Synthesizer
 from dfkd.teachers import Teacher
 from generators import ConvGenerator, ImageGenerator, PixelGenerator, PoolGenerator
 

@@ -15,18 +15,17 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
+from dfkd.draws import augment
 from dfkd.errors import UserError
-from dfkd.runtime import Shard
+from dfkd.runtime import Shard, to_float
 from dfkd.stream import (
     CalibrationReader,
     Replay,
     SyntheticStream,
     as_dataloader,
-    augment,
     from_images,
     from_noise,
     materialize,
-    to_float,
 )
 from dfkd.teachers import Teacher
 from generators import ConvGenerator, PoolGenerator

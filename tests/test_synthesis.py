@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd import losses
+from dfkd.draws import draw_labels, draw_latents
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix
 from dfkd.runtime import Shard
-from dfkd.synthesis import Synthesizer, draw_labels, draw_latents, redraw_steps
+from dfkd.synthesis import Synthesizer, redraw_steps
 from dfkd.teachers import Teacher, map_layers
 from dfkd.terms import LOSSES
 from generators import ConvGenerator, PixelGenerator
