@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from step import Case, Ours
+from contenders import Case, Ours
 from torch.profiler import ProfilerActivity, profile
 
 from dfkd.runtime import Shard, make_accelerator

@@ -36,8 +36,9 @@ from dfkd.assemble import load_recipe_zoo, teacher_folder
 from dfkd.cli import main as command_line
 from dfkd.curves import entries
 from dfkd.errors import UserError
+from dfkd.phases import plans
 from dfkd.recipe import FOLDER, load_recipe
-from dfkd.run import build, carry_out, plans
+from dfkd.run import build, carry_out
 from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.schema import Recipe
 

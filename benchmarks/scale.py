@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from step import CASES, WARMUP, Ours, seconds_of
+from contenders import CASES, Ours
+from step import WARMUP, seconds_of
 from torch import nn
 
 from dfkd.runtime import make_accelerator, resolve_precision, say, shut_down

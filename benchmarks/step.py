@@ -1,358 +1,50 @@
 """Images per second of a generator step, of a student step and of the stream, between the bare floor and a naive form.
 
-    python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile] [--eager]
+    python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile] [--eager] [--burst 1]
 
-- ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run with the default keys prepares
-  them, adversary fully ramped up; with --compile as runtime.compile=true has them, once they are compiled.
-- naive: the same losses on the same draws in float32 and NCHW, with teachers that take gradients, hooks that are never
-  removed, a student whose gradients are computed in the adversary, and teachers that are asked again about every
-  replayed image. Drawing, replay and augmentation are ours: no loss terms or bugs of others are held against them.
-- floor: network forward and backward at our precision and memory format, on fixed inputs, and nothing else: per sampled
-  teacher and for the adversary forward and input gradient, generator forward and backward; for the student its forward
-  and backward, the teachers' and the generator's forward for the fresh half; for the stream the generator's forward.
-
-On a GPU networks of ours and of the floor are CUDA graphs, as runtime.cuda_graphs has them, unless --eager is given.
-The three take turns step by step, so that a ratio compares neighbours in time. Weights are random. --where profiles
-ours and the floor afterwards, and says in which operators what is beyond the floor goes.
+What is compared stands in contenders.py. The three take turns, so that a ratio compares neighbours in time. On a GPU a
+turn is a burst of steps, as in a run, where the host draws for the next step while the GPU works on this one; with
+--burst 1 every step is timed from an empty queue to an empty queue, so that the host counts in full. With --compile
+ours is as runtime.compile=true has it, once it is compiled; with --eager nothing is recorded as CUDA graphs. --where
+profiles ours and the floor afterwards, and says in which operators what is beyond the floor goes.
 """
 
 import argparse
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
 from statistics import median, quantiles
-from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import Tensor, nn
+from contenders import CASES, Case, Contender, Floor, Naive, Ours
 from torch.profiler import ProfilerActivity, profile
 
-from dfkd import losses as L
-from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit
-from dfkd.cuda_graphs import Outputs, recorder
-from dfkd.draws import draw_labels, draw_latents
-from dfkd.models import build_model
-from dfkd.runtime import Shard, compiled, eval_mode, frozen, make_accelerator, resolve_precision
-from dfkd.stream import SyntheticStream
-from dfkd.synthesis import Synthesizer
-from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers, zoo_logits
-from generators import ConvGenerator
+from dfkd.runtime import compiled, make_accelerator, resolve_precision
 
-SAMPLE = 2  # m': teachers of a generator step
-WEIGHTS = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 1.0}
-CLIP = 5.0
-FRESH = 0.5  # of a student batch, the rest is replayed
-MIXED = 0.5  # probability that what is fresh is mixed
-SCHEDULE = 10_000  # length of the run that a measured step is part of
 WARMUP = 3  # rounds before the clock starts
 SHOWN = 10  # operators that --where names
 STUDENT_STEPS = 5  # per generator step in the combined row; the default recipe has 4
-
-Model = tuple[str, Mapping[str, Any]]  # model string and kwargs
-
-
-@dataclass(frozen=True)
-class Case:
-    """Networks and sizes of a measurement; the student learns the mean logits of all teachers."""
-
-    teachers: Sequence[Model]
-    student: Model
-    classes: int = 10
-    channels: int = 3
-    size: int = 32
-    latent: int = 256
-    width: int = 64
-    batch: int = 128
-    replay: int = 200
-
-    @property
-    def stream(self) -> dict[str, Any]:
-        """Options of the student's stream."""
-        return {"batch_size": self.batch, "replay": self.replay, "fresh": FRESH, "shift": 0.125, "mix": MIXED}
-
-
-TINY = [(f"dfkd:tiny_{family}", {"width": 16}) for family in ("plain", "inverted", "residual")]
-CASES = {
-    "digits": Case(TINY, ("dfkd:tiny_plain", {"width": 8}), channels=1, size=16, latent=128, width=32),
-    "resnet": Case([("dfkd:resnet20", {}), ("dfkd:resnet56", {})], ("dfkd:resnet20", {})),
-    "wrn": Case([("dfkd:wrn_40_2", {})], ("dfkd:wrn_16_1", {})),
-    "resnet34": Case([("dfkd:resnet34", {})], ("dfkd:resnet18", {})),
-    "imagenet": Case(
-        [("torchvision:resnet50", {}), ("torchvision:mobilenet_v2", {})],
-        ("torchvision:mobilenet_v2", {}),
-        classes=1000,
-        size=224,
-        batch=32,
-        replay=20,
-    ),
-}
+BURST = 10  # steps of a turn on a GPU
 KINDS = ("generator", "student", "stream")
-
-
-class Networks(NamedTuple):
-    """What a step works with, on the device."""
-
-    generator: ConvGenerator
-    zoo: list[Teacher]
-    student: Classifier
-
-
-def build(case: Case, seed: int, device: torch.device, memory_format: torch.memory_format) -> Networks:
-    """The networks of a case with random weights that depend on the seed alone."""
-    torch.manual_seed(seed)
-    image: dict[str, Any] = {"mean": [0.5] * case.channels, "std": [0.25] * case.channels}
-    specs = {name: {"model": name, "kwargs": kwargs, **image} for name, kwargs in case.teachers}
-    zoo = load_zoo(specs, classes=case.classes, channels=case.channels, size=case.size)
-    name, kwargs = case.student
-    student = Classifier(build_model(name, classes=case.classes, channels=case.channels, kwargs=kwargs), **image)
-    generator = ConvGenerator(
-        latent=case.latent,
-        classes=case.classes,
-        channels=case.channels,
-        size=case.size,
-        width=case.width,
-        prototypes=8,
-    )
-    for network in (generator, student, *zoo):
-        network.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-    return Networks(generator, zoo, student)
-
-
-class Contender(Protocol):
-    """One way to take the steps."""
-
-    def generator_step(self, step: int) -> object:
-        """One update of the generator."""
-
-    def student_step(self, step: int) -> object:
-        """One update of the student."""
-
-    def stream_step(self, step: int) -> object:
-        """One batch of images."""
-
-
-class Ours:
-    """The steps of a run."""
-
-    def __init__(
-        self,
-        case: Case,
-        seed: int,
-        shard: Shard,
-        accelerator: Accelerator | None = None,
-        sample: int = SAMPLE,
-        graphs: bool = False,
-    ) -> None:
-        self.networks = generator, zoo, student = build(case, seed, shard.device, torch.channels_last)
-        self.synthesizer = Synthesizer(
-            generator,
-            zoo,
-            losses=WEIGHTS,
-            steps=SCHEDULE,
-            batch_size=case.batch,
-            sample=sample,
-            student=student,
-            clip=CLIP,
-            warmup=0.0,
-            fade=0.0,
-            seed=seed,
-            accelerator=accelerator,
-            shard=shard,
-            graphs=recorder(graphs, shard),
-        )
-        calls = recorder(graphs, shard)
-        options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True}
-        options |= {"autocast": accelerator.autocast} if accelerator else {}
-        stream = SyntheticStream(generator, teacher=zoo, graphs=calls, **case.stream, **options)
-        self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, graphs=calls)
-        self.images = SyntheticStream(generator, batch_size=case.batch, graphs=recorder(graphs, shard), **options)
-
-    def generator_step(self, step: int) -> dict[str, Tensor]:
-        """One `Synthesizer.step`."""
-        return self.synthesizer.step(step)
-
-    def student_step(self, step: int) -> dict[str, Tensor]:
-        """One `Fit.step`."""
-        return self.fit.step(step)
-
-    def stream_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One batch of the bare stream."""
-        with eval_mode(self.networks.generator):
-            return self.images.batch(step)
-
-
-class StatisticsHook:
-    """The loss of one batch norm, MixMix eq. 2, as the hooks of DataFree compute it (datafree/hooks.py:88-89)."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        self.loss = torch.zeros(())
-        norm.register_forward_hook(self)
-
-    def __call__(self, norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        (x,) = inputs
-        mean = x.mean([0, 2, 3])
-        var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
-        self.loss = torch.norm(norm.running_var - var, 2) + torch.norm(norm.running_mean - mean, 2)  # type: ignore[operator]
-
-
-class AskedAgain:
-    """A stream whose teachers are asked about every image of a batch, replayed or not."""
-
-    def __init__(self, stream: SyntheticStream, zoo: list[Teacher]) -> None:
-        self.stream, self.zoo = stream, zoo
-        self.seed, self.shard, self.replay = stream.seed, stream.shard, stream.replay
-
-    @torch.no_grad()
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images and the zoo's logits."""
-        images, _ = self.stream.batch(step)
-        return images, zoo_logits(self.zoo, images)
-
-
-class Naive:
-    """The same steps as they are commonly written; float32, contiguous, eager, one backward for all teachers."""
-
-    def __init__(self, case: Case, seed: int, shard: Shard) -> None:
-        self.networks = build(case, seed, shard.device, torch.contiguous_format)
-        self.generator, self.zoo, self.student = self.networks
-        self.case, self.seed, self.shard = case, seed, shard
-        for teacher in self.zoo:
-            teacher.requires_grad_(True)
-        self.hooks = {t.name: [StatisticsHook(norm) for norm in batch_norms(t.model).values()] for t in self.zoo}
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
-        stream = AskedAgain(SyntheticStream(self.generator, seed=seed, shard=shard, **case.stream), self.zoo)
-        self.fit = Fit(self.student, stream, steps=SCHEDULE)  # type: ignore[arg-type]
-        self.images = SyntheticStream(self.generator, batch_size=case.batch, seed=seed, shard=shard)
-        self.start = self._measure_start()
-
-    def generator_step(self, step: int) -> dict[str, Tensor]:
-        """One update of the generator; returns the unweighted terms."""
-        images, latents, labels = self._draw(step)
-        with eval_mode(self.student):
-            answer = self.student(images)
-        chosen = sample_teachers(self.zoo, SAMPLE, self.seed, step)
-        each = [self._teacher_terms(teacher, images, labels, answer) for teacher in chosen]
-        terms = {name: torch.stack([of_one[name] for of_one in each]).mean() for name in each[0]}
-        terms["diversity"] = L.mode_seeking(images, latents, labels)
-        self.optimizer.zero_grad()
-        self.student.zero_grad()
-        torch.stack([WEIGHTS[name] * value for name, value in terms.items()]).sum().backward()
-        torch.nn.utils.clip_grad_norm_(self.generator.parameters(), CLIP)
-        self.optimizer.step()
-        return terms
-
-    def student_step(self, step: int) -> dict[str, Tensor]:
-        """One `Fit.step` in float32, the hooks of the teachers still on."""
-        return self.fit.step(step)
-
-    def stream_step(self, step: int) -> tuple[Tensor, Tensor]:
-        """One batch of the bare stream, in float32."""
-        with eval_mode(self.generator):
-            return self.images.batch(step)
-
-    def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        position = (self.seed, "synthesis", step)
-        labels = draw_labels(self.shard, self.case.batch, self.case.classes, *position, repeats=2)
-        latents = draw_latents(self.shard, self.case.batch, self.case.latent, *position)
-        return self.generator(latents, labels), latents, labels
-
-    def _teacher_terms(self, teacher: Teacher, images: Tensor, labels: Tensor, answer: Tensor) -> dict[str, Tensor]:
-        logits = teacher(images)
-        return {
-            "ce": F.cross_entropy(logits, labels),
-            "bn": self._bn_loss(teacher) / self.start[teacher.name],
-            "adversary": -L.masked_divergence(answer, logits, "l1"),
-        }
-
-    def _bn_loss(self, teacher: Teacher) -> Tensor:
-        return torch.stack([hook.loss for hook in self.hooks[teacher.name]]).sum()
-
-    @torch.no_grad()
-    def _measure_start(self) -> dict[str, Tensor]:
-        images, _, _ = self._draw(0)
-        start = {}
-        for teacher in self.zoo:
-            teacher(images)
-            start[teacher.name] = self._bn_loss(teacher)
-        return start
-
-
-class Floor:
-    """The network work without which neither step can be."""
-
-    def __init__(
-        self, case: Case, seed: int, shard: Shard, accelerator: Accelerator | None = None, graphs: bool = False
-    ) -> None:
-        self.networks = build(case, seed, shard.device, torch.channels_last)
-        self.graphs = recorder(graphs, shard)
-        self.generator, self.zoo, self.student = self.networks
-        self.autocast = accelerator.autocast if accelerator else nullcontext
-        self.seed, self.fresh = seed, math.ceil(FRESH * case.batch)
-        self.latents = draw_latents(shard, case.batch, case.latent, seed, "floor")
-        self.labels = draw_labels(shard, case.batch, case.classes, seed, "floor")
-        with torch.no_grad():
-            images = self.generator(self.latents, self.labels)
-        self.images = images.contiguous(memory_format=torch.channels_last)
-        self.gradient = torch.ones(case.batch, case.classes, device=shard.device)
-
-    def generator_step(self, step: int) -> None:
-        """Generator forward and backward; forward and input gradient of the sampled teachers and of the adversary."""
-        (images,) = self._ask("generator", self.generator, self.generator, self.latents, self.labels)
-        leaf = images.detach().requires_grad_()
-        leaf.grad = torch.zeros_like(leaf)
-        with eval_mode(self.student), frozen(self.student):
-            for network in (*sample_teachers(self.zoo, SAMPLE, self.seed, step), self.student):
-                self._ask(network.name, None, network, leaf)[0].backward(self.gradient)
-        self.generator.zero_grad()
-        images.backward(leaf.grad)
-
-    def student_step(self, step: int) -> None:
-        """Student forward and backward, forward of every teacher and of the generator for the fresh half."""
-        with torch.no_grad():
-            self._ask("fresh", self.generator, self.generator, self.latents[: self.fresh], self.labels[: self.fresh])
-            for teacher in self.zoo:
-                self._ask(teacher.name, None, teacher, self.images[: self.fresh])
-        self.graphs.learn(("student",), self.student, self._learnt, self.images)
-
-    @torch.no_grad()
-    def stream_step(self, step: int) -> Tensor:
-        """Generator forward."""
-        with eval_mode(self.generator):
-            return self._ask("stream", self.generator, self.generator, self.latents, self.labels)[0]
-
-    def _learnt(self, images: Tensor) -> Outputs:
-        with self.autocast():
-            return (self.student(images).sum(),)
-
-    def _ask(self, name: str, learner: nn.Module | None, network: nn.Module, *inputs: Tensor) -> Outputs:
-        def forward(*inputs: Tensor) -> Outputs:
-            with self.autocast():
-                return (network(*inputs),)
-
-        return self.graphs.call((name,), learner, forward, *inputs)
-
 
 Seconds = dict[str, list[float]]  # contender -> seconds of each repetition
 
 
-def seconds_of(call: Callable[[int], object], step: int, device: torch.device) -> float:
-    """Wall-clock time of a call, the device's queue empty before and after."""
+def seconds_of(call: Callable[[int], object], step: int, device: torch.device, burst: int = 1) -> float:
+    """Wall-clock time per call of a burst of calls, the step-th; the device's queue is empty before and after it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    call(step)
+    for k in range(burst):
+        call(step * burst + k)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / burst
 
 
-def measure(contenders: Mapping[str, Contender], repeats: int, device: torch.device) -> dict[str, Seconds]:
-    """Seconds per kind of step; contenders take turns, and another one begins at every repetition."""
+def measure(
+    contenders: Mapping[str, Contender], repeats: int, device: torch.device, burst: int = 1
+) -> dict[str, Seconds]:
+    """Seconds per kind of step; contenders take turns of `burst` steps, and another one begins at every repetition."""
     names = list(contenders)
     seconds: dict[str, Seconds] = {kind: {name: [] for name in names} for kind in KINDS}
     for step in range(WARMUP + repeats):
@@ -360,7 +52,7 @@ def measure(contenders: Mapping[str, Contender], repeats: int, device: torch.dev
         for name in names[first:] + names[:first]:
             contender = contenders[name]
             for kind in KINDS:
-                taken = seconds_of(getattr(contender, f"{kind}_step"), step, device)
+                taken = seconds_of(getattr(contender, f"{kind}_step"), step, device, burst)
                 if step >= WARMUP:
                     seconds[kind][name].append(taken)
     return seconds
@@ -425,15 +117,15 @@ def where(contenders: Mapping[str, Contender], repeats: int, device: torch.devic
     return "\n".join(lines)
 
 
-def header(device: torch.device, precision: str, repeats: int, seed: int, compiling: bool, eager: bool) -> str:
+def header(given: argparse.Namespace, device: torch.device, precision: str, burst: int) -> str:
     """Under which circumstances the table was made, and what its columns are."""
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     threads = torch.get_num_threads()
-    ours = ", ours compiled" if compiling else ""
-    ours += ", CUDA graphs" if device.type == "cuda" and not eager else ""
+    ours = ", ours compiled" if given.compile else ""
+    ours += ", CUDA graphs" if device.type == "cuda" and not given.eager else ""
     return (
         f"device {hardware}, {threads} threads, {precision} channels_last{ours} (naive: fp32 contiguous), "
-        f"torch {torch.__version__}, seed {seed}, {repeats} repeats: medians, [quartiles]\n"
+        f"torch {torch.__version__}, seed {given.seed}, {given.repeats} turns of {burst}: medians, [quartiles]\n"
         f"{'images/s':<22}{'floor':>9}{'ours':>9}{'naive':>9}   {'time ours/floor':<19}time naive/ours"
     )
 
@@ -442,16 +134,19 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each kind, at least 2")
+    parser.add_argument("--repeats", type=int, default=15, help="timed turns of each kind, at least 2")
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="of ours and the floor")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="ours compiled; the others stay eager")
     parser.add_argument("--eager", action="store_true", help="on a GPU: ours and the floor without CUDA graphs")
+    parser.add_argument("--burst", type=int, help=f"steps of a turn; 1 on a CPU, {BURST} on a GPU unless given")
     parser.add_argument("--where", action="store_true", help="profile what is beyond the floor")
     given = parser.parse_args()
     if given.repeats < 2:
         parser.error("--repeats must be at least 2: the spread needs two values")
+    if given.burst is not None and given.burst < 1:
+        parser.error("--burst must be at least 1: the steps of a turn")
     return given
 
 
@@ -462,7 +157,8 @@ def main() -> None:
         torch.set_num_threads(given.threads)
     accelerator, shard = make_accelerator(given.precision)
     precision = resolve_precision(given.precision, shard.device)
-    print(header(shard.device, precision, given.repeats, given.seed, given.compile, given.eager))
+    burst = given.burst or (BURST if shard.device.type == "cuda" else 1)
+    print(header(given, shard.device, precision, burst))
     for name in CASES if given.case == "all" else [given.case]:
         case = CASES[name]
         ours = Ours(case, given.seed, shard, accelerator, graphs=not given.eager)
@@ -474,7 +170,7 @@ def main() -> None:
                 "ours": ours,
                 "naive": Naive(case, given.seed, shard),
             }
-            print(table(name, case, measure(contenders, given.repeats, shard.device)), flush=True)
+            print(table(name, case, measure(contenders, given.repeats, shard.device, burst)), flush=True)
             if given.where:
                 print(where(contenders, given.repeats, shard.device), flush=True)
 

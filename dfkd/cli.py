@@ -9,10 +9,11 @@ from accelerate import PartialState
 
 from dfkd import recipe as recipes
 from dfkd.assemble import TRAINABLE
+from dfkd.dry_run import dry_run
 from dfkd.errors import UserError
 from dfkd.judge import FEWEST, IMAGES, USAGE, judge
 from dfkd.models import list_models
-from dfkd.run import dry_run, run
+from dfkd.run import run
 from generators import GeneratorError
 
 # What a flag takes: --FLAG=VALUE, or nothing.

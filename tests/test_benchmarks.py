@@ -1,6 +1,5 @@
 import importlib
-import importlib.util
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -13,19 +12,20 @@ from torch import nn
 
 from dfkd.runtime import Shard
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "step.py"
+FOLDER = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_step", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmarks_step"] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A benchmark's module by name, as its neighbours import it."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+@pytest.fixture
+def bench(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("contenders")
 
 
 def contender(bench: ModuleType, name: str) -> Any:
@@ -73,8 +73,12 @@ def test_gradients_are_computed_where_each_way_says(bench: ModuleType) -> None:
         assert all(trained(student))
 
 
-def test_contenders_take_turns_and_warm_up_is_not_counted(bench: ModuleType) -> None:
-    calls: list[str] = []
+@pytest.mark.parametrize("burst", [1, 2])
+def test_contenders_take_turns_and_warm_up_is_not_counted(
+    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, burst: int
+) -> None:
+    step, calls = benchmark("step"), []
+    monkeypatch.setattr(step.time, "perf_counter", lambda: float(len(calls)))  # a call takes a second
 
     class Idle:
         def __init__(self, name: str) -> None:
@@ -85,26 +89,25 @@ def test_contenders_take_turns_and_warm_up_is_not_counted(bench: ModuleType) -> 
 
         student_step = stream_step = generator_step
 
-    seconds = bench.measure({name: Idle(name) for name in "ab"}, 4, CPU)
-    assert {kind: {n: len(v) for n, v in of.items()} for kind, of in seconds.items()} == {
-        kind: {"a": 4, "b": 4} for kind in ("generator", "student", "stream")
-    }
-    assert calls[::3][:4] == ["a0", "b0", "b1", "a1"]
-    assert len(calls) == 6 * (4 + bench.WARMUP)
+    seconds = step.measure({name: Idle(name) for name in "ab"}, 4, CPU, burst)
+    assert seconds == {kind: {"a": [1.0] * 4, "b": [1.0] * 4} for kind in ("generator", "student", "stream")}
+    turns = [calls[k : k + burst] for k in range(0, len(calls), 3 * burst)]
+    numbers = [[burst * k + j for j in range(burst)] for k in (0, 0, 1, 1)]
+    assert turns[:4] == [[f"{name}{n}" for n in each] for name, each in zip("abba", numbers)]
+    assert len(calls) == 6 * burst * (4 + step.WARMUP)
 
 
-def test_row_gives_images_per_second_and_paired_ratios(bench: ModuleType) -> None:
+def test_row_gives_images_per_second_and_paired_ratios(benchmark: Callable[[str], ModuleType]) -> None:
     seconds = {"floor": [0.5, 1.0, 2.0], "ours": [1.0, 1.0, 2.0], "naive": [4.0, 2.0, 2.0]}
-    line = bench.row("x", 100, seconds).split()
+    line = benchmark("step").row("x", 100, seconds).split()
     assert line[:4] == ["x", "100", "100", "50"]
     assert "".join(line[4:]) == "1.00[1.00,1.50]2.00[1.50,3.00]"
 
 
 def test_a_step_that_asks_more_teachers_holds_no_more_memory(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch
+    bench: ModuleType, benchmark: Callable[[str], ModuleType]
 ) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    memory = importlib.import_module("memory")
+    memory = benchmark("memory")
     case = replace(bench.CASES["digits"], batch=16)
     alone = max(memory.step_peak(replace(case, teachers=[teacher]), 1, Shard(CPU)) for teacher in case.teachers)
     activations = 4 * 16 * 16 * 16 * 16 / 1e6  # of one 16-channel layer, MB
@@ -113,6 +116,6 @@ def test_a_step_that_asks_more_teachers_holds_no_more_memory(
 
 
 def test_the_configuration_for_several_machines_is_one_that_accelerate_takes() -> None:
-    config = load_config_from_file(str(SCRIPT.parent.parent / "docs" / "multi_node.yaml"))
+    config = load_config_from_file(str(FOLDER.parent / "docs" / "multi_node.yaml"))
     assert isinstance(config, ClusterConfig)
     assert (config.num_machines, config.num_processes) == (2, 16)

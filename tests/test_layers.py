@@ -25,7 +25,8 @@ CORE: dict[str, set[str]] = {
     "losses": {"collectives", "norms", "runtime"},
     "data": {"errors"},
     "report": {"curves", "errors"},
-    "recipe": {"errors", "schema"},
+    "contradictions": {"errors", "schema"},
+    "recipe": {"contradictions", "errors", "schema"},
     "evaluate": {"data", "errors", "runtime"},
     "paging": {"errors"},
     "cuda_graphs": {"runtime"},
@@ -53,7 +54,7 @@ CORE: dict[str, set[str]] = {
         *("stream", "synthesis", "teachers", "verdict"),
     },
 }
-COMMAND_LINE = {"run", "assemble", "cli", "tasks", "results", "folder", "judge"}
+COMMAND_LINE = {"run", "phases", "dry_run", "assemble", "cli", "tasks", "results", "folder", "judge"}
 PUBLIC = {
     "classifier",
     "compress",
@@ -64,7 +65,7 @@ PUBLIC = {
     "synthesis",
     "teachers",
 }  # handed out by dfkd
-READS_RECIPES = COMMAND_LINE | {"recipe", "dfkd"}
+READS_RECIPES = COMMAND_LINE | {"recipe", "contradictions", "dfkd"}
 OPENS_IMAGES = COMMAND_LINE | {"evaluate"}
 IMAGE_FILES = {"PIL", "sklearn", "torchvision.datasets", "torchvision.io"}  # what real images are read with
 

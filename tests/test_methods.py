@@ -11,8 +11,8 @@ import psutil
 import pytest
 from runs_fixture import Runs, reset_accelerate
 
+from dfkd.contradictions import check
 from dfkd.errors import UserError
-from dfkd.recipe import check
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "methods.py"
 NOISE = """

@@ -8,8 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from dfkd import recipe as room
+from dfkd.contradictions import check
 from dfkd.errors import UserError
-from dfkd.recipe import Loaded, Recipe, check, help_text, list_text, load_recipe, print_config
+from dfkd.recipe import Loaded, Recipe, help_text, list_text, load_recipe, print_config
 
 MINIMAL = """\
 tasks: [distill]

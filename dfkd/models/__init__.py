@@ -19,7 +19,7 @@ import torch
 import torchvision
 from torch import nn
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, nearest
 from dfkd.models.checkpoints import WEIGHTS, load_weights, read_checkpoint, read_description, save_model, save_tensors
 from dfkd.models.small import SMALL, Factory, initialise
 from dfkd.models.stems import STEMS
@@ -114,11 +114,6 @@ def load_model(folder: str | os.PathLike[str], trust_code: bool = False) -> tupl
     return model.eval(), description
 
 
-def _nearest(given: str, allowed: Iterable[str]) -> str:
-    match = difflib.get_close_matches(given, list(allowed), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
 def _guess(prefix: str, name: str) -> str:
     """What a string of no known scheme may have meant: a scheme misspelt, or a name without its scheme."""
     near = difflib.get_close_matches(prefix, _SCHEMES, n=1)
@@ -132,7 +127,7 @@ def _guess(prefix: str, name: str) -> str:
 def _unknown(request: _Request, allowed: Iterable[str], where: str) -> UserError:
     """The error for a name its scheme does not have; `where` says what it has."""
     scheme = request.spec.partition(":")[0]
-    near = _nearest(request.spec, (f"{scheme}:{name}" for name in allowed))
+    near = nearest(request.spec, (f"{scheme}:{name}" for name in allowed))
     return UserError(f"unknown model {request.spec!r}; {where}{near}")
 
 
@@ -204,7 +199,7 @@ def _from_python(request: _Request) -> nn.Module:
     module = _import(source, request.spec)
     factory = getattr(module, entry, None)
     if not callable(factory):
-        near = _nearest(entry, (name for name, value in vars(module).items() if callable(value)))
+        near = nearest(entry, (name for name, value in vars(module).items() if callable(value)))
         raise UserError(f"model {request.spec!r}: {source!r} has no function or class {entry!r}{near}")
     return factory(**_arguments(request, factory))  # an error inside is the author's to see in full
 
@@ -243,7 +238,7 @@ def _arguments(request: _Request, factory: Callable[..., Any]) -> dict[str, Any]
     free = [name for name in named if name not in sizes]
     for name in request.kwargs:
         if name not in free and (name in named or not takes_any):
-            allowed = f"allowed: {', '.join(free) or 'none'}{_nearest(name, free)}"
+            allowed = f"allowed: {', '.join(free) or 'none'}{nearest(name, free)}"
             raise UserError(f"model {request.spec!r} takes no argument {name!r} from kwargs; {allowed}")
     arguments = {name: value for name, value in sizes.items() if name in named} | dict(request.kwargs)
     try:

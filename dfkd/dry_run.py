@@ -1,0 +1,87 @@
+"""`--dry-run`: build and check everything, say what would be done and roughly in how much memory, train nothing."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from dfkd import assemble
+from dfkd.assemble import Parts
+from dfkd.phases import plans
+from dfkd.recipe import Loaded
+from dfkd.run import build
+from dfkd.runtime import make_accelerator, say, shut_down
+from dfkd.schema import Recipe
+from dfkd.tasks import TASKS, settings
+from dfkd.teachers import batch_norms
+
+
+def dry_run(loaded: Loaded) -> None:
+    """Build and check everything, print the plan, train nothing."""
+    recipe = loaded.recipe
+    accelerator, shard = make_accelerator(recipe.runtime.precision)
+    phases = plans(recipe)
+    parts = build(recipe, accelerator, shard)
+    say(f"{recipe.name}: {shard.world} process(es) on {shard.device}, precision {accelerator.mixed_precision}")
+    for teacher in parts.zoo:
+        spec = recipe.teachers[teacher.name]
+        origin = spec.weights or f"to be trained on {recipe.data.dataset}"
+        say(f"  teacher {teacher.name}: {spec.model}, {assemble.parameters(teacher):,} parameters, {origin}")
+    worker = parts.worker or parts.generator
+    about = parts.description
+    kept = f", a pool of {about['capacity']:,} images" if about["arch"] == "pool" else ""
+    say(f"  generator: {about.get('made_by', about['arch'])}, {assemble.parameters(worker):,} parameters{kept}")
+    if parts.student is not None:
+        say(f"  student: {recipe.student.model}, {assemble.parameters(parts.student):,} parameters")
+    for phase in phases:
+        if phase.name in TASKS:
+            keys = settings(recipe, phase.name)
+            text = ", ".join(
+                f"{key} {value}" for key, value in dataclasses.asdict(keys).items() if value not in ([], {}, None)
+            )
+            say(f"  task {phase.name}: {text}")
+        else:
+            rounds = f"rounds of {recipe.synthesis.inner} " if parts.worker is not None else ""
+            say(f"  task {phase.name}: {phase.synthesis} {rounds}generator updates, {phase.students} student updates")
+    say(f"  estimated memory: {estimated_memory(recipe, parts) / 2**30:.2f} GiB per process")
+    say("nothing was trained (--dry-run)")
+    shut_down(accelerator)
+
+
+@torch.no_grad()
+def estimated_memory(recipe: Recipe, parts: Parts) -> float:
+    """A rough figure in bytes per process: weights with gradients and optimiser states, twice the activations of the
+    largest teacher or student at the batch size (the generator's are of that order), the replay ring or the pool, the
+    memory bank."""
+    zoo = sum(assemble.parameters(t) for t in parts.zoo)
+    weights = min(zoo, recipe.zoo.memory_gb * 1e9 / 4) if recipe.zoo.memory_gb else zoo
+    weights += 4 * assemble.parameters(parts.worker or parts.generator)
+    weights += 3 * assemble.parameters(parts.student) if parts.student is not None else 0
+    shape = (2, recipe.image.channels, recipe.image.size, recipe.image.size)
+    images = torch.zeros(shape, device=parts.generator.device)
+    networks: list[nn.Module] = [*parts.zoo, *([parts.student] if parts.student else [])]
+    largest = max(_activations(network, images) for network in networks)
+    features = sum(norm.running_mean.numel() for norm in batch_norms(parts.zoo[0].model).values())  # type: ignore
+    weights += recipe.synthesis.bank * features
+    replayed = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh
+    weights += replayed * recipe.classes
+    kept = replayed + parts.description.get("capacity", 0)
+    return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
+
+
+def _activations(network: nn.Module, images: torch.Tensor) -> float:
+    """Numbers that a network's layers put out per image."""
+    count = 0
+
+    def add(module: nn.Module, inputs: object, output: object) -> None:
+        nonlocal count
+        count += output.numel() if isinstance(output, torch.Tensor) else 0
+
+    leaves = [module for module in network.modules() if not list(module.children())]
+    handles = [module.register_forward_hook(add) for module in leaves]
+    training = network.training
+    network.eval()(images)
+    network.train(training)
+    for handle in handles:
+        handle.remove()
+    return count / len(images)

@@ -1,0 +1,211 @@
+"""The training phases of a run: which there are, and what takes part in each, from a recipe."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from dfkd import assemble
+from dfkd.assemble import Parts
+from dfkd.checkpoints import Checkpoints
+from dfkd.classifier import Classifier
+from dfkd.compress.fit import Fit, Hints, map_pairs
+from dfkd.cuda_graphs import recorder
+from dfkd.errors import UserError
+from dfkd.evaluate import accuracy, agreement
+from dfkd.losses import attention
+from dfkd.metrics import Metrics
+from dfkd.mixing import make_mix
+from dfkd.runtime import Deadline, eval_mode
+from dfkd.schema import Recipe
+from dfkd.stream import SyntheticStream
+from dfkd.synthesis import Synthesizer
+from dfkd.tasks import TASKS, held_out
+from dfkd.teachers import Teacher, zoo_logits
+from dfkd.training import Loop, Plan
+from generators import PoolGenerator
+
+JUDGED_ON_REAL, JUDGED_ON_DRAWN = 2000, 512  # images, of the test set or of the generator
+
+
+def plans(recipe: Recipe) -> list[Plan]:
+    """The training phases that the tasks come down to. Raises UserError where there would be nothing to train."""
+    synthesis, per, frozen = recipe.synthesis.steps, recipe.synthesis.student_steps, recipe.distill.steps
+    adversary = recipe.synthesis.losses.adversary > 0
+    phases = []
+    live = recipe.generator.checkpoint is None
+    for task in recipe.tasks:
+        if task in TASKS:
+            if live:
+                raise UserError(
+                    f"task {task} needs a generator (if only to measure agreement): put generator or distill before "
+                    "it, or give generator.checkpoint"
+                )
+            phases.append(Plan(task, 0, 0, {"qat": recipe.qat.steps, "prune": recipe.prune.steps}.get(task, 0)))
+        elif task == "generator":
+            phases.append(Plan("generator", synthesis, per if adversary else 0, 0))
+            live = False
+        elif live:
+            phases.append(Plan("distill", synthesis, per, frozen))
+            live = False
+        else:
+            phases.append(Plan("distill", 0, 0, frozen))
+    if recipe.generator.checkpoint is None and adversary and not per:
+        raise UserError("synthesis.losses.adversary needs a student that learns: set synthesis.student_steps above 0")
+    for phase in phases:
+        noise = phase.name == "generator" and recipe.generator.arch == "pixels"  # nothing to train, but to save
+        if phase.total == 0 and phase.name not in TASKS and not noise:
+            wanted = "distill.steps" if phase.name == "distill" else "synthesis.steps"
+            raise UserError(f"task {phase.name} has nothing to train: set {wanted} above 0")
+    return phases
+
+
+def make_synthesizer(parts: Parts) -> Synthesizer:
+    """The synthesizer of a recipe's `synthesis`."""
+    recipe, synthesis = parts.recipe, parts.recipe.synthesis
+    mix = synthesis.mix
+    return Synthesizer(
+        parts.worker or parts.generator,
+        parts.zoo,
+        losses=dataclasses.asdict(synthesis.losses),
+        steps=synthesis.steps,
+        batch_size=synthesis.batch_size,
+        sample=recipe.zoo.sample,
+        mix=make_mix(mix.kind, mix.probability, mix.antialias) if mix.probability else None,
+        student=parts.student,
+        lr=synthesis.lr,
+        betas=synthesis.betas,
+        clip=synthesis.clip,
+        bn_distance=synthesis.bn_distance,
+        equalise=synthesis.equalise,
+        learn_weights=synthesis.learn_weights,
+        penalise=synthesis.penalise,
+        adversary_loss=synthesis.adversary_loss,
+        adversary_mask=synthesis.adversary_mask,
+        warmup=synthesis.warmup,
+        fade=synthesis.fade,
+        redraw=synthesis.redraw,
+        pool=parts.generator if isinstance(parts.generator, PoolGenerator) else None,
+        inner=synthesis.inner,
+        renew=synthesis.renew,
+        latent_lr=synthesis.latent_lr,
+        cosine=synthesis.cosine,
+        jitter=synthesis.jitter,
+        flip=synthesis.flip,
+        coarse=synthesis.coarse,
+        bank=synthesis.bank,
+        seed=recipe.seed,
+        accelerator=parts.accelerator,
+        shard=parts.shard,
+        graphs=recorder(recipe.runtime.cuda_graphs, parts.shard),
+    )
+
+
+def make_fit(parts: Parts, steps: int) -> Fit:
+    """The student's training of a recipe's `distill`, on the stream of the generator."""
+    recipe, distill = parts.recipe, parts.recipe.distill
+    if parts.student is None:
+        raise UserError("there is no student to train: set student.model")
+    hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
+    graphs = recorder(recipe.runtime.cuda_graphs, parts.shard)
+    stream = SyntheticStream(
+        parts.generator,
+        batch_size=distill.batch_size,
+        teacher=assemble.main_teachers(recipe, parts.zoo),
+        seed=recipe.seed,
+        replay=distill.replay,
+        fresh=distill.fresh,
+        shift=distill.shift,
+        flip=distill.flip,
+        mix=distill.mix,
+        shard=parts.shard,
+        autocast=parts.accelerator.autocast,
+        channels_last=recipe.runtime.channels_last,
+        graphs=graphs,
+    )
+    return Fit(
+        parts.student,
+        stream,
+        steps=steps,
+        lr=distill.lr,
+        weight_decay=distill.weight_decay,
+        warmup=distill.warmup,
+        loss=distill.loss,
+        temperature=distill.temperature,
+        clip=distill.clip,
+        hints=hints,
+        accelerator=parts.accelerator,
+        graphs=graphs,
+    )
+
+
+def attention_hints(recipe: Recipe, student: Classifier, teacher: Teacher) -> Hints | None:
+    """What distill.attention makes the student learn besides the logits; None where it has no weight."""
+    if not recipe.distill.attention:
+        return None
+    size = recipe.image.size
+    image = torch.zeros(1, recipe.image.channels, size, size, device=teacher.mean.device)
+    pairs = map_pairs(student, teacher, image)
+    return Hints(student, teacher, pairs, recipe.distill.attention, attention, inputs=True)
+
+
+def make_loop(
+    parts: Parts,
+    plan: Plan,
+    synthesizer: Synthesizer | None,
+    fit: Fit | None,
+    *,
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+    offset: int,
+    spent: dict[str, float],
+    deadline: Deadline,
+) -> Loop:
+    """The loop of one phase."""
+    runtime = parts.recipe.runtime
+    judged = plan.name == "distill" and runtime.evaluations > 0
+    return Loop(
+        plan,
+        parts.generator,
+        parts.zoo if plan.name not in TASKS else [],  # a task's loop has no images of its own to look at
+        synthesizer,
+        fit,
+        parts.accelerator,
+        parts.shard,
+        metrics,
+        checkpoints,
+        offset,
+        spent,
+        log_every=runtime.log_every,
+        grid_every=runtime.grid_every,
+        checkpoint_every=runtime.checkpoint_every,
+        deadline=deadline,
+        evaluate=student_judge(parts, fit.student) if fit is not None and judged else None,
+        evaluations=runtime.evaluations,
+    )
+
+
+def student_judge(parts: Parts, student: nn.Module) -> Callable[[], dict[str, float]]:
+    """What measures the student while it trains, in percent, and on how many images: its accuracy on test images
+    spread evenly over the test set, or without one its agreement with the teacher on images of the generator."""
+    autocast = parts.accelerator.autocast
+    if parts.test is None:
+
+        def agrees() -> dict[str, float]:
+            teacher = partial(zoo_logits, assemble.main_teachers(parts.recipe, parts.zoo))
+            with eval_mode(parts.generator):  # it may be learning
+                found = agreement(student, teacher, held_out(parts, JUDGED_ON_DRAWN, autocast), autocast=autocast)
+            return {"agreement": float(found["percent"]), "images": int(found["n"])}  # type: ignore[arg-type]
+
+        return agrees
+    some = min(len(parts.test), JUDGED_ON_REAL)
+    rows = torch.arange(some) * len(parts.test) // some
+    images = dataclasses.replace(parts.test, images=parts.test.images[rows], labels=parts.test.labels[rows])
+
+    def measured() -> dict[str, float]:
+        score = accuracy(student, images, device=parts.shard.device, autocast=autocast)
+        return {"accuracy": score.percent, "images": score.n}
+
+    return measured
