@@ -16,20 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import (
-    OWN,
-    Keys,
-    Method,
-    cells,
-    compare,
-    cores,
-    describe,
-    given_keys,
-    keep_settings,
-    read,
-    with_deviation,
-    written,
-)
+from equal_time import OWN, Keys, Method, compare, cores, given_keys, keep_settings, read, written
+from methods import cells, describe, with_deviation
 
 from dfkd.errors import UserError
 from dfkd.recipe import load_recipe
@@ -119,7 +107,7 @@ def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
     for name in sorted(found, key=lambda name: -statistics.fmean(found[name])):
         own = [line for line in lines if line["method"] == name]
         accuracy, _, _, generator, student, agreement, _ = cells(own, budget)
-        gain = "" if name == DEFAULTS else with_deviation(found[name], sign="+")
+        gain = "" if name == DEFAULTS else with_deviation(found[name], "+.2f")
         rows.append(f"| {name} | {gain} | {accuracy} | {generator} | {student} | {agreement} |")
     return "\n".join(rows)
 

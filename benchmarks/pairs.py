@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from methods import (
+from equal_time import (
     Keys,
     Method,
     add,
@@ -33,10 +33,10 @@ from methods import (
     price,
     read,
     scale,
-    with_deviation,
     work_of,
     written,
 )
+from methods import with_deviation
 
 from dfkd.assemble import load_recipe_zoo, teacher_folder
 from dfkd.errors import Paused, UserError

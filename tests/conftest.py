@@ -1,9 +1,11 @@
 """What several test files share: one thread, the smallest networks that have every part, a watch on host reads."""
 
 import gc
+import importlib
 import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -179,6 +181,13 @@ class _Calls(TorchFunctionMode):
         if name in READS:
             self.watch.check(name, args, kwargs)
         return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A benchmark's module by name, as its neighbours import it."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    return importlib.import_module
 
 
 @pytest.fixture

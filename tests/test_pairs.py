@@ -1,7 +1,7 @@
 """The benchmarks of pairs and of variants: what they run, that they go on where they stopped, their tables."""
 
-import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,36 +11,32 @@ from runs_fixture import Runs, reset_accelerate
 
 from dfkd.recipe import load_recipe
 
-BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 
-
-@pytest.fixture
-def methods(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    return importlib.import_module("methods")
 
 
 @pytest.fixture
-def ablate(methods: ModuleType) -> ModuleType:
-    return importlib.import_module("ablate")
+def ablate(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("ablate")
 
 
 @pytest.fixture
-def pairs(methods: ModuleType, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def pairs(benchmark: Callable[[str], ModuleType], runs: Runs, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script with the tiny recipe as its pair, and its children called in this process."""
-    module = importlib.import_module("pairs")
+    module, equal, children = benchmark("pairs"), benchmark("equal_time"), benchmark("child")
 
     def launch(child: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
         reset_accelerate()
         try:
-            return json.loads(json.dumps(methods.CHILDREN[child](methods.written(keys), seconds)))
+            return json.loads(json.dumps(children.CHILDREN[child](equal.written(keys), seconds)))
         finally:
             reset_accelerate()
 
-    monkeypatch.setattr(methods, "launch", launch)
+    monkeypatch.setattr(equal, "launch", launch)
     monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(methods, "FIRST_PROBE", 4)
+    monkeypatch.setattr(children, "FIRST_PROBE", 4)
     monkeypatch.setattr(module, "PRICED_WITH", 1.0)
     monkeypatch.setattr(module, "PAIRS", {"tiny": "./tiny.yaml"})
     return module
@@ -50,9 +46,8 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines() if row.startswith("|")]
 
 
-def test_every_pair_has_its_recipe(pairs: ModuleType, methods: ModuleType) -> None:
-    importlib.reload(pairs)
-    for name, recipe in pairs.PAIRS.items():
+def test_every_pair_has_its_recipe(benchmark: Callable[[str], ModuleType]) -> None:
+    for name, recipe in benchmark("pairs").PAIRS.items():
         found = load_recipe([f"recipe={recipe}"]).recipe
         teacher, student = name.split("_")[0], found.student.model.removeprefix("dfkd:")
         assert name.endswith(f"_{student}"), name
