@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from runs_fixture import RECIPE, Runs
+from runs_fixture import RECIPE, Runs, reset_accelerate
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -188,6 +189,27 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     """A benchmark's module by name, as its neighbours import it."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     return importlib.import_module
+
+
+@pytest.fixture
+def children(
+    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, dict[str, str]]]:
+    """The calls of the benchmarks' child processes, (name, keys) each; they are carried out in this process."""
+    calls = []
+    equal, child = benchmark("equal_time"), benchmark("child")
+
+    def launch(name: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
+        calls.append((name, keys))
+        reset_accelerate()
+        try:
+            return json.loads(json.dumps(child.CHILDREN[name](equal.written(keys), seconds)))
+        finally:
+            reset_accelerate()
+
+    monkeypatch.setattr(equal, "launch", launch)
+    monkeypatch.setattr(child, "FIRST_PROBE", 4)
+    return calls
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
-from runs_fixture import Runs, reset_accelerate
+from runs_fixture import Runs
 
 from dfkd.contradictions import check
 from dfkd.errors import UserError
@@ -54,24 +54,11 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def here(
-    equal: ModuleType, child: ModuleType, runs: Runs, monkeypatch: pytest.MonkeyPatch
-) -> list[tuple[str, dict[str, str]]]:
+def here(children: list[tuple[str, dict[str, str]]], runs: Runs) -> list[tuple[str, dict[str, str]]]:
     """Four methods in the working directory, and the calls of children, which are called in this process."""
-    calls = []
     for name, text in {"live": "base: tiny\n", "frozen": FROZEN, "rounds": ROUNDS, "noise": NOISE}.items():
         Path(f"{name}.yaml").write_text(text)
-
-    def launch(name: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
-        calls.append((name, keys))
-        reset_accelerate()
-        try:
-            return json.loads(json.dumps(child.CHILDREN[name](equal.written(keys), seconds)))
-        finally:
-            reset_accelerate()
-
-    monkeypatch.setattr(equal, "launch", launch)
-    return calls
+    return children
 
 
 def line(method: str = "a", seed: int = 0, **given: Any) -> dict[str, Any]:
@@ -248,13 +235,10 @@ def test_methods_that_are_no_match_are_refused(bench: ModuleType, here: list[tup
 
 def test_methods_run_for_the_seconds_given_and_go_on_where_they_stopped(
     bench: ModuleType,
-    child: ModuleType,
     here: list[tuple[str, dict[str, str]]],
     runs: Runs,
     capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(child, "FIRST_PROBE", 4)
     common = ["--seconds", "0.3", "--out", "out", f"training.cache={runs.cache}"]
     assert bench.main(["--methods", "./frozen.yaml,./rounds.yaml", "--seeds", "3", *common]) == 0
     lines = [json.loads(text) for text in Path("out/figures.jsonl").read_text().splitlines()]

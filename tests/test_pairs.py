@@ -23,20 +23,12 @@ def ablate(benchmark: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def pairs(benchmark: Callable[[str], ModuleType], runs: Runs, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def pairs(
+    benchmark: Callable[[str], ModuleType], children: list[Any], runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
     """The script with the tiny recipe as its pair, and its children called in this process."""
-    module, equal, children = benchmark("pairs"), benchmark("equal_time"), benchmark("child")
-
-    def launch(child: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
-        reset_accelerate()
-        try:
-            return json.loads(json.dumps(children.CHILDREN[child](equal.written(keys), seconds)))
-        finally:
-            reset_accelerate()
-
-    monkeypatch.setattr(equal, "launch", launch)
-    monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(children, "FIRST_PROBE", 4)
+    module = benchmark("pairs")
+    monkeypatch.setattr(module, "launch", benchmark("equal_time").launch)
     monkeypatch.setattr(module, "PRICED_WITH", 1.0)
     monkeypatch.setattr(module, "PAIRS", {"tiny": "./tiny.yaml"})
     return module
