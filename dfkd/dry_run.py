@@ -42,7 +42,11 @@ def dry_run(loaded: Loaded) -> None:
             say(f"  task {phase.name}: {text}")
         else:
             rounds = f"rounds of {recipe.synthesis.inner} " if parts.worker is not None else ""
-            say(f"  task {phase.name}: {phase.synthesis} {rounds}generator updates, {phase.students} student updates")
+            control = recipe.distill.source != "generator" and phase.name == "distill"
+            on = f" on {recipe.distill.source} images, a control" if control else ""
+            say(
+                f"  task {phase.name}: {phase.synthesis} {rounds}generator updates, {phase.students} student updates{on}"
+            )
     say(f"  estimated memory: {estimated_memory(recipe, parts) / 2**30:.2f} GiB per process")
     say("nothing was trained (--dry-run)")
     shut_down(accelerator)

@@ -13,6 +13,7 @@ from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit, Hints, map_pairs
 from dfkd.cuda_graphs import recorder
+from dfkd.data import opened
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, agreement
 from dfkd.losses import attention
@@ -22,7 +23,7 @@ from dfkd.runtime import Deadline, eval_mode
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, held_out
+from dfkd.tasks import TASKS, held_out, task_source
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
@@ -104,14 +105,17 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
 
 
 def make_fit(parts: Parts, steps: int) -> Fit:
-    """The student's training of a recipe's `distill`, on the stream of the generator."""
+    """The student's training of a recipe's `distill`, on the stream of the generator or of a control."""
     recipe, distill = parts.recipe, parts.recipe.distill
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
     hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
     graphs = recorder(recipe.runtime.cuda_graphs, parts.shard)
+    control = task_source(parts, distill.source, parts.student) if distill.source != "generator" else None
+    if distill.source == "real":
+        parts.student_about["trained_on"] = opened()[-1]
     stream = SyntheticStream(
-        parts.generator,
+        control or parts.generator,
         batch_size=distill.batch_size,
         teacher=assemble.main_teachers(recipe, parts.zoo),
         seed=recipe.seed,

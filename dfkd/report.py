@@ -102,6 +102,8 @@ def closing_table(results: Mapping[str, Any]) -> str:
         rows.append([title, _figure(each.get("model")), _figure(each.get("parameters")), accuracy, interval, n])
     lines = columns(rows, "<<>>>>")
     if student:
+        if control := _control(student):
+            lines.append(f"the student is {control}")
         lines.append(f"student parameters over its teacher's: {_figure(student.get('ratio'))}")
     if student.get("agreement") or (student and student.get("accuracy") is None):
         lines.append(f"student's agreement with its teacher: {_agreement(student.get('agreement'))}")
@@ -277,7 +279,7 @@ def _tiles(results: Mapping[str, Any]) -> str:
     tiles = [
         ("student accuracy, %", student.get("accuracy"), sample),
         ("student parameters", student.get("parameters"), ratio),
-        ("student model", student.get("model"), ""),
+        ("student model", student.get("model"), _control(student)),
     ]
     if quarter := _dict(student.get("last_quarter")):
         spread = "" if quarter.get("deviation") is None else f"± {_figure(quarter['deviation'])}, "
@@ -291,6 +293,12 @@ def _tiles(results: Mapping[str, Any]) -> str:
         for title, value, note in tiles
     ]
     return '<div class="tiles">' + "".join(f'<div class="tile">{box}</div>' for box in boxes) + "</div>\n"
+
+
+def _control(student: Mapping[str, Any]) -> str:
+    """What a student that saw no image of the generator is; empty for all others."""
+    words = {"noise": "a control, trained on noise", "real": "a control, trained on real images"}
+    return words.get(str(student.get("source")), "")
 
 
 def _grids(folder: Path) -> str:

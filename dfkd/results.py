@@ -59,7 +59,8 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
     results["verdict"] = verdict(results, generator_notes(parts.generator, figures, bn), warnings)
     results["data_free"] = assemble.training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
-    results["data_free"] += [entry for task in tasks.values() for entry in task.pop("opened")]
+    trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
+    results["data_free"] += [entry for each in trained for entry in each.pop("opened")]
     # A task that trained in several calls: its loop counted all of them, its own clock the last one.
     spent |= {name: max(task["seconds"], spent.get(name, 0.0)) for name, task in tasks.items()}
     spent["evaluation"] = time.perf_counter() - begun
@@ -100,12 +101,14 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
     if student is None:
         return None
     teachers = assemble.main_teachers(parts.recipe, parts.zoo)
-    autocast = parts.accelerator.autocast
+    autocast, source = parts.accelerator.autocast, parts.recipe.distill.source
     size, whole = assemble.parameters(student), max(assemble.parameters(teacher) for teacher in teachers)
     return {
         "model": parts.student_about["model"],
         "parameters": size,
         "ratio": size / whole,
+        "source": source,
+        "opened": [parts.student_about["trained_on"]] if source == "real" else [],
         **_measured(_accuracy(student, parts)),
         "agreement": agreement(
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast

@@ -182,6 +182,7 @@ class Distill:
         0.5, "augmentation: share of batches whose fresh images are mixed before the teacher answers", 0, 1
     )
     input: str | None = key(None, "an earlier task (prune) or a folder whose model is trained on; null: student.model")
+    source: Source = key("generator", SOURCE)
 
 
 @dataclass

@@ -49,12 +49,15 @@ def check_tasks(recipe: Recipe) -> None:
     images for it are missing."""
     earlier: list[str] = ["main"]
     for task in recipe.tasks:
-        name = recipe.distill.input if task == "distill" else settings(recipe, task).input if task in TASKS else None
+        keys = settings(recipe, task)
+        name = getattr(keys, "input", None)
         if name is not None and name not in earlier and not _is_folder(recipe, name):
             raise UserError(
                 f"{task}.input={name} is no earlier task and no folder of a model; before {task} there are "
                 f"{', '.join(earlier)}"
             )
+        if getattr(keys, "source", None) == "real" and recipe.data.dataset == "none":
+            raise UserError(f"{task}.source=real needs real images: set data.dataset, or {task}.source=noise")
         earlier += {"generator": [], "distill": ["distill", "student"]}.get(task, [task])
         if task in TASKS:
             _check_task(recipe, task)
@@ -85,8 +88,6 @@ def _check_task(recipe: Recipe, task: str) -> None:
         dependency_graph()
     if task == "udfc" and not keys.ratio and keys.bits is None:
         raise UserError("udfc.ratio=0 and udfc.bits=null leave nothing to do; set one of them")
-    if getattr(keys, "source", None) == "real" and recipe.data.dataset == "none":
-        raise UserError(f"{task}.source=real needs real images: set data.dataset, or {task}.source=noise")
     if recipe.export.input in ("tasks", task):
         require_onnx()
 
@@ -123,7 +124,7 @@ def check_layers(parts: Parts) -> None:
 
 
 def settings(recipe: Recipe, task: str) -> Any:
-    """The group of keys of a compression task."""
+    """The group of keys of a task."""
     return getattr(recipe, task)
 
 

@@ -98,9 +98,10 @@ def verdict(
             found.append(
                 f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
             )
-        if any(entry["split"] == "test" for entry in task.get("opened", [])):
-            found.append(f"{name}.source=real used the test images themselves: set data.train_root for a fair control")
     student = results["student"]
+    for name, trained in {**results["tasks"], "distill": student or {}}.items():
+        if any(entry["split"] == "test" for entry in trained.get("opened", [])):
+            found.append(f"{name}.source=real used the test images themselves: set data.train_root for a fair control")
     if student and student["agreement"]["percent"] < DISAGREES:
         found.append(
             f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of fresh images: raise "

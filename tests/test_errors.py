@@ -141,6 +141,17 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
         [f"synthesis.losses.{name}=0" for name in ("ce", "bn", "adversary")],
         ["no loss asks a teacher anything"],
     ),
+    "control without images": (
+        [
+            "distill.source=real",
+            "generator.checkpoint=five",
+            "classes=5",
+            "data.dataset=none",
+            "teachers.plain.weights=x.pt",
+            "teachers.residual.weights=x.pt",
+        ],
+        ["distill.source=real needs real images", "data.dataset"],
+    ),
     "nothing to train": (["distill.steps=0", "generator.checkpoint=five", "classes=5"], ["nothing to train"]),
     "folder that is a file": (["output=tiny.yaml/run"], ["tiny.yaml/run"]),
 }

@@ -266,6 +266,9 @@ def test_closing_table_has_a_row_per_model_with_figures_in_columns() -> None:
     assert any(line.startswith("ptq ") and "98.10" in line and "11.50" in line and "97.20" in line for line in lines)
     assert "seconds: total 83.21, teachers 20.4, synthesis 60" in lines
     assert "student's agreement" not in closing_table(RESULTS)
+    assert "control" not in closing_table(RESULTS)
+    control = {**RESULTS, "student": {**RESULTS["student"], "source": "real"}}
+    assert "the student is a control, trained on real images" in closing_table(control).splitlines()
 
 
 def test_closing_table_never_calls_agreement_an_accuracy() -> None:

@@ -98,6 +98,32 @@ def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> N
     assert hashlib.sha256(generator.read_bytes()).hexdigest() == before
 
 
+@pytest.mark.parametrize("source", ["noise", "real"])
+def test_a_student_is_trained_on_a_control_beside_a_generator(runs: Runs, source: str) -> None:
+    chosen = (
+        "tasks=[generator,distill]",
+        f"distill.source={source}",
+        "distill.shift=0",
+        "distill.flip=false",
+        "distill.mix=0",
+    )
+    called = runs.run(source, *chosen, *SHORT)
+    assert f"the student is a control, trained on {'real images' if source == 'real' else 'noise'}" in called.out
+    folder = runs.folder / source
+    found, about = results(folder), json.loads((folder / "student" / "model.json").read_text())
+    assert found["student"]["source"] == source
+    control = {"source": "digits", "split": "train", "purpose": "control", "n": 1257}
+    assert [entry for entry in found["data_free"] if entry["purpose"] == "control"] == [control] * (source == "real")
+    assert about.get("trained_on") == (control if source == "real" else None)
+    ring = torch.load(folder / "checkpoints" / "latest" / "rank0.pt")["fit"]["replay"]["images"]
+    images = ring.flatten(0, 1).permute(0, 3, 1, 2)
+    real = load_images(
+        "digits", train=True, root="data", train_root=None, channels=1, size=8, classes=10, purpose="control"
+    )
+    known = {image.numpy().tobytes() for image in real.images}
+    assert all((image.contiguous().numpy().tobytes() in known) == (source == "real") for image in images)
+
+
 def test_a_run_killed_while_it_trains_with_few_bits_goes_on_exactly(runs: Runs) -> None:
     chosen = ("tasks=[generator,ptq,qat]", "qat.steps=60", "export.input=none", *SHORT[:5], "ptq.steps=2")
     chosen += ("qat.batch_size=16", "qat.warm_start=2")

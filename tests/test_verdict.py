@@ -91,5 +91,12 @@ def test_the_verdict_of_a_student_gone_wrong(student: dict, words: str) -> None:
     assert words in found["notes"][0]
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_the_verdict_of_a_control_that_was_trained_on_the_test_images(split: str) -> None:
+    found = verdict(results(opened=[{"split": split}]), {}, [])
+    words = "distill.source=real used the test images themselves: set data.train_root for a fair control"
+    assert found["notes"] == ([words] if split == "test" else [])
+
+
 def test_the_verdict_says_what_looks_wrong_with_the_generator() -> None:
     assert verdict({"tasks": {}, "student": None}, {"alike": "hardly differ"}, [])["notes"] == ["hardly differ"]
