@@ -44,9 +44,8 @@ def dry_run(loaded: Loaded) -> None:
             rounds = f"rounds of {recipe.synthesis.inner} " if parts.worker is not None else ""
             control = recipe.distill.source != "generator" and phase.name == "distill"
             on = f" on {recipe.distill.source} images, a control" if control else ""
-            say(
-                f"  task {phase.name}: {phase.synthesis} {rounds}generator updates, {phase.students} student updates{on}"
-            )
+            updates = f"{phase.synthesis} {rounds}generator updates, {phase.students} student updates"
+            say(f"  task {phase.name}: {updates}{on}")
     say(f"  estimated memory: {estimated_memory(recipe, parts) / 2**30:.2f} GiB per process")
     say("nothing was trained (--dry-run)")
     shut_down(accelerator)
