@@ -64,11 +64,10 @@ class BoxGenerator(RandomGeneratorBase):
     def forward(self, batch_shape: tuple[int, ...], same_on_batch: bool = False) -> dict[str, Tensor]:
         batch, height, width = batch_shape[0], batch_shape[-2], batch_shape[-1]
         u = self.sampler.rsample((1 if same_on_batch else batch, 4)).expand(batch, 4)
-        w = (1 + (u[:, 0] * width).floor()).clamp_max(width)
-        h = (1 + (u[:, 1] * height).floor()).clamp_max(height)
-        x = (u[:, 2] * (width - w + 1)).floor().clamp(max=width - w)
-        y = (u[:, 3] * (height - h + 1)).floor().clamp(max=height - h)
-        return {"mix_pairs": torch.randperm(batch), "box": torch.stack([x, y, w, h], 1).long()}
+        image = u.new_tensor([width, height])
+        lengths = (1 + (u[:, :2] * image).floor()).minimum(image)
+        starts = (u[:, 2:] * (image - lengths + 1)).floor().minimum(image - lengths)
+        return {"mix_pairs": torch.randperm(batch), "box": torch.cat([starts, lengths], 1).long()}
 
 
 class RandomResizeMix(MixAugmentationBaseV2):

@@ -15,7 +15,7 @@ from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import augment
-from dfkd.runtime import Deadline, Shard, rng, to_float
+from dfkd.runtime import Deadline, Shard, reseed, rng, to_float
 
 
 def one_cycle(progress: float, warmup: float = 0.2) -> float:
@@ -73,7 +73,7 @@ def train_teacher(
         first = state["epochs"]
     for epoch in range(first, epochs):
         begun = time.perf_counter()
-        torch.manual_seed(rng("cpu", seed, "dropout", epoch).initial_seed())
+        reseed(device, seed, "dropout", epoch)
         order = torch.randperm(len(images), generator=rng("cpu", seed, "epoch", epoch)).to(device)
         for k, rows in enumerate(order[: batches * batch_size].view(batches, batch_size)):
             for group in optimizer.param_groups:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd import synthesis
-from dfkd.draws import draw_latents, jitter
+from dfkd.draws import draw_latents
 from dfkd.errors import UserError
 from dfkd.runtime import Shard
 from dfkd.synthesis import ADAM_EPS, Synthesizer
@@ -250,39 +250,6 @@ def test_layers_drawn_anew_depend_on_seed_and_step(teacher: Teacher, make_genera
 
 
 # --- what the teachers are shown ---
-
-
-def test_jitter_rolls_the_whole_batch_by_every_offset_and_flips_half_the_time() -> None:
-    images = torch.rand(3, 2, 7, 9, generator=torch.Generator().manual_seed(0))
-    moved: dict[tuple[int, int, bool], Tensor] = {}
-    for down in range(-1, 2):
-        for across in range(-1, 2):
-            rows, columns = (torch.arange(7) - down) % 7, (torch.arange(9) - across) % 9
-            rolled = images[:, :, rows][:, :, :, columns]
-            moved |= {(down, across, False): rolled, (down, across, True): rolled[..., range(8, -1, -1)]}
-    seen = []
-    for step in range(400):
-        found = jitter(images, 1, True, SEED, step)
-        (which,) = [key for key, value in moved.items() if torch.equal(found, value)]
-        seen.append(which)
-    counts = {key: seen.count(key) for key in moved}
-    assert all(abs(count - 400 / 18) < 5 * (400 / 18) ** 0.5 for count in counts.values()), counts
-    assert 150 < sum(flipped for *_, flipped in seen) < 250
-    assert torch.equal(jitter(images, 1, True, SEED, 3), jitter(images, 1, True, SEED, 3))
-    unflipped = {key: value for key, value in moved.items() if not key[2]}
-    for step in range(20):
-        assert any(torch.equal(jitter(images, 1, False, SEED, step), value) for value in unflipped.values())
-        assert any(torch.equal(jitter(images, 0, True, SEED, step), moved[0, 0, flip]) for flip in (False, True))
-
-
-def test_the_gradient_of_jitter_goes_back_to_where_pixels_came_from() -> None:
-    images = torch.rand(2, 1, 6, 6).requires_grad_()
-    weights = torch.rand(2, 1, 6, 6)
-    (jitter(images, 2, True, 1, 4) * weights).sum().backward()
-    assert not torch.equal(images.grad, weights)  # type: ignore[arg-type]
-    assert torch.equal(jitter(images.grad, 2, True, 1, 4), weights)  # type: ignore[arg-type]
-    still = torch.rand(1, 1, 2, 2)
-    assert jitter(still, 0, False, 1) is still
 
 
 class Shown:

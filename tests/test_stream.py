@@ -1,21 +1,19 @@
 """The stream: batches by position, replay, augmentation, controls, and its ways out to other tools."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
-from dfkd.draws import augment
 from dfkd.errors import UserError
 from dfkd.runtime import Shard, to_float
 from dfkd.stream import (
@@ -270,38 +268,6 @@ def test_a_share_that_is_none_is_refused(make_stream: MakeStream, fresh: float) 
 
 
 # --- augmentation ---
-
-
-def moved(image: Tensor, shift: int, flip: bool) -> Iterator[Tensor]:
-    """Every place an image [C, H, W] can be shifted to, edges repeated; and these flipped."""
-    height, width = image.shape[-2:]
-    padded = F.pad(image[None], (shift,) * 4, mode="replicate")[0]
-    for y in range(2 * shift + 1):
-        for x in range(2 * shift + 1):
-            crop = padded[:, y : y + height, x : x + width]
-            yield crop
-            if flip:
-                yield crop.flip(2)
-
-
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("shift", [0, 1, 2])
-def test_each_image_is_shifted_with_its_edges_and_flipped(shift: int, flip: bool) -> None:
-    images = torch.rand(600, 2, 6, 5, generator=torch.Generator().manual_seed(0))
-    result = augment(images, CPU, shift, flip, 1, "stream", 0)
-    counts = torch.zeros((2 * shift + 1) ** 2 * (1 + flip))
-    for image, found in zip(images, result):
-        hits = [k for k, candidate in enumerate(moved(image, shift, flip)) if torch.equal(candidate, found)]
-        assert len(hits) == 1
-        counts[hits[0]] += 1
-    expected = 600 / len(counts)
-    assert (counts - expected).abs().max() < 4.5 * expected**0.5 + (len(counts) == 1)
-    assert torch.equal(result, augment(images, CPU, shift, flip, 1, "stream", 0))
-    if len(counts) > 1:
-        assert not torch.equal(result, augment(images, CPU, shift, flip, 1, "stream", 1))
-    halves = [Shard(CPU.device, rank, 2) for rank in (0, 1)]
-    parts = [augment(half.take(images), half, shift, flip, 1, "stream", 0) for half in halves]
-    assert torch.equal(torch.cat(parts), result)
 
 
 def test_targets_are_the_teachers_on_the_augmented_images(

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd import losses
-from dfkd.draws import draw_labels, draw_latents
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix
-from dfkd.runtime import Shard
 from dfkd.synthesis import Synthesizer, redraw_steps
 from dfkd.teachers import Teacher, map_layers
 from dfkd.terms import LOSSES
@@ -500,45 +498,6 @@ def test_an_update_waits_for_no_value(
         terms = synthesizer.step(0)
         with pytest.raises(AssertionError, match="waits for the device"):
             float(terms["ce"])
-
-
-# --- labels and latents ---
-
-
-@pytest.mark.parametrize("repeats", [1, 2])
-@pytest.mark.parametrize("classes", [2, 3, 10, 100])
-@pytest.mark.parametrize("batch", [4, 8, 30, 256])
-def test_labels_are_balanced_over_the_global_batch(batch: int, classes: int, repeats: int) -> None:
-    drawn = set()
-    for step in range(20):
-        shards = [draw_labels(Shard(CPU, rank, 2), batch, classes, "p", step, repeats=repeats) for rank in (0, 1)]
-        labels = torch.cat(shards)
-        assert torch.equal(labels, draw_labels(Shard(CPU), 2 * batch, classes, "p", step, repeats=repeats))
-        assert labels.dtype == torch.int64
-        counts = labels.bincount(minlength=classes)
-        present = min(classes, 2 * batch // repeats)
-        assert len(counts) == classes
-        assert (counts > 0).sum() == present
-        assert counts.max() - counts[counts > 0].min() <= 1
-        unequal = (labels[0::2] != labels[1::2]).sum()
-        if repeats == 2:
-            assert unequal < present
-            assert unequal == 0 or 2 * batch % (2 * present)
-        drawn.add(tuple(labels.tolist()))
-    assert len(drawn) > 1
-    seen = {label for labels in drawn for label in labels}
-    assert len(seen) > 0.9 * classes if present * 20 > 3 * classes else len(seen) > present
-
-
-def test_latents_are_standard_normal_and_two_shards_draw_those_of_one() -> None:
-    whole = draw_latents(Shard(CPU), 4000, 5, 3, "synthesis", 1)
-    assert whole.mean(0).abs().max() < 4 / 4000**0.5
-    assert (whole.var(0) - 1).abs().max() < 4 * (2 / 4000) ** 0.5
-    assert (torch.corrcoef(whole.T) - torch.eye(5)).abs().max() < 4 / 4000**0.5
-    parts = [draw_latents(Shard(CPU, rank, 2), 2000, 5, 3, "synthesis", 1) for rank in (0, 1)]
-    assert torch.equal(torch.cat(parts), whole)
-    for other in ((3, "synthesis", 2), (4, "synthesis", 1), (3, "stream", 1)):
-        assert not torch.equal(draw_latents(Shard(CPU), 4000, 5, *other), whole)
 
 
 # --- what is refused ---

@@ -15,7 +15,7 @@ from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, hints
-from dfkd.runtime import Shard, eval_mode, rng
+from dfkd.runtime import Shard, eval_mode, reseed
 from dfkd.stream import SyntheticStream
 from dfkd.teachers import Teacher, batch_norms
 
@@ -166,9 +166,7 @@ class Fit:
         wanted = self.hints
         with wanted.watch_teacher() if wanted else nullcontext() as theirs:
             images, targets = self.stream.batch(step)
-        # Dropout and its like draw from torch's global generators: by position they are the same after a resume.
-        position = (self.stream.seed, "student", self.stream.shard.rank, step)
-        torch.manual_seed(rng("cpu", *position).initial_seed())
+        reseed(images.device, self.stream.seed, "student", self.stream.shard.rank, step)  # the same after a resume
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
         judged = partial(self._loss_and_agreement, theirs)

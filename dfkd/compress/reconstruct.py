@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd.compress.graph import CARRIERS, RELUS, Unit, extract, is_layer, kind, units
 from dfkd.compress.quantize import QUANTIZED, ActivationQuantizer, activation_quantizers, quantized_layers
 from dfkd.errors import UserError
-from dfkd.runtime import full_precision, rng
+from dfkd.runtime import full_precision, reseed
 
 CHUNK = 128  # images per forward outside of learning
 
@@ -189,7 +189,7 @@ class Learner:
             optimizer = torch.optim.Adam([{"params": [each], "lr": rate} for each, rate in zip(learned, rates)])
             for step in range(self.steps):
                 # One position gives all draws of a step; ActivationQuantizer's come from torch's global generator.
-                torch.manual_seed(rng("cpu", self.seed, "reconstruct", name, step).initial_seed())
+                reseed(device, self.seed, "reconstruct", name, step)
                 index = torch.randperm(len(target))[: self.batch_size]
                 given, wanted = x[index], target[index].to(device)
                 if self.drop:

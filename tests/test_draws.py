@@ -1,0 +1,130 @@
+"""What is random by position: balanced labels, latents, moves; the same however many processes share them."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfkd.draws import augment, draw_labels, draw_latents, jitter
+from dfkd.runtime import Shard, reseed
+
+CPU = torch.device("cpu")
+SEED = 5
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize("batch", [4, 8, 30, 256])
+def test_labels_are_balanced_over_the_global_batch(batch: int, classes: int, repeats: int) -> None:
+    drawn = set()
+    for step in range(20):
+        shards = [draw_labels(Shard(CPU, rank, 2), batch, classes, "p", step, repeats=repeats) for rank in (0, 1)]
+        labels = torch.cat(shards)
+        assert torch.equal(labels, draw_labels(Shard(CPU), 2 * batch, classes, "p", step, repeats=repeats))
+        assert labels.dtype == torch.int64
+        counts = labels.bincount(minlength=classes)
+        present = min(classes, 2 * batch // repeats)
+        assert len(counts) == classes
+        assert (counts > 0).sum() == present
+        assert counts.max() - counts[counts > 0].min() <= 1
+        unequal = (labels[0::2] != labels[1::2]).sum()
+        if repeats == 2:
+            assert unequal < present
+            assert unequal == 0 or 2 * batch % (2 * present)
+        drawn.add(tuple(labels.tolist()))
+    assert len(drawn) > 1
+    seen = {label for labels in drawn for label in labels}
+    assert len(seen) > 0.9 * classes if present * 20 > 3 * classes else len(seen) > present
+
+
+def test_latents_are_standard_normal_and_two_shards_draw_those_of_one() -> None:
+    whole = draw_latents(Shard(CPU), 4000, 5, 3, "synthesis", 1)
+    assert whole.mean(0).abs().max() < 4 / 4000**0.5
+    assert (whole.var(0) - 1).abs().max() < 4 * (2 / 4000) ** 0.5
+    assert (torch.corrcoef(whole.T) - torch.eye(5)).abs().max() < 4 / 4000**0.5
+    parts = [draw_latents(Shard(CPU, rank, 2), 2000, 5, 3, "synthesis", 1) for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts), whole)
+    for other in ((3, "synthesis", 2), (4, "synthesis", 1), (3, "stream", 1)):
+        assert not torch.equal(draw_latents(Shard(CPU), 4000, 5, *other), whole)
+
+
+def moved(image: Tensor, shift: int, flip: bool) -> Iterator[Tensor]:
+    """Every place an image [C, H, W] can be shifted to, edges repeated; and these flipped."""
+    height, width = image.shape[-2:]
+    padded = F.pad(image[None], (shift,) * 4, mode="replicate")[0]
+    for y in range(2 * shift + 1):
+        for x in range(2 * shift + 1):
+            crop = padded[:, y : y + height, x : x + width]
+            yield crop
+            if flip:
+                yield crop.flip(2)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_each_image_is_shifted_with_its_edges_and_flipped(shift: int, flip: bool) -> None:
+    images = torch.rand(600, 2, 6, 5, generator=torch.Generator().manual_seed(0))
+    result = augment(images, Shard(CPU), shift, flip, 1, "stream", 0)
+    counts = torch.zeros((2 * shift + 1) ** 2 * (1 + flip))
+    for image, found in zip(images, result):
+        hits = [k for k, candidate in enumerate(moved(image, shift, flip)) if torch.equal(candidate, found)]
+        assert len(hits) == 1
+        counts[hits[0]] += 1
+    expected = 600 / len(counts)
+    assert (counts - expected).abs().max() < 4.5 * expected**0.5 + (len(counts) == 1)
+    assert torch.equal(result, augment(images, Shard(CPU), shift, flip, 1, "stream", 0))
+    if len(counts) > 1:
+        assert not torch.equal(result, augment(images, Shard(CPU), shift, flip, 1, "stream", 1))
+    halves = [Shard(CPU, rank, 2) for rank in (0, 1)]
+    parts = [augment(half.take(images), half, shift, flip, 1, "stream", 0) for half in halves]
+    assert torch.equal(torch.cat(parts), result)
+
+
+def test_jitter_rolls_the_whole_batch_by_every_offset_and_flips_half_the_time() -> None:
+    images = torch.rand(3, 2, 7, 9, generator=torch.Generator().manual_seed(0))
+    moved: dict[tuple[int, int, bool], Tensor] = {}
+    for down in range(-1, 2):
+        for across in range(-1, 2):
+            rows, columns = (torch.arange(7) - down) % 7, (torch.arange(9) - across) % 9
+            rolled = images[:, :, rows][:, :, :, columns]
+            moved |= {(down, across, False): rolled, (down, across, True): rolled[..., range(8, -1, -1)]}
+    seen = []
+    for step in range(400):
+        found = jitter(images, 1, True, SEED, step)
+        (which,) = [key for key, value in moved.items() if torch.equal(found, value)]
+        seen.append(which)
+    counts = {key: seen.count(key) for key in moved}
+    assert all(abs(count - 400 / 18) < 5 * (400 / 18) ** 0.5 for count in counts.values()), counts
+    assert 150 < sum(flipped for *_, flipped in seen) < 250
+    assert torch.equal(jitter(images, 1, True, SEED, 3), jitter(images, 1, True, SEED, 3))
+    unflipped = {key: value for key, value in moved.items() if not key[2]}
+    for step in range(20):
+        assert any(torch.equal(jitter(images, 1, False, SEED, step), value) for value in unflipped.values())
+        assert any(torch.equal(jitter(images, 0, True, SEED, step), moved[0, 0, flip]) for flip in (False, True))
+
+
+def test_the_gradient_of_jitter_goes_back_to_where_pixels_came_from() -> None:
+    images = torch.rand(2, 1, 6, 6).requires_grad_()
+    weights = torch.rand(2, 1, 6, 6)
+    (jitter(images, 2, True, 1, 4) * weights).sum().backward()
+    assert not torch.equal(images.grad, weights)  # type: ignore[arg-type]
+    assert torch.equal(jitter(images.grad, 2, True, 1, 4), weights)  # type: ignore[arg-type]
+    still = torch.rand(1, 1, 2, 2)
+    assert jitter(still, 0, False, 1) is still
+
+
+# --- torch's own generators ---
+
+
+def test_what_draws_from_torchs_generator_is_set_by_position() -> None:
+    with torch.random.fork_rng(devices=[]):
+        drawn = []
+        for position in ((1, "student", 0), (1, "student", 1), (1, "student", 0)):
+            reseed(CPU, *position)
+            drawn.append(torch.rand(9))
+            torch.manual_seed(torch.initial_seed())  # which seeds the host's alike
+            assert torch.equal(torch.rand(9), drawn[-1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
