@@ -2,8 +2,8 @@
 
 python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,no adversary"] [KEY=VALUE ...]
 
-- Equal time, teachers, folders and resuming are those of benchmarks/methods.py: the seconds of an update are measured
-  per variant, and its steps follow; all seeds have the same teachers.
+- Equal time, teachers, folders and resuming are those of equal_time.py: the seconds of an update are measured per
+  variant, and its steps follow; all seeds have the same teachers.
 - Variants that change nothing of what an update does (a rate, a temperature) take the defaults' measured cost.
 - `gain` is the mean over seeds of a variant's accuracy minus the defaults' on the same seed, with its sample standard
   deviation: what a variant changes, less what the seed alone does.
@@ -16,8 +16,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from equal_time import OWN, Keys, Method, compare, cores, given_keys, keep_settings, read, written
-from methods import cells, describe, with_deviation
+from bookkeeping import OWN, Keys, given_keys, keep_settings, read, with_deviation, written
+from equal_time import Method, compare, cores
+from methods import cells, describe
 
 from dfkd.errors import UserError
 from dfkd.recipe import load_recipe
@@ -77,7 +78,7 @@ FREE = ("lr", "temperature", "warmup", "fade", "redraw", "replay", "bn", "ce", "
 
 
 def make_variant(name: str, given: Keys) -> Method:
-    """A variant of the recipe and keys given, as a row of benchmarks/methods.py."""
+    """A variant of the recipe and keys given, as a row of the table."""
     if name not in VARIANTS:
         raise UserError(f"unknown variant {name!r}; choose from {', '.join(VARIANTS)}")
     keys = {**given, **VARIANTS[name]}

@@ -10,23 +10,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from bookkeeping import Keys, add, read, written
 
 from dfkd.curves import entries
 from dfkd.errors import UserError
 from dfkd.phases import plans
 from dfkd.schema import Recipe
 
-OWN = ("recipe", "output", "seed", "overwrite")  # keys that are not for the command line here
 CHILD = Path(__file__).parent / "child.py"
 CHEAPEST = 1e-6  # seconds per update, below which a measurement is noise
 PROBE = 1 / 12  # share of the budget that a measurement of the seconds per update takes at least
-
-Keys = dict[str, str]
 
 
 class Work(NamedTuple):
@@ -77,13 +76,6 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def given_keys(arguments: Sequence[str], what: str, own: Collection[str] = OWN) -> Keys:
-    """The KEY=VALUE arguments for all runs, which `what` names; raises UserError for others and for keys of `own`."""
-    if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in own]:
-        raise UserError(f"{wrong[0]!r} is not for {what}; give other keys as KEY=VALUE, and --seeds and --out")
-    return dict(word.partition("=")[::2] for word in arguments)
-
-
 def work_of(recipe: Recipe) -> Work:
     """The updates that a recipe asks for."""
     phases = plans(recipe)
@@ -127,11 +119,6 @@ def launch(child: str, keys: Keys, seconds: float, log: Path, threads: int) -> d
         said = (done.stderr or done.stdout).strip().splitlines()
         raise UserError(f"{log} ends in: {said[-1] if said else f'exit code {done.returncode}'}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def written(keys: Keys) -> list[str]:
-    """Keys as arguments of the command line."""
-    return [f"{key}={value}" for key, value in keys.items()]
 
 
 def with_teachers(methods: Sequence[Method], out: Path, threads: int) -> list[Method]:
@@ -181,28 +168,6 @@ def curve(folder: Path, before: float) -> list[tuple[float, float]]:
     """Seconds of training (`before` the student's began, and since) and accuracy of the student then, over a run."""
     found = [entry for entry in entries(folder / "metrics.jsonl") if entry["phase"] == "evaluation"]
     return [(before + entry["trained"], entry["accuracy"]) for entry in found]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may not exist yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def add(path: Path, line: Mapping[str, Any]) -> None:
-    """Write one more line."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Write down what all rows have in common. Raises UserError where the folder holds rows of another kind."""
-    before = json.loads(path.read_text()) if path.exists() else settings
-    changed = [key for key, value in settings.items() if before.get(key) != value]
-    if changed:
-        words = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
-        raise UserError(f"{path.parent} holds figures of other settings ({words}); choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n")
 
 
 def finished(futures: Mapping[Future[dict[str, Any]], str]) -> Iterator[tuple[Future[dict[str, Any]], dict[str, Any]]]:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from equal_time import Keys, add, given_keys, keep_settings, read, written
+from bookkeeping import Keys, add, given_keys, keep_settings, read, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, load_recipe_zoo, reload_generator, teacher_folder

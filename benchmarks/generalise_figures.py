@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from methods import with_deviation
+from bookkeeping import with_deviation
 
 Line = dict[str, Any]
 

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from equal_time import Keys, Method, compare, cores, given_keys, keep_settings, read, written
+from bookkeeping import Keys, given_keys, keep_settings, read, with_deviation, written
+from equal_time import Method, compare, cores
 
 from dfkd.errors import UserError
 from dfkd.recipe import FOLDER, load_recipe
@@ -97,14 +98,6 @@ def against_time(lines: Sequence[Mapping[str, Any]]) -> str:
             cells.append(f"{statistics.fmean(each[-1][1] for each in reached):.2f}" if all(reached) else "-")
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
-
-
-def with_deviation(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean and, of several values, sample standard deviation; a dash of none."""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):{form}}{deviation}"
 
 
 def cells(lines: Sequence[Mapping[str, Any]], budget: float) -> list[str]:

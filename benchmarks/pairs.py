@@ -20,23 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from equal_time import (
-    Keys,
-    Method,
-    add,
-    changes,
-    cores,
-    figures,
-    given_keys,
-    keep_settings,
-    launch,
-    price,
-    read,
-    scale,
-    work_of,
-    written,
-)
-from methods import with_deviation
+from bookkeeping import Keys, add, given_keys, keep_settings, read, with_deviation, written
+from equal_time import Method, changes, cores, figures, launch, price, scale, work_of
 
 from dfkd.assemble import load_recipe_zoo, teacher_folder
 from dfkd.errors import Paused, UserError

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
-from dfkd.data import RealImages, load_images, opened
+from dfkd.data import RealImages, image_folder, load_images, opened
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
@@ -95,8 +95,19 @@ def real_images(recipe: Recipe, *, train: bool, purpose: str) -> RealImages:
 def control_images(recipe: Recipe) -> RealImages:
     """Real images in place of synthetic ones, as a control: training images, or test images where there are no others.
     Raises UserError where the recipe has no real images."""
-    train = recipe.data.dataset != "imagefolder" or recipe.data.train_root is not None
-    return real_images(recipe, train=train, purpose="control")
+    with PartialState().local_main_process_first():  # the first one downloads
+        return real_images(recipe, train=_has_training_images(recipe), purpose="control")
+
+
+def check_control(recipe: Recipe) -> None:
+    """Raise UserError where the folder of control_images is none: before anything is trained."""
+    data = recipe.data
+    if data.dataset == "imagefolder":
+        image_folder(_has_training_images(recipe), data.root, data.train_root)
+
+
+def _has_training_images(recipe: Recipe) -> bool:
+    return recipe.data.dataset != "imagefolder" or recipe.data.train_root is not None
 
 
 def load_recipe_zoo(

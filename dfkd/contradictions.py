@@ -49,11 +49,13 @@ def _run_problems(recipe: Recipe) -> Iterator[str]:
         yield f"tasks has generator, and generator.checkpoint={shown(checkpoint)} is frozen; leave one out"
     if "generator" in tasks and tasks[0] != "generator":
         yield f"tasks={shown(tasks)} is not allowed: the generator comes first, tasks=[generator, distill, ...]"
-    if recipe.distill.source != "generator" and "distill" in tasks and tasks[0] != "generator" and not checkpoint:
-        yield (
-            f"distill.source={recipe.distill.source} is a control beside a generator that is there: give "
-            "generator.checkpoint and distill.steps, or tasks=[generator, distill]"
-        )
+    live = "distill" in tasks and tasks[0] != "generator" and not checkpoint  # generator and student in turn
+    for key, idle in (("input", None), ("source", "generator")):
+        if live and (given := getattr(recipe.distill, key)) != idle:
+            yield (
+                f"distill.{key}={given} needs a generator that is there before: give distill.steps, and "
+                "generator.checkpoint or tasks=[generator, ..., distill]"
+            )
     if not recipe.synthesis.steps and not checkpoint and recipe.generator.arch != "pixels":
         yield "synthesis.steps=0 leaves the generator untrained; set it above 0, or give generator.checkpoint"
     yield from _synthesis_problems(recipe)

@@ -79,7 +79,7 @@ def load_images(
         )
     _check_channels(channels)
     if dataset == "imagefolder":
-        data = _image_folder(_folder(train, root, train_root), channels, size, classes)
+        data = _folder_images(image_folder(train, root, train_root), channels, size, classes)
     else:
         images, labels, names = _digits(train) if dataset == "digits" else _download(dataset, train, root)
         _check_classes(dataset, names, classes)
@@ -209,7 +209,7 @@ def _fitted(images: Tensor, channels: int, size: int) -> Tensor:
     return pixels.round().clamp(0, 255).to(torch.uint8).expand(-1, channels, -1, -1)
 
 
-def _folder(train: bool, root: str, train_root: str | None) -> Path:
+def image_folder(train: bool, root: str, train_root: str | None) -> Path:
     """Where this split's images lie; raises UserError if nowhere, or if the two folders' classes differ."""
     name, chosen = ("data.train_root", train_root) if train else ("data.root", root)
     if not chosen or not Path(chosen).is_dir():
@@ -228,7 +228,7 @@ def _class_folders(root: str) -> set[str]:
     return {entry.name for entry in Path(root).iterdir() if entry.is_dir()}
 
 
-def _image_folder(folder: Path, channels: int, size: int, classes: int) -> RealImages:
+def _folder_images(folder: Path, channels: int, size: int, classes: int) -> RealImages:
     """Images in one folder per class, labels in the order of the sorted names, all decoded into memory."""
     try:
         listing = torchvision.datasets.ImageFolder(str(folder))

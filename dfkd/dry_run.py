@@ -43,7 +43,7 @@ def dry_run(loaded: Loaded) -> None:
         else:
             rounds = f"rounds of {recipe.synthesis.inner} " if parts.worker is not None else ""
             control = recipe.distill.source != "generator" and phase.name == "distill"
-            on = f" on {recipe.distill.source} images, a control" if control else ""
+            on = f", a control on {recipe.distill.source}" if control else ""
             updates = f"{phase.synthesis} {rounds}generator updates, {phase.students} student updates"
             say(f"  task {phase.name}: {updates}{on}")
     say(f"  estimated memory: {estimated_memory(recipe, parts) / 2**30:.2f} GiB per process")

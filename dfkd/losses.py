@@ -198,7 +198,7 @@ def spread(images: Tensor, probabilities: Tensor) -> Tensor:
 
     images [B, C, H, W], a teacher's probabilities [B, K]. RDSKD's (Han et al. 2021) diversity-seeking loss, as in its
     code. Of four rows the outer and the inner two are a pair: rows are drawn at random, but neighbours are of one class
-    (synthesis.draw_labels) and rows two apart are mixed (mixing.partners). Rows left over do not count.
+    (draws.draw_labels) and rows two apart are mixed (mixing.partners). Rows left over do not count.
     """
     changes = []
     for x in (probabilities, images):
@@ -230,7 +230,7 @@ def mode_seeking(images: Tensor, latents: Tensor, labels: Tensor, eps: float = 0
     """Mean of 1 / (eps + mean|x1 - x2| / mean|z1 - z2|) over pairs of images of one class. MSGAN eq. 3.
 
     images [B, C, H, W], latents [B, Z], labels [B]; rows 2k and 2k + 1 are a pair where their labels agree (as
-    synthesis.draw_labels draws them), else they count as zero.
+    draws.draw_labels has them), else they count as zero.
     """
     even = images.shape[0] // 2 * 2
     dx = (images[0:even:2] - images[1:even:2]).abs().flatten(1).mean(1)

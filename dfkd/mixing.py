@@ -64,9 +64,9 @@ class BoxGenerator(RandomGeneratorBase):
     def forward(self, batch_shape: tuple[int, ...], same_on_batch: bool = False) -> dict[str, Tensor]:
         batch, height, width = batch_shape[0], batch_shape[-2], batch_shape[-1]
         u = self.sampler.rsample((1 if same_on_batch else batch, 4)).expand(batch, 4)
-        image = u.new_tensor([width, height])
-        lengths = (1 + (u[:, :2] * image).floor()).minimum(image)
-        starts = (u[:, 2:] * (image - lengths + 1)).floor().minimum(image - lengths)
+        size = u.new_tensor([width, height])
+        lengths = (1 + (u[:, :2] * size).floor()).minimum(size)
+        starts = (u[:, 2:] * (size - lengths + 1)).floor().minimum(size - lengths)
         return {"mix_pairs": torch.randperm(batch), "box": torch.cat([starts, lengths], 1).long()}
 
 
@@ -120,7 +120,7 @@ def make_mix(kind: str, probability: float = 1.0, antialias: bool = False) -> Mi
 
 
 def partners(batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """Who is mixed with whom [B]: rows two apart, since neighbours are of one class (synthesis.draw_labels).
+    """Who is mixed with whom [B]: rows two apart, since neighbours are of one class (draws.draw_labels).
 
     Rows are drawn at random already, so a fixed pairing is a random one; being local, it does not depend on how the
     global batch is split over processes. The last rows of a batch not divisible by 4 wrap around.

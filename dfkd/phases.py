@@ -104,16 +104,19 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
     )
 
 
-def make_fit(parts: Parts, steps: int) -> Fit:
-    """The student's training of a recipe's `distill`, on the stream of the generator or of a control."""
+def make_fit(parts: Parts, plan: Plan) -> Fit:
+    """The student's training of a recipe's `distill` on the stream of the generator, or in that task on a control's (in
+    the task `generator` the student is the adversary alone)."""
     recipe, distill = parts.recipe, parts.recipe.distill
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
     hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
     graphs = recorder(recipe.runtime.cuda_graphs, parts.shard)
-    control = task_source(parts, distill.source, parts.student) if distill.source != "generator" else None
-    if distill.source == "real":
-        parts.student_about["trained_on"] = opened()[-1]
+    source = distill.source if plan.name == "distill" else "generator"
+    before = len(opened())
+    control = None if source == "generator" else task_source(parts, source, parts.student)
+    about = parts.student_about
+    parts.student_about = {**about, "source": source, "opened": about.get("opened", []) + opened()[before:]}
     stream = SyntheticStream(
         control or parts.generator,
         batch_size=distill.batch_size,
@@ -132,7 +135,7 @@ def make_fit(parts: Parts, steps: int) -> Fit:
     return Fit(
         parts.student,
         stream,
-        steps=steps,
+        steps=plan.students,
         lr=distill.lr,
         weight_decay=distill.weight_decay,
         warmup=distill.warmup,

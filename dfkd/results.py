@@ -60,7 +60,8 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
     results["verdict"] = verdict(results, generator_notes(parts.generator, figures, bn), warnings)
     results["data_free"] = assemble.training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
-    results["data_free"] += [entry for each in trained for entry in each.pop("opened")]
+    for entry in (entry for each in trained for entry in each.pop("opened")):
+        results["data_free"] += [entry] if entry not in results["data_free"] else []
     # A task that trained in several calls: its loop counted all of them, its own clock the last one.
     spent |= {name: max(task["seconds"], spent.get(name, 0.0)) for name, task in tasks.items()}
     spent["evaluation"] = time.perf_counter() - begun
@@ -101,14 +102,14 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
     if student is None:
         return None
     teachers = assemble.main_teachers(parts.recipe, parts.zoo)
-    autocast, source = parts.accelerator.autocast, parts.recipe.distill.source
+    autocast = parts.accelerator.autocast
     size, whole = assemble.parameters(student), max(assemble.parameters(teacher) for teacher in teachers)
     return {
         "model": parts.student_about["model"],
         "parameters": size,
         "ratio": size / whole,
-        "source": source,
-        "opened": [parts.student_about["trained_on"]] if source == "real" else [],
+        "source": parts.student_about["source"],
+        "opened": parts.student_about["opened"],
         **_measured(_accuracy(student, parts)),
         "agreement": agreement(
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast

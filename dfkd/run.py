@@ -129,7 +129,7 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
             elif plan.name not in TASKS:
                 prepare_student(parts, plan)
                 synthesizer = make_synthesizer(parts) if plan.synthesis else None
-                fit = make_fit(parts, plan.students) if plan.students else None
+                fit = make_fit(parts, plan) if plan.students else None
                 loop = loop_of(plan, synthesizer, fit, offset=offset)
                 begun = loop.load_state_dict(state) if state and k == reached else 0
                 with compiled(networks(parts) if recipe.runtime.compile else []):

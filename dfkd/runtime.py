@@ -70,7 +70,10 @@ def reseed(device: torch.device, *position: int | str) -> None:
     """
     seed = rng("cpu", *position).initial_seed()
     torch.default_generator.manual_seed(seed)
-    if device.type != "cpu":
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
 
 
@@ -90,7 +93,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host's on a device, without waiting for what the device has still to do."""
+    """A tensor of the host's on a device, without waiting for what the device has still to do."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

@@ -58,7 +58,7 @@ def from_images(images: Tensor, labels: Tensor) -> Source:
     def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
         generator = rng("cpu", *position, "images")
         rows = shard.take(torch.randint(len(images), (count * shard.world,), generator=generator))
-        return to_float(images[rows].to(shard.device)), labels[rows].to(shard.device)
+        return to_float(to_device(images[rows], shard.device)), to_device(labels[rows], shard.device)
 
     return draw
 

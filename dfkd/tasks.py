@@ -48,9 +48,9 @@ def check_tasks(recipe: Recipe) -> None:
     """Raise UserError where a task's input is no earlier task and no folder, its keys will not do, or a package or the
     images for it are missing."""
     earlier: list[str] = ["main"]
-    for task in recipe.tasks:
+    for task in (task for task in recipe.tasks if task != "generator"):
         keys = settings(recipe, task)
-        name = getattr(keys, "input", None)
+        name = keys.input
         if name is not None and name not in earlier and not _is_folder(recipe, name):
             raise UserError(
                 f"{task}.input={name} is no earlier task and no folder of a model; before {task} there are "
@@ -58,7 +58,9 @@ def check_tasks(recipe: Recipe) -> None:
             )
         if getattr(keys, "source", None) == "real" and recipe.data.dataset == "none":
             raise UserError(f"{task}.source=real needs real images: set data.dataset, or {task}.source=noise")
-        earlier += {"generator": [], "distill": ["distill", "student"]}.get(task, [task])
+        if getattr(keys, "source", None) == "real":
+            assemble.check_control(recipe)
+        earlier += ["distill", "student"] if task == "distill" else [task]
         if task in TASKS:
             _check_task(recipe, task)
     files = ["tasks", "none", *(name for name in earlier if name not in ("main", "distill"))]
@@ -67,11 +69,6 @@ def check_tasks(recipe: Recipe) -> None:
     if recipe.export.input == "student":
         require_onnx()
     if "distill" in recipe.tasks and recipe.distill.input is not None:
-        if recipe.tasks[0] == "distill" and recipe.generator.checkpoint is None:
-            raise UserError(
-                "distill.input needs a generator that is there before: tasks=[generator, ..., distill], or "
-                "generator.checkpoint"
-            )
         source(recipe, "distill", recipe.distill.input)
 
 
@@ -124,7 +121,7 @@ def check_layers(parts: Parts) -> None:
 
 
 def settings(recipe: Recipe, task: str) -> Any:
-    """The group of keys of a task."""
+    """The group of keys of a task that takes an input."""
     return getattr(recipe, task)
 
 
@@ -324,7 +321,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         "source": "no data" if name == "none" else name,
         **compare(parts, model, done),
         "layers": done.layers,
-        "opened": opened()[opened_before:],
+        "opened": about.get("opened", []) + opened()[opened_before:],
     }
     if parts.shard.rank == 0:
         history = {**about.get("compressed_by", {}), task: dataclasses.asdict(keys)}

@@ -197,13 +197,13 @@ def children(
 ) -> list[tuple[str, dict[str, str]]]:
     """The calls of the benchmarks' child processes, (name, keys) each; they are carried out in this process."""
     calls = []
-    equal, child = benchmark("equal_time"), benchmark("child")
+    equal, child, books = (benchmark(name) for name in ("equal_time", "child", "bookkeeping"))
 
     def launch(name: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
         calls.append((name, keys))
         reset_accelerate()
         try:
-            return json.loads(json.dumps(child.CHILDREN[name](equal.written(keys), seconds)))
+            return json.loads(json.dumps(child.CHILDREN[name](books.written(keys), seconds)))
         finally:
             reset_accelerate()
 

@@ -118,13 +118,14 @@ def test_the_gradient_of_jitter_goes_back_to_where_pixels_came_from() -> None:
 # --- torch's own generators ---
 
 
-def test_what_draws_from_torchs_generator_is_set_by_position() -> None:
-    with torch.random.fork_rng(devices=[]):
+@pytest.mark.parametrize("device", [torch.device(name) for name in ("cpu", *["cuda"] * torch.cuda.is_available())])
+def test_what_draws_from_torchs_generators_is_set_by_position(device: torch.device) -> None:
+    with torch.random.fork_rng():
         drawn = []
         for position in ((1, "student", 0), (1, "student", 1), (1, "student", 0)):
-            reseed(CPU, *position)
-            drawn.append(torch.rand(9))
-            torch.manual_seed(torch.initial_seed())  # which seeds the host's alike
-            assert torch.equal(torch.rand(9), drawn[-1])
-    assert torch.equal(drawn[0], drawn[2])
-    assert not torch.equal(drawn[0], drawn[1])
+            reseed(device, *position)
+            drawn.append((torch.rand(9), torch.rand(9, device=device)))
+            torch.manual_seed(torch.initial_seed())  # of every device
+            assert all(torch.equal(*pair) for pair in zip((torch.rand(9), torch.rand(9, device=device)), drawn[-1]))
+    assert torch.equal(drawn[0][1], drawn[2][1])
+    assert not torch.equal(drawn[0][1], drawn[1][1])

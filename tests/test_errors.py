@@ -152,6 +152,16 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["distill.source=real needs real images", "data.dataset"],
     ),
+    "control without training images": (
+        [
+            "distill.source=real",
+            "tasks=[generator, distill]",
+            "data.dataset=imagefolder",
+            "data.train_root=nowhere",
+            "data.root=.",
+        ],
+        ["data.train_root=nowhere is no folder"],
+    ),
     "nothing to train": (["distill.steps=0", "generator.checkpoint=five", "classes=5"], ["nothing to train"]),
     "folder that is a file": (["output=tiny.yaml/run"], ["tiny.yaml/run"]),
 }

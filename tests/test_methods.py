@@ -44,6 +44,11 @@ def equal(benchmark: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
+def books(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("bookkeeping")
+
+
+@pytest.fixture
 def child(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark("child")
 
@@ -78,17 +83,17 @@ def rows(table: str) -> list[list[str]]:
 # --- arithmetic ---
 
 
-def test_keys_read_as_written(equal: ModuleType) -> None:
+def test_keys_read_as_written(books: ModuleType) -> None:
     keys = {"a": "1", "teachers.x.kwargs": "{k: 'v=w'}"}
-    assert equal.given_keys(equal.written(keys), "all") == keys
+    assert books.given_keys(books.written(keys), "all") == keys
 
 
 @pytest.mark.parametrize(
     ("values", "form", "said"),
     [([], ".2f", "-"), ([3.14159], ".1f", "3.1"), ([1.0, 3.0], "+.2f", "+2.00 ± 1.41"), ([-1.0], "+.1f", "-1.0")],
 )
-def test_mean_and_deviation_in_words(bench: ModuleType, values: list[float], form: str, said: str) -> None:
-    assert bench.with_deviation(values, form) == said
+def test_mean_and_deviation_in_words(books: ModuleType, values: list[float], form: str, said: str) -> None:
+    assert books.with_deviation(values, form) == said
 
 
 @pytest.mark.parametrize("budget", [7.0, 60.0, 3600.0])
@@ -138,7 +143,7 @@ def test_no_update_looks_free_where_the_shorter_trial_was_disturbed(equal: Modul
 
 
 def test_work_is_what_a_recipe_asks_for_and_changes_lead_to_it(
-    bench: ModuleType, equal: ModuleType, here: list[tuple[str, dict[str, str]]]
+    bench: ModuleType, equal: ModuleType, books: ModuleType, here: list[tuple[str, dict[str, str]]]
 ) -> None:
     expected = {"live": (20, 1, 1, 10), "frozen": (20, 1, 0, 40), "rounds": (8, 3, 4, 0)}
     for name, of in expected.items():
@@ -147,7 +152,7 @@ def test_work_is_what_a_recipe_asks_for_and_changes_lead_to_it(
         wanted = equal.Work(5, 1 if of[1] == 1 else 2, of[2], 7)
         keys = equal.changes(equal.Work(*of), wanted)
         assert set(keys) <= {"synthesis.steps", "synthesis.inner", "distill.steps"}
-        assert equal.work_of(load_recipe(equal.written({**method.keys, **keys})).recipe) == wanted
+        assert equal.work_of(load_recipe(books.written({**method.keys, **keys})).recipe) == wanted
     assert equal.changes(equal.Work(1, 2, 3, 4), equal.Work(1, 2, 3, 4)) == {}
 
 

@@ -321,7 +321,8 @@ ROUNDS = ("synthesis.inner=4", "distill.replay=0")
         (["synthesis.penalise=true", "synthesis.losses.ce=0"], "synthesis.losses.{ce,one_hot,information}"),
         (["generator.conditional=false"], "synthesis.losses.ce, .diversity and .likeness to 0"),
         (["synthesis.penalise=true", "synthesis.learn_weights=true"], "both change the weight of ce"),
-        (["distill.source=real"], "distill.source=real is a control beside a generator that is there"),
+        (["distill.source=real"], "distill.source=real needs a generator that is there before"),
+        (["distill.input=runs/a"], "distill.input=runs/a needs a generator that is there before"),
         (["synthesis.betas=[0.5]"], "synthesis.betas=[0.5]"),
         (["synthesis.betas=[0.5, 1]"], "synthesis.betas=[0.5, 1.0]"),
     ],
@@ -343,7 +344,7 @@ def test_what_does_not_contradict(folder: Path) -> None:
     load("synthesis.penalise=true", "synthesis.losses.ce=0", "synthesis.losses.one_hot=0.1")
     load("distill.source=real", "generator.checkpoint=runs/a")
     load("distill.source=noise", "tasks=[generator, distill]")
-    load("distill.source=real", "tasks=[generator]")  # in which no student is trained
+    load("distill.source=real", "tasks=[generator]")  # whose student is the adversary alone
 
 
 def test_check_refuses_a_recipe_made_by_hand() -> None:

@@ -98,30 +98,57 @@ def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> N
     assert hashlib.sha256(generator.read_bytes()).hexdigest() == before
 
 
+CONTROL = {"source": "digits", "split": "train", "purpose": "control", "n": 1257}
+
+
+def controls(folder: Path) -> list[dict]:
+    """What a run says it opened as a control."""
+    return [entry for entry in results(folder)["data_free"] if entry["purpose"] == "control"]
+
+
 @pytest.mark.parametrize("source", ["noise", "real"])
 def test_a_student_is_trained_on_a_control_beside_a_generator(runs: Runs, source: str) -> None:
-    chosen = (
-        "tasks=[generator,distill]",
-        f"distill.source={source}",
-        "distill.shift=0",
-        "distill.flip=false",
-        "distill.mix=0",
-    )
-    called = runs.run(source, *chosen, *SHORT)
+    assert runs.run("made", "tasks=[generator]", f"distill.source={source}", *SHORT).code == 0
+    assert controls(runs.folder / "made") == []  # whose student is the adversary, on the generator's own images
+    chosen = (f"generator.checkpoint={runs.folder / 'made' / 'generator'}", "distill.flip=false", "distill.mix=0")
+    assert f", a control on {source}" in runs.run(source, *chosen, f"distill.source={source}", *SHORT, "--dry-run").out
+    called = runs.run(source, *chosen, f"distill.source={source}", "distill.shift=0", *SHORT)
     assert f"the student is a control, trained on {'real images' if source == 'real' else 'noise'}" in called.out
     folder = runs.folder / source
-    found, about = results(folder), json.loads((folder / "student" / "model.json").read_text())
-    assert found["student"]["source"] == source
-    control = {"source": "digits", "split": "train", "purpose": "control", "n": 1257}
-    assert [entry for entry in found["data_free"] if entry["purpose"] == "control"] == [control] * (source == "real")
-    assert about.get("trained_on") == (control if source == "real" else None)
+    about = json.loads((folder / "student" / "model.json").read_text())
+    assert results(folder)["student"]["source"] == about["source"] == source
+    assert controls(folder) == about["opened"] == [CONTROL] * (source == "real")
     ring = torch.load(folder / "checkpoints" / "latest" / "rank0.pt")["fit"]["replay"]["images"]
-    images = ring.flatten(0, 1).permute(0, 3, 1, 2)
     real = load_images(
         "digits", train=True, root="data", train_root=None, channels=1, size=8, classes=10, purpose="control"
     )
     known = {image.numpy().tobytes() for image in real.images}
+    images = ring.flatten(0, 1).permute(0, 3, 1, 2)
     assert all((image.contiguous().numpy().tobytes() in known) == (source == "real") for image in images)
+
+
+def test_the_generator_beside_a_control_is_the_one_without(runs: Runs) -> None:
+    made = set()
+    for source in ("generator", "noise", "real"):
+        assert runs.run(source, "tasks=[generator,distill]", f"distill.source={source}", *SHORT).code == 0
+        made.add((runs.folder / source / "generator" / "model.safetensors").read_bytes())
+    assert len(made) == 1
+
+
+def test_what_a_students_control_opened_stays_with_it(runs: Runs) -> None:
+    chosen = ("tasks=[generator,distill,ptq]", "distill.source=real", "ptq.input=student", "export.input=none", *SHORT)
+    assert runs.run("first", *chosen).code == 0
+    first = runs.folder / "first"
+    assert controls(first) == [CONTROL]
+    assert json.loads((first / "ptq" / "model.json").read_text())["opened"] == [CONTROL]
+    (first / "results.json").unlink()
+    (first / "ptq" / "task.json").unlink()
+    assert "resuming" in runs.run("first", *chosen).out  # in another process the control would not be opened again
+    assert controls(first) == [CONTROL]
+    again = (f"generator.checkpoint={first / 'generator'}", "export.input=none", *SHORT)
+    assert runs.run("second", *again, "tasks=[distill]", f"distill.input={first / 'student'}").code == 0
+    assert runs.run("third", *again, "tasks=[prune]", f"prune.input={first / 'student'}").code == 0
+    assert controls(runs.folder / "second") == controls(runs.folder / "third") == [CONTROL]
 
 
 def test_a_run_killed_while_it_trains_with_few_bits_goes_on_exactly(runs: Runs) -> None:
@@ -162,7 +189,7 @@ REFUSED = [
     (("tasks=[generator,qat]", "qat.input=generator"), "qat.input=generator is no earlier task"),
     (("tasks=[generator,distill,qat]", "distill.input=ptq"), "distill.input=ptq is no earlier task"),
     (("tasks=[generator,udfc]", "udfc.ratio=0"), "udfc.ratio=0 and udfc.bits=null leave nothing to do"),
-    (("tasks=[distill]", "distill.input=main"), "distill.input needs a generator that is there before"),
+    (("tasks=[distill]", "distill.input=main"), "distill.input=main needs a generator that is there before"),
     (("tasks=[ptq]",), "task ptq needs a generator"),
     (("tasks=[generator,qat,prune]", "qat.input=prune"), "qat.input=prune is no earlier task and no folder"),
     (("tasks=[generator,ptq,qat]", "qat.input=ptq"), "qat.input=ptq is quantised by then"),

@@ -94,8 +94,13 @@ def test_the_verdict_of_a_student_gone_wrong(student: dict, words: str) -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_verdict_of_a_control_that_was_trained_on_the_test_images(split: str) -> None:
     found = verdict(results(opened=[{"split": split}]), {}, [])
-    words = "distill.source=real used the test images themselves: set data.train_root for a fair control"
+    words = "distill saw the test images themselves: set data.train_root for a fair control"
     assert found["notes"] == ([words] if split == "test" else [])
+
+
+def test_a_control_need_not_agree_on_the_generators_images() -> None:
+    assert verdict(results(agreement={"percent": 15.0}, source="real"), {}, [])["ok"]
+    assert not verdict(results(agreement={"percent": 15.0}, source="generator"), {}, [])["ok"]
 
 
 def test_the_verdict_says_what_looks_wrong_with_the_generator() -> None:

@@ -1,0 +1,54 @@
+"""Keys and figures of the benchmarks whose runs are many: read, kept as lines of a file, put in words."""
+
+import json
+import statistics
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dfkd.errors import UserError
+
+OWN = ("recipe", "output", "seed", "overwrite")  # keys that are not for the command line here
+Keys = dict[str, str]
+
+
+def given_keys(arguments: Sequence[str], what: str, own: Collection[str] = OWN) -> Keys:
+    """The KEY=VALUE arguments for all runs, which `what` names; raises UserError for others and for keys of `own`."""
+    if wrong := [word for word in arguments if "=" not in word or word.partition("=")[0] in own]:
+        raise UserError(f"{wrong[0]!r} is not for {what}; give keys as KEY=VALUE, and see --help for the rest")
+    return dict(word.partition("=")[::2] for word in arguments)
+
+
+def written(keys: Keys) -> list[str]:
+    """Keys as arguments of the command line."""
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that may not exist yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add(path: Path, line: Mapping[str, Any]) -> None:
+    """Write one more line."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write down what all rows have in common. Raises UserError where the folder holds rows of another kind."""
+    before = json.loads(path.read_text()) if path.exists() else settings
+    changed = [key for key, value in settings.items() if before.get(key) != value]
+    if changed:
+        words = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
+        raise UserError(f"{path.parent} holds figures of other settings ({words}); choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings) + "\n")
+
+
+def with_deviation(values: Sequence[float], form: str = ".2f") -> str:
+    """Mean and, of several values, sample standard deviation; a dash of none."""
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):{form.removeprefix('+')}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{deviation}"
