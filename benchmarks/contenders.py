@@ -15,7 +15,6 @@ random.
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +29,7 @@ from dfkd.compress.fit import Fit
 from dfkd.cuda_graphs import Outputs, recorder
 from dfkd.draws import draw_labels, draw_latents
 from dfkd.models import build_model
-from dfkd.runtime import Shard, eval_mode, frozen
+from dfkd.runtime import Shard, autocast_of, eval_mode, frozen
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers, zoo_logits
@@ -156,7 +155,7 @@ class Ours:
         )
         calls = recorder(graphs, shard)
         options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True}
-        options |= {"autocast": accelerator.autocast} if accelerator else {}
+        options["autocast"] = autocast_of(accelerator)
         stream = SyntheticStream(generator, teacher=zoo, graphs=calls, **case.stream, **options)
         self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, graphs=calls)
         self.images = SyntheticStream(generator, batch_size=case.batch, graphs=recorder(graphs, shard), **options)
@@ -280,7 +279,7 @@ class Floor:
         self.networks = build(case, seed, shard.device, torch.channels_last)
         self.graphs = recorder(graphs, shard)
         self.generator, self.zoo, self.student = self.networks
-        self.autocast = accelerator.autocast if accelerator else nullcontext
+        self.autocast = autocast_of(accelerator)
         self.seed, self.fresh = seed, math.ceil(FRESH * case.batch)
         self.latents = draw_latents(shard, case.batch, case.latent, seed, "floor")
         self.labels = draw_labels(shard, case.batch, case.classes, seed, "floor")

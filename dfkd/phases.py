@@ -19,7 +19,7 @@ from dfkd.evaluate import accuracy, agreement
 from dfkd.losses import attention
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
-from dfkd.runtime import Deadline, eval_mode
+from dfkd.runtime import Deadline, autocast_of, eval_mode
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
@@ -128,7 +128,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
         flip=distill.flip,
         mix=distill.mix,
         shard=parts.shard,
-        autocast=parts.accelerator.autocast,
+        autocast=autocast_of(parts.accelerator),
         channels_last=recipe.runtime.channels_last,
         graphs=graphs,
     )
@@ -197,7 +197,7 @@ def make_loop(
 def student_judge(parts: Parts, student: nn.Module) -> Callable[[], dict[str, float]]:
     """What measures the student while it trains, in percent, and on how many images: its accuracy on test images
     spread evenly over the test set, or without one its agreement with the teacher on images of the generator."""
-    autocast = parts.accelerator.autocast
+    autocast = autocast_of(parts.accelerator)
     if parts.test is None:
 
         def agrees() -> dict[str, float]:

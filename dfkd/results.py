@@ -17,7 +17,7 @@ from dfkd.curves import entries
 from dfkd.data import opened
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.report import write_report
-from dfkd.runtime import Shard
+from dfkd.runtime import Shard, autocast_of
 from dfkd.tasks import TASKS, export, held_out, task_input, task_results
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import look
@@ -84,7 +84,7 @@ def _measured(score: Accuracy | None) -> dict[str, Any]:
 def _accuracy(model: nn.Module, parts: Parts) -> Accuracy | None:
     if parts.test is None:
         return None
-    return accuracy(model, parts.test, device=parts.shard.device, autocast=parts.accelerator.autocast)
+    return accuracy(model, parts.test, device=parts.shard.device, autocast=autocast_of(parts.accelerator))
 
 
 def _teacher_results(parts: Parts, teacher: Teacher) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
     if student is None:
         return None
     teachers = assemble.main_teachers(parts.recipe, parts.zoo)
-    autocast = parts.accelerator.autocast
+    autocast = autocast_of(parts.accelerator)
     size, whole = assemble.parameters(student), max(assemble.parameters(teacher) for teacher in teachers)
     return {
         "model": parts.student_about["model"],

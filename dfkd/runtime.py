@@ -1,5 +1,6 @@
 """Where and how a run computes: the Accelerator, randomness by position, module modes, torch.compile."""
 
+import copy
 import gc
 import hashlib
 import math
@@ -8,15 +9,21 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, parse_flag_from_env
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    get_mixed_precision_context_manager,
+    parse_flag_from_env,
+)
 from torch import Tensor, nn
 
 from dfkd.errors import UserError
@@ -75,6 +82,18 @@ def reseed(device: torch.device, *position: int | str) -> None:
             torch.cuda.manual_seed(seed)
     elif device.type != "cpu":
         torch.get_device_module(device).manual_seed(seed)
+
+
+def autocast_of(accelerator: Accelerator | None) -> Autocast:
+    """What opens the mixed precision that an accelerator was made with; of None: none.
+
+    accelerator.autocast opens the same, but looks its settings up each time with all environment variables taken away
+    and put back: 0.7 ms, where a small network's forward takes as long.
+    """
+    if accelerator is None:
+        return nullcontext
+    context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
+    return partial(copy.copy, context)
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
-from dfkd.runtime import Shard, eval_mode, frozen, full_precision, rng, to_bytes
+from dfkd.runtime import Shard, autocast_of, eval_mode, frozen, full_precision, rng, to_bytes
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
@@ -107,7 +106,7 @@ class Synthesizer:
         self.graphs = graphs
         self.generator = generator.train()
         sync_batchnorm(generator)
-        self.accelerator, self.autocast = accelerator, accelerator.autocast if accelerator else nullcontext
+        self.accelerator, self.autocast = accelerator, autocast_of(accelerator)
         has_weights = next(generator.parameters(), None) is not None
         self.prepared = accelerator.prepare(generator) if accelerator and has_weights else generator
         self.zoo, self.student, self.mix = list(zoo), student, mix

@@ -30,7 +30,7 @@ from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx, require_onnx
 from dfkd.models.checkpoints import read_description
-from dfkd.runtime import Shard
+from dfkd.runtime import Shard, autocast_of
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator, from_images, from_noise
 from dfkd.teachers import Teacher
@@ -186,7 +186,7 @@ def training_stream(
         seed=parts.recipe.seed,
         replay=replay,
         shard=parts.shard,
-        autocast=parts.accelerator.autocast,
+        autocast=autocast_of(parts.accelerator),
         channels_last=parts.recipe.runtime.channels_last,
     )
 
@@ -212,7 +212,7 @@ def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         method="nearest" if keys.method == "nearest" else "reconstruct",
         images=keys.images,
         **_layers(keys),
-        autocast=parts.accelerator.autocast,
+        autocast=autocast_of(parts.accelerator),
         **options,
     )
 

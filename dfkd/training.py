@@ -17,7 +17,7 @@ from dfkd.draws import draw_latents
 from dfkd.errors import Paused, UserError
 from dfkd.evaluate import diversity
 from dfkd.metrics import Metrics, learning_rates
-from dfkd.runtime import Deadline, Shard, eval_mode
+from dfkd.runtime import Deadline, Shard, autocast_of, eval_mode
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher
 from dfkd.verdict import generator_notes, student_notes
@@ -217,7 +217,7 @@ def look(
     each = max(GRID_COLUMNS, SAMPLE // classes)
     labels = torch.arange(classes, device=device).repeat_interleave(each)
     latents = draw_latents(Shard(device), len(labels), generator.latent, "look")
-    with eval_mode(generator), accelerator.autocast():
+    with eval_mode(generator), autocast_of(accelerator)():
         images = generator(latents, labels).float()
         agreement = {}
         for teacher in zoo:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd.draws import augment, draw_labels, draw_latents, jitter
-from dfkd.runtime import Shard, reseed
+from dfkd.runtime import Shard
 
 CPU = torch.device("cpu")
 SEED = 5
@@ -113,19 +113,3 @@ def test_the_gradient_of_jitter_goes_back_to_where_pixels_came_from() -> None:
     assert torch.equal(jitter(images.grad, 2, True, 1, 4), weights)  # type: ignore[arg-type]
     still = torch.rand(1, 1, 2, 2)
     assert jitter(still, 0, False, 1) is still
-
-
-# --- torch's own generators ---
-
-
-@pytest.mark.parametrize("device", [torch.device(name) for name in ("cpu", *["cuda"] * torch.cuda.is_available())])
-def test_what_draws_from_torchs_generators_is_set_by_position(device: torch.device) -> None:
-    with torch.random.fork_rng():
-        drawn = []
-        for position in ((1, "student", 0), (1, "student", 1), (1, "student", 0)):
-            reseed(device, *position)
-            drawn.append((torch.rand(9), torch.rand(9, device=device)))
-            torch.manual_seed(torch.initial_seed())  # of every device
-            assert all(torch.equal(*pair) for pair in zip((torch.rand(9), torch.rand(9, device=device)), drawn[-1]))
-    assert torch.equal(drawn[0][1], drawn[2][1])
-    assert not torch.equal(drawn[0][1], drawn[1][1])

@@ -15,7 +15,7 @@ from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, hints
-from dfkd.runtime import Shard, eval_mode, reseed
+from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
 from dfkd.stream import SyntheticStream
 from dfkd.teachers import Teacher, batch_norms
 
@@ -159,7 +159,7 @@ class Fit:
         self.loss = STUDENT_LOSSES[loss]
         groups = no_decay_split(student, weight_decay)
         self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
-        self.autocast = accelerator.autocast if accelerator else nullcontext
+        self.autocast = autocast_of(accelerator)
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""

@@ -1,0 +1,57 @@
+"""Where and how a run computes: torch's own generators by position, mixed precision."""
+
+import pytest
+import torch
+from runs_fixture import reset_accelerate
+
+from dfkd.runtime import autocast_of, make_accelerator, reseed
+
+
+@pytest.mark.parametrize("device", [torch.device(name) for name in ("cpu", *["cuda"] * torch.cuda.is_available())])
+def test_what_draws_from_torchs_generators_is_set_by_position(device: torch.device) -> None:
+    with torch.random.fork_rng():
+        drawn = []
+        for position in ((1, "student", 0), (1, "student", 1), (1, "student", 0)):
+            reseed(device, *position)
+            drawn.append((torch.rand(9), torch.rand(9, device=device)))
+            torch.manual_seed(torch.initial_seed())  # of every device
+            assert all(torch.equal(*pair) for pair in zip((torch.rand(9), torch.rand(9, device=device)), drawn[-1]))
+    assert torch.equal(drawn[0][1], drawn[2][1])
+    assert not torch.equal(drawn[0][1], drawn[1][1])
+
+
+def state() -> tuple[bool, torch.dtype, bool]:
+    """Whether autocast is on for a CPU, in which dtype, and whether it keeps the weights it casts."""
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_cache_enabled(),
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_mixed_precision_is_the_accelerators_also_within_itself(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset_accelerate()
+    accelerator, _ = make_accelerator(precision)
+    outside = state()
+    with accelerator.autocast():
+        wanted = state()
+    assert wanted[0] == (precision == "bf16")
+    autocast = autocast_of(accelerator)
+    for _ in range(2):
+        with autocast():
+            assert state() == wanted
+            with autocast():
+                assert state() == wanted
+            assert state() == wanted
+        assert state() == outside
+    reset_accelerate()
+
+
+def test_without_an_accelerator_there_is_none() -> None:
+    outside = state()
+    with autocast_of(None)():
+        assert state() == outside
