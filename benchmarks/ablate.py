@@ -49,6 +49,7 @@ VARIANTS: dict[str, Keys] = {
     "student T 1": {"distill.temperature": "1"},
     "student lr 0.05": {"distill.lr": "0.05"},
     "student lr 0.2": {"distill.lr": "0.2"},
+    "student lr 0.4": {"distill.lr": "0.4"},
     "2 student steps": {"synthesis.student_steps": "2"},
     "8 student steps": {"synthesis.student_steps": "8"},
     "redraw 2": {"synthesis.redraw": "2"},
