@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -226,6 +226,11 @@ def describe(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Cla
         "std": std,
         "input_size": classifier.input_size,
     }
+
+
+def made_from(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The real images that a model of this description was trained on here, itself or what it started from."""
+    return [*about.get("opened", []), *([about["trained_on"]] if "trained_on" in about else [])]
 
 
 def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:

@@ -57,7 +57,8 @@ def plans(recipe: Recipe) -> list[Plan]:
         raise UserError("synthesis.losses.adversary needs a student that learns: set synthesis.student_steps above 0")
     for phase in phases:
         noise = phase.name == "generator" and recipe.generator.arch == "pixels"  # nothing to train, but to save
-        if phase.total == 0 and phase.name not in TASKS and not noise:
+        trained = phase.students if phase.name == "distill" else phase.total
+        if not trained and phase.name not in TASKS and not noise:
             wanted = "distill.steps" if phase.name == "distill" else "synthesis.steps"
             raise UserError(f"task {phase.name} has nothing to train: set {wanted} above 0")
     return phases
@@ -116,7 +117,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     before = len(opened())
     control = None if source == "generator" else task_source(parts, source, parts.student)
     about = parts.student_about
-    parts.student_about = {**about, "source": source, "opened": about.get("opened", []) + opened()[before:]}
+    parts.student_about = {**about, "source": source, "opened": assemble.made_from(about) + opened()[before:]}
     stream = SyntheticStream(
         control or parts.generator,
         batch_size=distill.batch_size,

@@ -338,7 +338,7 @@ def _ledger(results: Mapping[str, Any]) -> str:
         lines.append(f"<li>{escape(entry_text)}</li>\n")
     if not lines:
         return "<p>This run opened no real image.</p>"
-    return f"<p>This run opened:</p>\n<ul>{''.join(lines)}</ul>"
+    return f"<p>This run, or what it started from, opened:</p>\n<ul>{''.join(lines)}</ul>"
 
 
 def _recipe(path: Path) -> str:

@@ -109,7 +109,7 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
         "parameters": size,
         "ratio": size / whole,
         "source": parts.student_about["source"],
-        "opened": parts.student_about["opened"],
+        "opened": assemble.made_from(parts.student_about),
         **_measured(_accuracy(student, parts)),
         "agreement": agreement(
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast

@@ -112,8 +112,9 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on a device, without waiting for what the device has still to do."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor, the host's as a rule, on a device, without waiting for what the device has still to do."""
+    pinned = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
 
 
 @contextmanager

@@ -321,11 +321,11 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         "source": "no data" if name == "none" else name,
         **compare(parts, model, done),
         "layers": done.layers,
-        "opened": about.get("opened", []) + opened()[opened_before:],
+        "opened": assemble.made_from(about) + opened()[opened_before:],
     }
     if parts.shard.rank == 0:
         history = {**about.get("compressed_by", {}), task: dataclasses.asdict(keys)}
-        description = {**about, "structure": structure, "compressed_by": history}
+        description = {**about, "structure": structure, "compressed_by": history, "opened": figures["opened"]}
         save_compressed(folder, done.model, description)
         if parts.recipe.export.input in ("tasks", task):
             figures["export"] = export(parts, folder, model, done.model)

@@ -101,7 +101,7 @@ def verdict(
     student = results["student"]
     for name, trained in {**results["tasks"], "distill": student or {}}.items():
         if any(entry["split"] == "test" for entry in trained.get("opened", [])):
-            found.append(f"{name} saw the test images themselves: set data.train_root for a fair control")
+            found.append(f"{name} or its input was trained on the test images: set data.train_root for a fair control")
     control = student and student.get("source", "generator") != "generator"  # not made for the generator's images
     if student and not control and student["agreement"]["percent"] < DISAGREES:
         found.append(

@@ -162,6 +162,10 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
         ],
         ["data.train_root=nowhere is no folder"],
     ),
+    "no student update": (
+        ["synthesis.student_steps=0", "synthesis.losses.adversary=0", "distill.steps=0"],
+        ["nothing to train", "distill.steps"],
+    ),
     "nothing to train": (["distill.steps=0", "generator.checkpoint=five", "classes=5"], ["nothing to train"]),
     "folder that is a file": (["output=tiny.yaml/run"], ["tiny.yaml/run"]),
 }

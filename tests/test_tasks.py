@@ -135,20 +135,31 @@ def test_the_generator_beside_a_control_is_the_one_without(runs: Runs) -> None:
     assert len(made) == 1
 
 
-def test_what_a_students_control_opened_stays_with_it(runs: Runs) -> None:
-    chosen = ("tasks=[generator,distill,ptq]", "distill.source=real", "ptq.input=student", "export.input=none", *SHORT)
-    assert runs.run("first", *chosen).code == 0
+def test_what_a_control_opened_stays_with_the_model(runs: Runs) -> None:
+    chosen = ("tasks=[generator,distill,qat]", "distill.source=real", "qat.input=student", "qat.steps=4", *SHORT)
+    assert runs.run("first", "export.input=none", *chosen).code == 0
     first = runs.folder / "first"
     assert controls(first) == [CONTROL]
-    assert json.loads((first / "ptq" / "model.json").read_text())["opened"] == [CONTROL]
+    assert json.loads((first / "qat" / "model.json").read_text())["opened"] == [CONTROL]
     (first / "results.json").unlink()
-    (first / "ptq" / "task.json").unlink()
-    assert "resuming" in runs.run("first", *chosen).out  # in another process the control would not be opened again
+    (first / "qat" / "task.json").unlink()
+    assert "resuming" in runs.run("first", "export.input=none", *chosen).out  # in qat: distill opens nothing again
     assert controls(first) == [CONTROL]
     again = (f"generator.checkpoint={first / 'generator'}", "export.input=none", *SHORT)
     assert runs.run("second", *again, "tasks=[distill]", f"distill.input={first / 'student'}").code == 0
-    assert runs.run("third", *again, "tasks=[prune]", f"prune.input={first / 'student'}").code == 0
-    assert controls(runs.folder / "second") == controls(runs.folder / "third") == [CONTROL]
+    assert controls(runs.folder / "second") == [CONTROL]
+    assert runs.run("third", *again, "tasks=[prune]", "prune.source=real").code == 0
+    assert runs.run("fourth", *again, "tasks=[distill]", f"distill.input={runs.folder / 'third' / 'prune'}").code == 0
+    assert controls(runs.folder / "third") == controls(runs.folder / "fourth") == [CONTROL]
+
+
+def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Runs) -> None:
+    assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
+    (trained,) = [folder for folder in runs.cache.iterdir() if folder.name.startswith("plain-")]
+    given = (f"generator.checkpoint={runs.folder / 'made' / 'generator'}", "tasks=[prune]", f"prune.input={trained}")
+    assert runs.run("pruned", *given, "export.input=none", *SHORT).code == 0
+    (entry,) = json.loads((runs.folder / "pruned" / "prune" / "model.json").read_text())["opened"]
+    assert (entry["purpose"], entry["split"]) == ("train teacher", "train")
 
 
 def test_a_run_killed_while_it_trains_with_few_bits_goes_on_exactly(runs: Runs) -> None:

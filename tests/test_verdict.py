@@ -94,7 +94,7 @@ def test_the_verdict_of_a_student_gone_wrong(student: dict, words: str) -> None:
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_verdict_of_a_control_that_was_trained_on_the_test_images(split: str) -> None:
     found = verdict(results(opened=[{"split": split}]), {}, [])
-    words = "distill saw the test images themselves: set data.train_root for a fair control"
+    words = "distill or its input was trained on the test images: set data.train_root for a fair control"
     assert found["notes"] == ([words] if split == "test" else [])
 
 
