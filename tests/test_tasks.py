@@ -155,7 +155,10 @@ def test_what_a_control_opened_stays_with_the_model(runs: Runs) -> None:
 
 def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Runs) -> None:
     assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
-    (trained,) = [folder for folder in runs.cache.iterdir() if folder.name.startswith("plain-")]
+    found = [(path.parent, json.loads(path.read_text())) for path in runs.cache.glob("plain-*/model.json")]
+    trained = next(
+        folder for folder, about in found if (about["classes"], about["kwargs"]) == (10, {"width": 4, "depth": 1})
+    )
     given = (f"generator.checkpoint={runs.folder / 'made' / 'generator'}", "tasks=[prune]", f"prune.input={trained}")
     assert runs.run("pruned", *given, "export.input=none", *SHORT).code == 0
     (entry,) = json.loads((runs.folder / "pruned" / "prune" / "model.json").read_text())["opened"]
