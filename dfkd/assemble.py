@@ -230,7 +230,8 @@ def describe(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Cla
 
 def made_from(about: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The real images that a model of this description was trained on here, itself or what it started from."""
-    return [*about.get("opened", []), *([about["trained_on"]] if "trained_on" in about else [])]
+    opened_by_then, own = about.get("opened", []), about.get("trained_on")  # which a copy of the description keeps
+    return opened_by_then if own is None or own in opened_by_then else [*opened_by_then, own]
 
 
 def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:

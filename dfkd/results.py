@@ -61,7 +61,8 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
     results["data_free"] = assemble.training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
     for entry in (entry for each in trained for entry in each.pop("opened")):
-        results["data_free"] += [entry] if entry not in results["data_free"] else []
+        if entry not in results["data_free"]:
+            results["data_free"].append(entry)
     # A task that trained in several calls: its loop counted all of them, its own clock the last one.
     spent |= {name: max(task["seconds"], spent.get(name, 0.0)) for name, task in tasks.items()}
     spent["evaluation"] = time.perf_counter() - begun

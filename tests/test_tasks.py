@@ -163,6 +163,9 @@ def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Run
     assert runs.run("pruned", *given, "export.input=none", *SHORT).code == 0
     (entry,) = json.loads((runs.folder / "pruned" / "prune" / "model.json").read_text())["opened"]
     assert (entry["purpose"], entry["split"]) == ("train teacher", "train")
+    again = (*given[:2], f"prune.input={runs.folder / 'pruned' / 'prune'}", "export.input=none", *SHORT)
+    assert runs.run("again", *again).code == 0
+    assert json.loads((runs.folder / "again" / "prune" / "model.json").read_text())["opened"] == [entry]
 
 
 def test_a_run_killed_while_it_trains_with_few_bits_goes_on_exactly(runs: Runs) -> None:
