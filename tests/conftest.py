@@ -186,7 +186,8 @@ class _Calls(TorchFunctionMode):
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A benchmark's module by name, as its neighbours import it."""
+    """A benchmark's module by name, as its neighbours import it; what it then does is on a CPU."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     return importlib.import_module
 

@@ -42,11 +42,6 @@ def drawn(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark("generalise_figures")
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
 def call(bench: ModuleType, runs: Runs, *given: str) -> int:
     """The study on the families below, in this process."""
     (runs.folder / "families.yaml").write_text(FAMILIES)

@@ -53,11 +53,6 @@ def child(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark("child")
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
 @pytest.fixture
 def here(children: list[tuple[str, dict[str, str]]], runs: Runs) -> list[tuple[str, dict[str, str]]]:
     """Four methods in the working directory, and the calls of children, which are called in this process."""

@@ -12,11 +12,6 @@ from runs_fixture import Runs, reset_accelerate
 from dfkd.recipe import load_recipe
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-
 @pytest.fixture
 def ablate(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark("ablate")
