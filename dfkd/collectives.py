@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.errors import UserError
-from dfkd.norms import Moments, batch_moments
+from dfkd.norms import PLAIN, Moments, batch_moments, learning_norm
 
 
 def world_size() -> int:
@@ -65,7 +65,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or world_size() == 1:
-            return super().forward(input)
+            learned = learning_norm(input, self) if self.training else None
+            return super().forward(input) if learned is None else learned
         ((mean, var),) = global_moments([batch_moments(input)])
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             count = input.numel() // input.shape[1] * world_size()
@@ -80,6 +81,9 @@ class SyncBatchNorm(_BatchNorm):
         shape = (1, -1, *[1] * (input.dim() - 2))
         out = (input.to(mean.dtype) - mean.view(shape)) * weight.view(shape)
         return (out if self.bias is None else out + self.bias.view(shape)).to(input.dtype)
+
+
+PLAIN.add(SyncBatchNorm)
 
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:

@@ -1,5 +1,9 @@
-"""Batch statistics, and batch norms with fixed ones, each in as few passes over memory as torch's kernels allow."""
+"""Batch statistics, and batch norms with fixed ones, each in as few passes over memory as torch's kernels allow.
 
+On a GPU with Triton they are kernels of our own, and so are batch norms in training (norm_kernels.py).
+"""
+
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -9,7 +13,28 @@ import torch
 from torch import Tensor, nn
 
 Moments = tuple[Tensor, Tensor]
-PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # whose forward is known to be the norm and nothing else
+# Whose forward in eval mode is known to be the norm and nothing else; collectives.py adds its own.
+PLAIN: set[type[nn.Module]] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of Triton kernels where they take x, else None: torch's do."""
+    kernels = _triton(x.device) if x.device.type == "cuda" else None
+    return kernels if kernels is not None and kernels.fits(x) else None
+
+
+@cache
+def _triton(device: torch.device) -> Any:
+    """The module of Triton kernels, tried on a device; None where there is no Triton, or it has no compiler."""
+    try:
+        from dfkd import norm_kernels
+
+        norm_kernels.normalise(torch.ones(2, 2, device=device), nn.BatchNorm1d(2, device=device).eval(), moments=True)
+    except Exception as error:  # whatever a missing compiler or an old GPU leads to
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        warnings.warn(f"batch norms run without Triton, which is slower ({reason})", stacklevel=2)
+        return None
+    return norm_kernels
 
 
 def per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -98,12 +123,12 @@ class _FrozenNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.Module) -> Tensor:
-        ctx.norm = norm
-        return _normalised(x, norm)
+        ctx.norm, ctx.kernels = norm, _kernels(x)
+        return ctx.kernels.normalise(x, norm, moments=False)[0] if ctx.kernels else _normalised(x, norm)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _scaled(grad, ctx.norm), None
+        return ctx.kernels.gradient(grad, ctx.norm) if ctx.kernels else _scaled(grad, ctx.norm), None
 
 
 class _TappedNorm(torch.autograd.Function):
@@ -111,19 +136,50 @@ class _TappedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.norm = norm
-        mean, var = _moments(x)
+        ctx.norm, ctx.kernels = norm, _kernels(x)
+        if ctx.kernels:
+            y, (mean, var) = ctx.kernels.normalise(x, norm, moments=True)
+        else:
+            (mean, var), y = _moments(x), _normalised(x, norm)
         ctx.save_for_backward(x, mean)
-        return _normalised(x, norm), mean, var
+        return y, mean, var
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
+        if ctx.kernels:
+            return ctx.kernels.gradient(grads[0], ctx.norm, x, mean, *grads[1:]), None
         slope, offset = _moments_backward(x, mean, *grads[1:])
         result = _scaled(grads[0], ctx.norm, offset)
         if x.dtype == slope.dtype:
             return result.addcmul_(x, slope.view(-1, *[1] * (x.dim() - 2))), None
         return result.add_(per_channel(x, slope, _constant(0, slope))), None
+
+
+class _LearningNorm(torch.autograd.Function):
+    """A batch norm in training, in Triton's kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: nn.Module) -> Tensor:
+        ctx.norm, ctx.kernels = norm, _kernels(x)
+        y, mean, var = ctx.kernels.learn(x, norm)
+        ctx.save_for_backward(x, mean, var)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, mean, var = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.kernels.learn_gradients(grad, x, ctx.norm, mean, var)
+        return (of_x, of_weight, of_bias, None) if ctx.norm.weight is not None else (of_x, None, None, None)
+
+
+def learning_norm(x: Tensor, norm: Any) -> Tensor | None:
+    """A batch norm's output in training, its running statistics updated; None where that is left to torch's kernels."""
+    if torch.compiler.is_compiling() or norm.momentum is None or norm.running_mean is None or _kernels(x) is None:
+        return None
+    _refuse_single(x)
+    norm.num_batches_tracked.add_(1)
+    return _LearningNorm.apply(x, norm.weight, norm.bias, norm)
 
 
 def _forward(norm: nn.Module, collect: Callable[[nn.Module, Moments], object] | None, x: Tensor) -> Tensor:

@@ -211,10 +211,15 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     """The zoo's weighted mean logits [B, K], each teacher's first standardised to unit spread and then scaled back by
     the mean spread, so that no teacher counts more for shouting louder."""
     if len(zoo) == 1:
-        return zoo[0](images)
+        return _logits(zoo[0], images)
     total = sum(teacher.weight for teacher in zoo)
     shares = [teacher.weight / total for teacher in zoo]
-    logits = [teacher(images) for teacher in in_turn(zoo)]
+    logits = [_logits(teacher, images) for teacher in in_turn(zoo)]
     spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
     spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread
+
+
+def _logits(teacher: Teacher, images: Tensor) -> Tensor:
+    with frozen_norms(batch_norms(teacher.model).values()):
+        return teacher(images)

@@ -125,7 +125,9 @@ class ConvGenerator(ImageGenerator):
         x = self.project(latents).view(-1, *self.start)
         x = self.project_norm(x)
         for size, stage in zip(self.sizes[1:], self.stages):
-            x = stage(F.interpolate(x, size=(size, size), mode="nearest"), labels)
+            with torch.autocast(x.device.type, enabled=False):  # on a GPU it would copy float32, and the gradients too
+                x = F.interpolate(x, size=(size, size), mode="nearest")
+            x = stage(x, labels)
         return self.head(self.to_pixels(x))
 
     def first_layers(self) -> list[nn.Module]:

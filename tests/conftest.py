@@ -4,6 +4,7 @@ import gc
 import importlib
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # before accelerate imports Triton
+
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from runs_fixture import RECIPE, Runs, reset_accelerate

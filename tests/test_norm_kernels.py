@@ -1,0 +1,186 @@
+"""The Triton kernels of norms.py against float64: on a GPU, or where there is none by Triton's interpreter."""
+
+import copy
+import importlib
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dfkd import norms
+from dfkd.collectives import sync_batchnorm
+from dfkd.models import build_model
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHAPES = [(6, 5), (3, 2, 3, 5), (9, 3, 9, 7), (4, 24, 6, 6), (2, 80, 3, 3)]
+
+
+@pytest.fixture(scope="module")
+def module() -> Iterator[ModuleType]:
+    """The kernels, in shares so small that several programs with several tiles each work on what the tests give."""
+    pytest.importorskip("triton")
+    kernels = importlib.import_module("dfkd.norm_kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "VALUES", 128)
+        patch.setattr(kernels, "PROGRAMS", 4)
+        yield kernels
+
+
+@pytest.fixture
+def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(norms, "_kernels", lambda x: module if module.fits(x) else None)
+    return module
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def make_norm(channels: int, affine: bool, dimensions: int) -> nn.Module:
+    kind = nn.BatchNorm1d if dimensions == 2 else nn.BatchNorm2d
+    norm = kind(channels, affine=affine, eps=1e-3).to(DEVICE).eval().requires_grad_(False)
+    norm.running_mean.copy_(draw(channels, seed=1))
+    norm.running_var.copy_(draw(channels, seed=2).square() + 0.1)
+    if affine:
+        norm.weight.copy_(draw(channels, seed=3))
+        norm.bias.copy_(draw(channels, seed=4))
+    return norm
+
+
+def near(value: Tensor, wanted: Tensor, rtol: float) -> None:
+    assert value.dtype in (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(value.double(), wanted, rtol=rtol, atol=rtol * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("tapped", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_moments_and_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, error: float, affine: bool, tapped: bool, kernels: ModuleType
+) -> None:
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    norm, channels = make_norm(shape[1], affine, len(shape)), shape[1]
+    x = (2 * draw(*shape) + 1).to(dtype).contiguous(memory_format=layout)
+    cotangents = [draw(*shape, seed=5).to(dtype), draw(channels, seed=6), draw(channels, seed=7)]
+    dims = [d for d in range(x.dim()) if d != 1]
+
+    leaf, seen = x.clone().requires_grad_(), []
+    with norms.frozen_norms([norm], (lambda norm, moments: seen.extend(moments)) if tapped else None):
+        y = norm(leaf)
+    assert kernels.fits(leaf)
+    assert "Norm" in type(y.grad_fn).__name__
+    torch.autograd.backward([y, *seen], cotangents[: 1 + len(seen)])
+
+    exact = x.double().requires_grad_()
+    wanted = [norm.double()(exact)]
+    if tapped:
+        wanted += [exact.mean(dims), exact.var(dims, unbiased=False)]
+    torch.autograd.backward(wanted, [c.double() for c in cotangents[: len(wanted)]])
+
+    assert len(seen) == 2 * tapped
+    near(y.detach(), wanted[0].detach(), error)
+    for moment, of_double in zip(seen, wanted[1:]):
+        near(moment.detach(), of_double.detach(), 2e-6)  # in float32 whatever x is in
+    assert leaf.grad is not None
+    assert exact.grad is not None
+    assert leaf.grad.dtype == dtype
+    assert leaf.grad.stride() == leaf.stride()
+    near(leaf.grad, exact.grad, error)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 5e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_norm_in_training(
+    shape: tuple[int, ...], dtype: torch.dtype, error: float, affine: bool, kernels: ModuleType
+) -> None:
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    norm = sync_batchnorm(nn.Sequential(make_norm(shape[1], affine, len(shape)))).train().requires_grad_(True)
+    twin = copy.deepcopy(norm).double()
+    twin[0].__class__ = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    x = (2 * draw(*shape) + 1).to(dtype).contiguous(memory_format=layout)
+    exact, x = x.double().requires_grad_(), x.requires_grad_()
+    cotangent = draw(*shape, seed=5).to(dtype)
+    y, wanted = norm(x), twin(exact)
+    assert type(y.grad_fn).__name__ == "_LearningNormBackward"
+    y.backward(cotangent)
+    wanted.backward(cotangent.double())
+
+    near(y.detach(), wanted.detach(), error)
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert x.grad.dtype == dtype
+    near(x.grad, exact.grad, error)
+    for name, parameter in norm.named_parameters():
+        assert parameter.grad is not None
+        near(parameter.grad, twin.get_parameter(name).grad, 1e-5)
+    for name, buffer in norm[0].named_buffers():
+        near(buffer.float(), twin[0].get_buffer(name).double(), 2e-6)
+    norm.eval()
+    near(norm(x).detach(), twin.eval()(exact).detach(), error)
+
+
+def test_a_norm_of_one_value_is_refused_in_training(kernels: ModuleType) -> None:
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        sync_batchnorm(nn.Sequential(make_norm(3, True, 2))).train()(draw(1, 3))
+
+
+def test_a_variance_far_from_zero_is_not_lost(kernels: ModuleType) -> None:
+    x = (draw(64, 3, 4, 4) * 0.01 + 100).contiguous(memory_format=torch.channels_last)
+    norm = make_norm(3, True, 4)
+    _, (mean, var) = kernels.normalise(x, norm, moments=True)
+    near(mean, x.double().mean((0, 2, 3)), 1e-6)
+    near(var, x.double().var((0, 2, 3), unbiased=False), 1e-4)
+
+
+def test_gradients_of_any_layout_are_taken(kernels: ModuleType) -> None:
+    x = draw(4, 8, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    norm = make_norm(8, True, 4)
+    with norms.frozen_norms([norm]):
+        norm(x).mean((2, 3)).sum().backward()  # an expanded gradient
+    scale = norm.weight.double() * (norm.running_var.double() + norm.eps).rsqrt() / 9
+    assert x.grad is not None
+    near(x.grad, scale.view(1, -1, 1, 1).expand(x.shape), 2e-6)
+
+
+@pytest.mark.parametrize("spec", ["dfkd:tiny_residual", "dfkd:tiny_inverted"])
+def test_a_network_has_the_same_gradient_as_in_double(spec: str, kernels: ModuleType) -> None:
+    torch.manual_seed(0)
+    network = build_model(spec, classes=5, kwargs={"width": 8}).eval().requires_grad_(False)
+    network.to(DEVICE, memory_format=torch.channels_last)
+    layers = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def gradient(x: Tensor) -> Tensor:
+        seen: list[norms.Moments] = []
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        with norms.frozen_norms(layers, lambda norm, moments: seen.append(moments)):
+            logits = network(x)
+        (logits.square().sum() + sum(mean.square().sum() + (var + 0.1).sqrt().sum() for mean, var in seen)).backward()
+        assert x.grad is not None
+        return x.grad
+
+    images = draw(4, 3, 8, 8)
+    ours = gradient(images.clone())
+    network.double()
+    near(ours, gradient(images.double()), 1e-4)
+
+
+def test_what_the_kernels_do_not_take_goes_torchs_way(module: ModuleType) -> None:
+    last = draw(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert module.fits(last)
+    assert module.fits(draw(4, 3))
+    for x in (draw(2, 3, 4, 4), last.double(), draw(2, 3, 4), last[:0], last[:, :2], draw(2, 3, 4, 4, 4)):
+        assert not module.fits(x)
+
+
+def test_without_triton_the_plain_path_is_taken_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("dfkd.norm_kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "dfkd.norm_kernels", None)
+    norms._triton.cache_clear()
+    with pytest.warns(UserWarning, match="batch norms run without Triton, which is slower .ModuleNotFoundError"):
+        assert norms._triton(DEVICE) is None
+    norms._triton.cache_clear()
