@@ -221,3 +221,21 @@ def frozen_norms(
             del norm.forward
         for handle in handles:
             handle.remove()
+
+
+def _learn(norm: nn.Module, x: Tensor) -> Tensor:
+    y = learning_norm(x, norm)
+    return type(norm).forward(norm, x) if y is None else y
+
+
+@contextmanager
+def learning_norms(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Have batch norms that train run faster in its scope on a GPU: the same, up to rounding. Nothing outlives it."""
+    changed = [norm for norm in norms if type(norm) in PLAIN and norm.training and "forward" not in vars(norm)]
+    for norm in changed:
+        norm.forward = partial(_learn, norm)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for norm in changed:
+            del norm.forward

@@ -42,7 +42,8 @@ CORE: dict[str, set[str]] = {
     "stream": {"classifier", "cuda_graphs", "draws", "errors", "generators", "mixing", "runtime", "teachers"},
     "pretrain": {"checkpoints", "classifier", "cuda_graphs", "draws", "errors", "runtime"},
     "compress": {
-        *("classifier", "collectives", "cuda_graphs", "errors", "losses", "models", "runtime", "stream", "teachers"),
+        *("classifier", "collectives", "cuda_graphs", "errors", "losses", "models", "norms", "runtime", "stream"),
+        "teachers",
     },
     "export": {"classifier", "compress", "errors"},
     "quality": {"errors", "evaluate", "losses", "norms", "runtime", "teachers"},

@@ -124,6 +124,34 @@ def test_a_norm_in_training(
     near(norm(x).detach(), twin.eval()(exact).detach(), error)
 
 
+def test_a_student_learns_through_them_as_torchs_own_norms_would_have_it(kernels: ModuleType) -> None:
+    torch.manual_seed(0)
+    student = build_model("dfkd:tiny_residual", classes=5, kwargs={"width": 8}).to(DEVICE).train()
+    student.to(memory_format=torch.channels_last)
+    twin = copy.deepcopy(student).double()
+    images = draw(6, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    held = next(module for module in student.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    next(module for module in twin.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    with norms.learning_norms(student.modules()):
+        logits = student(images)
+        assert "forward" not in vars(held)
+    names = set()
+    stack = [logits.grad_fn]
+    while stack:
+        if (node := stack.pop()) is not None:
+            names.add(type(node).__name__)
+            stack += [parent for parent, _ in node.next_functions]
+    assert "_LearningNormBackward" in names
+    logits.square().mean().backward()
+    twin(images.double()).square().mean().backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None
+        near(parameter.grad, twin.get_parameter(name).grad, 1e-4)
+    for name, buffer in student.named_buffers():
+        near(buffer.float(), twin.get_buffer(name).double(), 1e-5)
+    assert not any("forward" in vars(module) for module in student.modules())
+
+
 def test_a_norm_of_one_value_is_refused_in_training(kernels: ModuleType) -> None:
     with pytest.raises(ValueError, match="more than one value per channel"):
         sync_batchnorm(nn.Sequential(make_norm(3, True, 2))).train()(draw(1, 3))

@@ -15,6 +15,7 @@ from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, hints
+from dfkd.norms import learning_norms
 from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
 from dfkd.stream import SyntheticStream
 from dfkd.teachers import Teacher, batch_norms
@@ -181,7 +182,8 @@ class Fit:
     ) -> tuple[Tensor, Tensor]:
         """The student's loss, and how often it names its teacher's class."""
         wanted = self.hints
-        with self.autocast(), wanted.watch_student() if wanted else nullcontext() as ours:
+        norms = learning_norms(self.student.modules())
+        with self.autocast(), norms, wanted.watch_student() if wanted else nullcontext() as ours:
             logits = self.prepared(images)
         loss = self.loss(logits, targets, self.temperature)
         if wanted is not None and ours is not None and theirs is not None:
