@@ -1,12 +1,13 @@
 """Images per second of a generator step, of a student step and of the stream, between the bare floor and a naive form.
 
-    python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile] [--eager] [--burst 1]
+    python benchmarks/step.py --case wrn --repeats 15 [--where] [--compile] [--triton] [--eager] [--burst 1]
 
 What is compared stands in contenders.py. The three take turns, so that a ratio compares neighbours in time. On a GPU a
 turn is a burst of steps, as in a run, where the host draws for the next step while the GPU works on this one; with
 --burst 1 every step is timed from an empty queue to an empty queue, so that the host counts in full. With --compile
-ours is as runtime.compile=true has it, once it is compiled; with --eager nothing is recorded as CUDA graphs. --where
-profiles ours and the floor afterwards, and says in which operators what is beyond the floor goes.
+ours is as runtime.compile=true has it, once it is compiled, with --triton on a GPU as runtime.triton=true has it; with
+--eager nothing is recorded as CUDA graphs. --where profiles ours and the floor afterwards, and says in which operators
+what is beyond the floor goes.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import torch
 from contenders import CASES, Case, Contender, Floor, Naive, Ours
 from torch.profiler import ProfilerActivity, profile
 
+from dfkd.norms import triton_norms
 from dfkd.runtime import compiled, make_accelerator, resolve_precision
 
 WARMUP = 3  # rounds before the clock starts
@@ -122,6 +124,7 @@ def header(given: argparse.Namespace, device: torch.device, precision: str, burs
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     threads = torch.get_num_threads()
     ours = ", ours compiled" if given.compile else ""
+    ours += ", Triton norms" if given.triton else ""
     ours += ", CUDA graphs" if device.type == "cuda" and not given.eager else ""
     return (
         f"device {hardware}, {threads} threads, {precision} channels_last{ours} (naive: fp32 contiguous), "
@@ -139,6 +142,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="CPU threads; torch's choice unless given")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="ours compiled; the others stay eager")
+    parser.add_argument("--triton", action="store_true", help="on a GPU: ours with Triton's batch norms")
     parser.add_argument("--eager", action="store_true", help="on a GPU: ours and the floor without CUDA graphs")
     parser.add_argument("--burst", type=int, help=f"steps of a turn; 1 on a CPU, {BURST} on a GPU unless given")
     parser.add_argument("--where", action="store_true", help="profile what is beyond the floor")
@@ -164,7 +168,8 @@ def main() -> None:
         ours = Ours(case, given.seed, shard, accelerator, graphs=not given.eager)
         generator, zoo, student = ours.networks
         networks = [generator, student.model, *(teacher.model for teacher in zoo)]
-        with compiled(networks if given.compile else []), torch.compiler.set_stance("default"):
+        stance = torch.compiler.set_stance("default")
+        with compiled(networks if given.compile else []), stance, triton_norms(given.triton):
             contenders: dict[str, Contender] = {
                 "floor": Floor(case, given.seed, shard, accelerator, not given.eager),
                 "ours": ours,

@@ -1,9 +1,8 @@
 """Batch statistics, and batch norms with fixed ones, each in as few passes over memory as torch's kernels allow.
 
-On a GPU with Triton they are kernels of our own, and so are batch norms in training (norm_kernels.py).
+On a GPU they can be Triton kernels of our own, and so can batch norms in training (norm_kernels.py).
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -12,29 +11,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkd.errors import UserError
+
 Moments = tuple[Tensor, Tensor]
 # Whose forward in eval mode is known to be the norm and nothing else; collectives.py adds its own.
 PLAIN: set[type[nn.Module]] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 
-def _kernels(x: Tensor) -> Any:
-    """The module of Triton kernels where they take x, else None: torch's do."""
-    kernels = _triton(x.device) if x.device.type == "cuda" else None
-    return kernels if kernels is not None and kernels.fits(x) else None
+_active: Any = None  # the module of Triton kernels, within triton_norms
 
 
-@cache
-def _triton(device: torch.device) -> Any:
-    """The module of Triton kernels, tried on a device; None where there is no Triton, or it has no compiler."""
+def check_triton(device: torch.device) -> None:
+    """Raise UserError where Triton's kernels do not run on a GPU."""
     try:
-        from dfkd import norm_kernels
-
-        norm_kernels.normalise(torch.ones(2, 2, device=device), nn.BatchNorm1d(2, device=device).eval(), moments=True)
-    except Exception as error:  # whatever a missing compiler or an old GPU leads to
+        with triton_norms(True):
+            _active.normalise(torch.ones(2, 2, device=device), nn.BatchNorm1d(2, device=device).eval(), moments=True)
+    except Exception as error:  # whatever a missing package or compiler, or an old GPU, leads to
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        warnings.warn(f"batch norms run without Triton, which is slower ({reason})", stacklevel=2)
-        return None
-    return norm_kernels
+        raise UserError(
+            f"runtime.triton=true, but Triton does not work here ({reason}); install triton and a C compiler, or set "
+            "runtime.triton=false"
+        ) from None
+
+
+@contextmanager
+def triton_norms(wanted: bool) -> Iterator[None]:
+    """Where wanted, have frozen_norms, learning_norms and the generator's batch norms take Triton's kernels in its
+    scope, for what these take (see norm_kernels.fits)."""
+    global _active
+    before = _active
+    if wanted:
+        from dfkd import norm_kernels as _active  # here, for Triton is not everywhere
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def _kernels(x: Tensor) -> Any:
+    """The module of Triton kernels where they are to be taken and take x, else None."""
+    return _active if _active is not None and _active.fits(x) else None
 
 
 def per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

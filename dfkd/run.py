@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dfkd.errors import Paused, UserError
 from dfkd.folder import may_run, open_folder, owner
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
+from dfkd.norms import check_triton, triton_norms
 from dfkd.phases import attention_hints, make_fit, make_loop, make_synthesizer, plans
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
@@ -38,6 +40,8 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     device = shard.device
     if recipe.runtime.compile:
         check_compile(device)
+    if recipe.runtime.triton and device.type == "cuda":
+        check_triton(device)
     test = None
     if recipe.data.dataset != "none":
         with PartialState().local_main_process_first():  # the first one downloads
@@ -120,7 +124,7 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
     loop_of = partial(make_loop, parts, metrics=metrics, checkpoints=checkpoints, spent=spent, deadline=deadline)
     offset, worked = 0, False
-    try:
+    with closing(metrics), triton_norms(recipe.runtime.triton and shard.device.type == "cuda"):
         for k, plan in enumerate(phases):
             if worked and agreed(deadline.within(0), shard.device):
                 raise Paused(f"task {plan.name} is next")
@@ -148,8 +152,6 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
                 run_task(parts, plan.name, train)
                 worked = True
             offset += plan.total
-    finally:
-        metrics.close()
 
 
 def take_up(parts: Parts, plan: Plan) -> None:

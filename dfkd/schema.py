@@ -287,6 +287,11 @@ class Runtime:
         "on a GPU, with one process: the networks' work in the tasks generator and distill, and in the training of "
         "teachers, is recorded once, as CUDA graphs",
     )
+    triton: bool = key(
+        False,
+        "on a GPU: batch norms of generator, teachers and student in a few Triton kernels instead of many of torch's; "
+        "how much time that saves has not been measured yet",
+    )
     sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
     checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)
     log_every: int = key(50, "student steps (without a student: generator steps) between logged lines", 1)

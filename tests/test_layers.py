@@ -16,7 +16,7 @@ CORE: dict[str, set[str]] = {
     "errors": set(),
     "schema": set(),
     "norm_kernels": set(),
-    "norms": {"norm_kernels"},
+    "norms": {"errors", "norm_kernels"},
     "collectives": {"errors", "norms"},
     "curves": set(),
     "runtime": {"errors"},

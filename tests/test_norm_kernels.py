@@ -12,27 +12,22 @@ from torch import Tensor, nn
 
 from dfkd import norms
 from dfkd.collectives import sync_batchnorm
+from dfkd.errors import UserError
 from dfkd.models import build_model
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(6, 5), (3, 2, 3, 5), (9, 3, 9, 7), (4, 24, 6, 6), (2, 80, 3, 3)]
 
 
-@pytest.fixture(scope="module")
-def module() -> Iterator[ModuleType]:
-    """The kernels, in shares so small that several programs with several tiles each work on what the tests give."""
-    pytest.importorskip("triton")
-    kernels = importlib.import_module("dfkd.norm_kernels")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "VALUES", 128)
-        patch.setattr(kernels, "PROGRAMS", 4)
-        yield kernels
-
-
 @pytest.fixture
-def kernels(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.setattr(norms, "_kernels", lambda x: module if module.fits(x) else None)
-    return module
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The kernels in use, in shares so small that several programs of several tiles work on what a test gives."""
+    pytest.importorskip("triton")
+    module = importlib.import_module("dfkd.norm_kernels")
+    monkeypatch.setattr(module, "VALUES", 128)
+    monkeypatch.setattr(module, "PROGRAMS", 4)
+    with norms.triton_norms(True):
+        yield module
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -197,18 +192,33 @@ def test_a_network_has_the_same_gradient_as_in_double(spec: str, kernels: Module
     near(ours, gradient(images.double()), 1e-4)
 
 
-def test_what_the_kernels_do_not_take_goes_torchs_way(module: ModuleType) -> None:
+def test_what_the_kernels_do_not_take_goes_torchs_way(kernels: ModuleType) -> None:
     last = draw(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
-    assert module.fits(last)
-    assert module.fits(draw(4, 3))
-    for x in (draw(2, 3, 4, 4), last.double(), draw(2, 3, 4), last[:0], last[:, :2], draw(2, 3, 4, 4, 4)):
-        assert not module.fits(x)
+    assert kernels.fits(last)
+    assert kernels.fits(draw(4, 3))
+    norm = make_norm(3, True, 4)
+    for x in (draw(2, 3, 4, 4), last.double(), last[:, :, :, 1:], last[:0], draw(2, 3, 4)):
+        assert not kernels.fits(x)
+    with norms.frozen_norms([norm]):
+        assert torch.equal(norm(draw(2, 3, 4, 4)), make_norm(3, True, 4)(draw(2, 3, 4, 4)))
 
 
-def test_without_triton_the_plain_path_is_taken_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_taken_in_their_scope_alone() -> None:
+    pytest.importorskip("triton")
+    x = draw(4, 3)
+    assert norms._kernels(x) is None
+    with norms.triton_norms(False):
+        assert norms._kernels(x) is None
+    with pytest.raises(KeyError), norms.triton_norms(True):  # noqa: PT012
+        assert norms._kernels(x) is not None
+        raise KeyError
+    assert norms._kernels(x) is None
+
+
+def test_where_triton_does_not_work_that_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("dfkd.norm_kernels", raising=False)
     monkeypatch.setitem(sys.modules, "dfkd.norm_kernels", None)
-    norms._triton.cache_clear()
-    with pytest.warns(UserWarning, match="batch norms run without Triton, which is slower .ModuleNotFoundError"):
-        assert norms._triton(DEVICE) is None
-    norms._triton.cache_clear()
+    with pytest.raises(
+        UserError, match=r"runtime.triton=true, but Triton does not work here \(ModuleNotFoundError.*false$"
+    ):
+        norms.check_triton(DEVICE)
