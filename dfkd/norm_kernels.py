@@ -32,9 +32,10 @@ def _normalise(  # type: ignore[no-untyped-def]
         scale = tl.rsqrt(tl.load(var + channel, mask=exists, other=1.0).to(tl.float32) + eps)
         if AFFINE:
             scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
-        shift = -tl.load(mean + channel, mask=exists, other=0.0).to(tl.float32) * scale
+        middle = tl.load(mean + channel, mask=exists, other=0.0).to(tl.float32)
+        shift = tl.zeros([COLUMNS], tl.float32)
         if AFFINE:
-            shift += tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
+            shift = tl.load(bias + channel, mask=exists, other=0.0).to(tl.float32)
     count = 0.0
     centre = tl.zeros([COLUMNS], tl.float32)
     spread = tl.zeros([COLUMNS], tl.float32)
@@ -45,7 +46,8 @@ def _normalise(  # type: ignore[no-untyped-def]
         place = row[:, None] * channels + channel[None, :]
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            tl.store(y + place, (value * scale[None, :] + shift[None, :]).to(y.dtype.element_ty), mask=inside)
+            normed = (value - middle[None, :]) * scale[None, :] + shift[None, :]
+            tl.store(y + place, normed.to(y.dtype.element_ty), mask=inside)
         if MOMENTS:
             new = tl.minimum(tl.maximum(rows - (first + tile * ROWS), 0), ROWS).to(tl.float32)
             own = tl.sum(value, axis=0) / tl.maximum(new, 1.0)
@@ -102,7 +104,7 @@ def _gradient(  # type: ignore[no-untyped-def]
     if MOMENTS:
         slope = tl.load(grad_var + channel, mask=exists, other=0.0) * 2 / rows
         offset = tl.load(grad_mean + channel, mask=exists, other=0.0) / rows
-        offset -= slope * tl.load(mean + channel, mask=exists, other=0.0)
+        middle = tl.load(mean + channel, mask=exists, other=0.0)
     first = tl.program_id(0).to(tl.int64) * tiles * ROWS
     for tile in range(tiles):
         row = first + tile * ROWS + tl.arange(0, ROWS)
@@ -110,7 +112,8 @@ def _gradient(  # type: ignore[no-untyped-def]
         place = row[:, None] * channels + channel[None, :]
         value = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * scale[None, :]
         if MOMENTS:
-            value += tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * slope[None, :] + offset[None, :]
+            distance = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle[None, :]
+            value += distance * slope[None, :] + offset[None, :]
         tl.store(out + place, value.to(out.dtype.element_ty), mask=inside)
 
 
@@ -161,56 +164,66 @@ def _join_sums(  # type: ignore[no-untyped-def]
     tl.store(grads + 3 * channels + channel, -scale * inverse * of_weight / 2, mask=exists)
 
 
-def fits(x: Tensor) -> bool:
-    """Whether x [B, C] or [B, C, H, W] is stored row by row of channels, in a dtype of at most 32 bits."""
+def fits(x: Tensor, norm: Any) -> bool:
+    """Whether x [B, C] or [B, C, H, W] is stored row by row of channels, in a dtype of at most 32 bits, and norm is a
+    batch norm of C channels with running statistics."""
     narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return x.dim() in (2, 4) and x.numel() > 0 and narrow and x.is_contiguous(memory_format=_layout(x))
+    stored = norm.running_mean is not None and norm.running_mean.shape == x.shape[1:2]
+    whole = (norm.weight is None) == (norm.bias is None)
+    by_row = x.dim() in (2, 4) and x.numel() > 0 and x.is_contiguous(memory_format=_layout(x))
+    return by_row and narrow and stored and whole
 
 
 def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if x.dim() == 4 else torch.contiguous_format
 
 
+def _by_row(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=_layout(x))
+
+
 def normalise(x: Tensor, norm: Any, moments: bool) -> tuple[Tensor, Moments | None]:
     """A fixed batch norm of x (see fits), and with moments the mean and biased variance [C] of x in float32."""
     rows = _Rows(x)
     found = rows.room() if moments else None
-    y = rows.normed(norm, norm.running_mean, norm.running_var, found)
+    y = rows.normed(x, norm, norm.running_mean, norm.running_var, found)
     return y, None if found is None else rows.moments(found)
 
 
 def gradient(grad: Tensor, norm: Any, x: Tensor | None = None, *of_moments: Tensor) -> Tensor:
     """The input gradient of a fixed batch norm from its output's; of x with its moments too, of_moments being x's mean
     and the gradients of its mean and of its variance, each [C] in float32."""
-    return _Rows(grad).input_gradient(norm, norm.running_var, x, *of_moments)
+    return _Rows(grad).input_gradient(grad, norm, norm.running_var, x, *(each.contiguous() for each in of_moments))
 
 
 def learn(x: Tensor, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
     """A batch norm of x in training, whose running statistics follow: its output, x's mean and biased variance."""
     rows = _Rows(x)
     found = rows.room()
-    rows.start(_normalise, x, None, None, None, None, None, found, eps=0.0, AFFINE=False, NORM=False, MOMENTS=True)
+    nothing = dict.fromkeys(("y", "weight", "bias", "mean", "var"))
+    rows.start(_normalise, x=x, found=found, **nothing, eps=0.0, AFFINE=False, NORM=False, MOMENTS=True)
     mean, var = rows.moments(found, norm)
-    return rows.normed(norm, mean, var), mean, var
+    return rows.normed(x, norm, mean, var), mean, var
 
 
 def learn_gradients(grad: Tensor, x: Tensor, norm: Any, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the gradient of learn's output gives x, the norm's weight and its bias."""
-    rows = _Rows(grad)
+    rows, grad = _Rows(grad), _by_row(grad)
     found, grads = rows.room(), x.new_empty((4, rows.channels), dtype=torch.float32)
-    rows.start(_sums, rows.x, x, mean, found)
-    affine = norm.weight is not None
-    rows.join(_join_sums, found, norm.weight, var, grads, rows.channels, rows.programs, norm.eps, AFFINE=affine)
-    return rows.input_gradient(norm, var, x, mean, grads[2], grads[3]), grads[0], grads[1]
+    rows.start(_sums, grad=grad, x=x, mean=mean, found=found)
+    given = {"found": found, "weight": norm.weight, "var": var, "grads": grads}
+    sizes = {"channels": rows.channels, "programs": rows.programs}
+    rows.join(_join_sums, **given, **sizes, eps=norm.eps, AFFINE=norm.weight is not None)
+    of_weight, of_bias, of_mean, of_var = grads
+    return rows.input_gradient(grad, norm, var, x, mean, of_mean, of_var), of_weight, of_bias
 
 
 class _Rows:
-    """x as rows of channels, and how they are divided: programs of `tiles` tiles each."""
+    """Maps as rows of channels, and how they are divided: programs of `tiles` tiles each."""
 
-    def __init__(self, x: Tensor) -> None:
-        self.x = x.contiguous(memory_format=_layout(x))
-        self.channels = x.shape[1]
-        self.rows = x.numel() // self.channels
+    def __init__(self, maps: Tensor) -> None:
+        self.device, self.channels = maps.device, maps.shape[1]
+        self.rows = maps.numel() // self.channels
         columns = min(WIDEST, triton.next_power_of_2(self.channels))
         height = VALUES // columns
         self.tiles = triton.cdiv(self.rows, height * PROGRAMS)
@@ -220,37 +233,40 @@ class _Rows:
         self.sizes |= {"ROWS": height, "COLUMNS": columns}
         self.grid = (self.programs, triton.cdiv(self.channels, columns))
 
-    def start(self, kernel: Any, *tensors: Tensor | None, **options: Any) -> None:
+    def start(self, kernel: Any, **given: Any) -> None:
         """Run a kernel over all rows."""
-        kernel[self.grid](*tensors, **self.sizes, **options)
+        kernel[self.grid](**given, **self.sizes)
 
-    def join(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+    def join(self, kernel: Any, **given: Any) -> None:
         """Run a kernel over the channels that joins what the programs found."""
-        kernel[(triton.cdiv(self.channels, JOINED),)](*arguments, PROGRAMS=PROGRAMS, COLUMNS=JOINED, **options)
+        kernel[(triton.cdiv(self.channels, JOINED),)](**given, PROGRAMS=PROGRAMS, COLUMNS=JOINED)
 
     def room(self) -> Tensor:
         """Two numbers a channel for what each program finds."""
-        return self.x.new_empty((self.programs, 2, self.channels), dtype=torch.float32)
+        return torch.empty((self.programs, 2, self.channels), dtype=torch.float32, device=self.device)
 
-    def normed(self, norm: Any, mean: Tensor, var: Tensor, found: Tensor | None = None) -> Tensor:
+    def normed(self, x: Tensor, norm: Any, mean: Tensor, var: Tensor, found: Tensor | None = None) -> Tensor:
         """The norm of x with these statistics; with room for it, what x's moments are joined from."""
-        y, affine = torch.empty_like(self.x), norm.weight is not None
-        flags = {"AFFINE": affine, "NORM": True, "MOMENTS": found is not None}
-        self.start(_normalise, self.x, y, norm.weight, norm.bias, mean, var, found, eps=norm.eps, **flags)
+        y = torch.empty_like(x)
+        given = {"x": x, "y": y, "weight": norm.weight, "bias": norm.bias, "mean": mean, "var": var, "found": found}
+        flags = {"AFFINE": norm.weight is not None, "NORM": True, "MOMENTS": found is not None}
+        self.start(_normalise, **given, eps=norm.eps, **flags)
         return y
 
     def moments(self, found: Tensor, norm: Any = None) -> Moments:
         """Mean and biased variance [C]; the running statistics of a norm that learns follow them."""
-        mean, var = self.x.new_empty((2, self.channels), dtype=torch.float32)
-        running = (norm.running_mean, norm.running_var, norm.momentum) if norm is not None else (None, None, 0.0)
-        sizes = (self.rows, self.channels, self.programs, self.each)
-        self.join(_join, found, mean, var, *running, *sizes, RUNNING=norm is not None)
+        mean, var = torch.empty((2, self.channels), dtype=torch.float32, device=self.device)
+        running = ("running_mean", "running_var", "momentum")
+        given = {name: getattr(norm, name) for name in running} if norm is not None else dict.fromkeys(running)
+        sizes = {"rows": self.rows, "channels": self.channels, "programs": self.programs, "each": self.each}
+        self.join(_join, found=found, mean=mean, var=var, **given, **sizes, RUNNING=norm is not None)
         return mean, var
 
-    def input_gradient(self, norm: Any, var: Tensor, x: Tensor | None, *of_moments: Tensor) -> Tensor:
-        """What reaches the norm's input from x, the gradient of its output, and through its moments."""
-        out, affine = torch.empty_like(self.x), norm.weight is not None
-        flags = {"AFFINE": affine, "MOMENTS": bool(of_moments)}
-        given = (norm.weight, var, *(of_moments or [None] * 3))
-        self.start(_gradient, self.x, x, out, *given, eps=norm.eps, **flags)
+    def input_gradient(self, grad: Tensor, norm: Any, var: Tensor, x: Tensor | None, *of_moments: Tensor) -> Tensor:
+        """What reaches the norm's input from the gradient of its output, and through the input's moments."""
+        grad = _by_row(grad)
+        out = torch.empty_like(grad)
+        given = {"grad": grad, "x": x, "out": out, "weight": norm.weight, "var": var}
+        given |= dict(zip(("mean", "grad_mean", "grad_var"), of_moments or [None] * 3))
+        self.start(_gradient, **given, eps=norm.eps, AFFINE=norm.weight is not None, MOMENTS=bool(of_moments))
         return out

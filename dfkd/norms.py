@@ -3,6 +3,7 @@
 On a GPU they can be Triton kernels of our own, and so can batch norms in training (norm_kernels.py).
 """
 
+import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -10,14 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dfkd.errors import UserError
 
 Moments = tuple[Tensor, Tensor]
-# Whose forward in eval mode is known to be the norm and nothing else; collectives.py adds its own.
-PLAIN: set[type[nn.Module]] = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
-
-
+TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # whose forward is known to be the norm and nothing else
+PLAIN: set[type[nn.Module]] = {*TORCHS}  # likewise in eval mode; collectives.py adds its own, which else synchronises
 _active: Any = None  # the module of Triton kernels, within triton_norms
 
 
@@ -25,7 +25,7 @@ def check_triton(device: torch.device) -> None:
     """Raise UserError where Triton's kernels do not run on a GPU."""
     try:
         with triton_norms(True):
-            _active.normalise(torch.ones(2, 2, device=device), nn.BatchNorm1d(2, device=device).eval(), moments=True)
+            _active.normalise(torch.ones(2, 2, device=device), nn.BatchNorm1d(2, device=device), moments=True)
     except Exception as error:  # whatever a missing package or compiler, or an old GPU, leads to
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
@@ -41,16 +41,16 @@ def triton_norms(wanted: bool) -> Iterator[None]:
     global _active
     before = _active
     if wanted:
-        from dfkd import norm_kernels as _active  # here, for Triton is not everywhere
+        _active = importlib.import_module("dfkd.norm_kernels")  # here, for Triton is not everywhere
     try:
         yield
     finally:
         _active = before
 
 
-def _kernels(x: Tensor) -> Any:
-    """The module of Triton kernels where they are to be taken and take x, else None."""
-    return _active if _active is not None and _active.fits(x) else None
+def _kernels(x: Tensor, norm: nn.Module) -> Any:
+    """The module of Triton kernels where they are to be taken and take a norm of x, else None."""
+    return _active if _active is not None and _active.fits(x, norm) else None
 
 
 def per_channel(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -139,10 +139,11 @@ class _FrozenNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.Module) -> Tensor:
-        ctx.norm, ctx.kernels = norm, _kernels(x)
+        ctx.norm, ctx.kernels = norm, _kernels(x, norm)
         return ctx.kernels.normalise(x, norm, moments=False)[0] if ctx.kernels else _normalised(x, norm)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return ctx.kernels.gradient(grad, ctx.norm) if ctx.kernels else _scaled(grad, ctx.norm), None
 
@@ -152,7 +153,7 @@ class _TappedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.norm, ctx.kernels = norm, _kernels(x)
+        ctx.norm, ctx.kernels = norm, _kernels(x, norm)
         if ctx.kernels:
             y, (mean, var) = ctx.kernels.normalise(x, norm, moments=True)
         else:
@@ -161,6 +162,7 @@ class _TappedNorm(torch.autograd.Function):
         return y, mean, var
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, mean = ctx.saved_tensors
         if ctx.kernels:
@@ -177,12 +179,13 @@ class _LearningNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: nn.Module) -> Tensor:
-        ctx.norm, ctx.kernels = norm, _kernels(x)
+        ctx.norm, ctx.kernels = norm, _kernels(x, norm)
         y, mean, var = ctx.kernels.learn(x, norm)
         ctx.save_for_backward(x, mean, var)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, var = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.kernels.learn_gradients(grad, x, ctx.norm, mean, var)
@@ -191,10 +194,11 @@ class _LearningNorm(torch.autograd.Function):
 
 def learning_norm(x: Tensor, norm: Any) -> Tensor | None:
     """A batch norm's output in training, its running statistics updated; None where that is left to torch's kernels."""
-    if torch.compiler.is_compiling() or norm.momentum is None or norm.running_mean is None or _kernels(x) is None:
+    if torch.compiler.is_compiling() or norm.momentum is None or _kernels(x, norm) is None:
         return None
     _refuse_single(x)
-    norm.num_batches_tracked.add_(1)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     return _LearningNorm.apply(x, norm.weight, norm.bias, norm)
 
 
@@ -246,8 +250,9 @@ def _learn(norm: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def learning_norms(norms: Iterable[nn.Module]) -> Iterator[None]:
-    """Have batch norms that train run faster in its scope on a GPU: the same, up to rounding. Nothing outlives it."""
-    changed = [norm for norm in norms if type(norm) in PLAIN and norm.training and "forward" not in vars(norm)]
+    """Within triton_norms, have torch's batch norms that train take its kernels in this scope. Nothing outlives it."""
+    taken = norms if _active is not None else []
+    changed = [norm for norm in taken if type(norm) in TORCHS and norm.training and "forward" not in vars(norm)]
     for norm in changed:
         norm.forward = partial(_learn, norm)  # type: ignore[method-assign]
     try:
