@@ -289,8 +289,8 @@ class Runtime:
     )
     triton: bool = key(
         False,
-        "on a GPU: batch norms of generator, teachers and student in a few Triton kernels instead of many of torch's; not "
-        "yet timed there",
+        "on a GPU: batch norms of generator, teachers and student in a few Triton kernels instead of many of torch's; "
+        "not yet timed there",
     )
     sync_batchnorm: bool = key(False, "student batch norm over all processes (the generator's always is)")
     checkpoint_every: float = key(60.0, "seconds between checkpoints for resume, looked at when a line is logged", 0)
