@@ -305,6 +305,7 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
         "size": recipe.image.size,
         "width": spec.width,
         "prototypes": spec.prototypes,
+        "norms": spec.norms,
         "mean": mean,
         "std": std,
     }

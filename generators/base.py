@@ -10,12 +10,14 @@ from torch import Tensor, nn
 class ImageGenerator(nn.Module):
     """latents [B, latent] and labels [B] int64 -> images [B, channels, size, size] in [0, 1].
 
-    description holds what generator.json says, once loaded; `keys` are those of it that build the generator again.
+    description holds what generator.json says, once loaded; `keys` are those of it that build the generator again,
+    `older` what files from before a key existed had of it.
     Convolutions and linear layers before a batch norm have no bias: its gradient is rounding noise, which Adam would
     blow up to full steps.
     """
 
     keys: ClassVar[tuple[str, ...]]
+    older: ClassVar[dict[str, Any]] = {}
     latent: int
     classes: int
     conditional: bool  # whether it draws the class that is asked for

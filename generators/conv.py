@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from generators.base import ImageGenerator, inward_clamp
+
+NORMS = ("class", "code")  # what the scale and shift of a norm belong to
 
 
 class PixelHead(nn.Module):
@@ -36,7 +39,7 @@ class PixelHead(nn.Module):
 
 
 class ClassNorm(nn.Module):
-    """Batch norm whose scale and shift belong to the class (de Vries et al. 2017, section 2.2).
+    """Batch norm whose scale and shift belong to the class, or to the code (de Vries et al. 2017, section 2.2).
 
     forward(x [B, C, H, W], labels [B] int64 in [0, classes)) -> the same shape.
     """
@@ -79,10 +82,12 @@ class ConvGenerator(ImageGenerator):
 
     The class enters twice: as a code beside the latents, which sets where things are, and as the scale and shift of
     every norm, which keep the class exact. With several `prototypes` a class has as many codes, and the first latent
-    chooses among them: a single code draws one structure in varying light.
+    chooses among them: a single code draws one structure in varying light. With norms "code" every code has scales and
+    shifts of its own, so that the images of a class differ in more than where things are; with "class" they share them.
     """
 
-    keys = ("latent", "classes", "channels", "size", "width", "conditional", "prototypes", "mean", "std")
+    keys = ("latent", "classes", "channels", "size", "width", "conditional", "prototypes", "norms", "mean", "std")
+    older: ClassVar[dict[str, Any]] = {"norms": "class"}
 
     def __init__(
         self,
@@ -94,12 +99,15 @@ class ConvGenerator(ImageGenerator):
         width: int = 64,
         conditional: bool = True,
         prototypes: int = 1,
+        norms: str = "class",
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
     ) -> None:
         super().__init__()
+        if norms not in NORMS:
+            raise ValueError(f"norms={norms!r} of a generator is unknown; choose from {NORMS}")
         self.latent, self.classes, self.channels, self.size = latent, classes, channels, size
-        self.conditional, self.prototypes = conditional, prototypes
+        self.conditional, self.prototypes, self.norms = conditional, prototypes, norms
         stages = max(2, math.ceil(math.log2(size / 8)))
         self.sizes = [math.ceil(size / 2**k) for k in reversed(range(stages + 1))]
         wide = 2 * width
@@ -108,9 +116,8 @@ class ConvGenerator(ImageGenerator):
         self.project = nn.Linear(latent * (2 if conditional else 1), math.prod(self.start), bias=False)
         self.project_norm = nn.BatchNorm2d(wide)
         widths = [wide] * stages + [width]
-        self.stages = nn.ModuleList(
-            Stage(widths[k], widths[k + 1], classes if conditional else 1) for k in range(stages)
-        )
+        kinds = classes * (prototypes if norms == "code" else 1) if conditional else 1
+        self.stages = nn.ModuleList(Stage(widths[k], widths[k + 1], kinds) for k in range(stages))
         self.to_pixels = nn.Conv2d(width, channels, 3, padding=1, bias=False)
         self.head = PixelHead(channels, mean or [0.5] * channels, std or [0.25] * channels)
 
@@ -120,8 +127,10 @@ class ConvGenerator(ImageGenerator):
         else:
             share = 0.5 + 0.5 * torch.erf(latents[:, 0] / math.sqrt(2))  # uniform in [0, 1]
             chosen = (share * self.prototypes).long().clamp_max(self.prototypes - 1)
-            code = F.normalize(self.embed(labels * self.prototypes + chosen), dim=1) * math.sqrt(self.latent)
+            codes = labels * self.prototypes + chosen
+            code = F.normalize(self.embed(codes), dim=1) * math.sqrt(self.latent)
             latents = torch.cat([latents, code], dim=1)
+            labels = codes if self.norms == "code" else labels
         x = self.project(latents).view(-1, *self.start)
         x = self.project_norm(x)
         for size, stage in zip(self.sizes[1:], self.stages):

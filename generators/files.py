@@ -23,6 +23,7 @@ def build_generator(description: dict[str, Any]) -> ImageGenerator:
     if arch not in GENERATORS:
         raise GeneratorError(f"unknown generator {arch!r}; choose from {sorted(GENERATORS)}")
     kind = GENERATORS[arch]
+    description = {**kind.older, **description}
     missing = [key for key in kind.keys if key not in description]
     if missing:
         raise GeneratorError(
