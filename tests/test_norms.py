@@ -221,4 +221,4 @@ def test_compiled_a_tapped_network_gives_the_same_in_one_graph() -> None:
     for _ in range(2):  # a scope of its own for every step: what is compiled holds for the next one too
         for value, of_eager in zip(answer(), wanted, strict=True):
             near(value, of_eager)
-    assert backend.frame_count == 1 or torch.__version__ < "2.14"  # 2.11 makes 7 graphs of it
+    assert backend.frame_count == (7 if torch.__version__ < "2.12" else 1)  # 2.11 breaks off at each tapped norm
