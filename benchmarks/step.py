@@ -124,7 +124,7 @@ def header(given: argparse.Namespace, device: torch.device, precision: str, burs
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     threads = torch.get_num_threads()
     ours = ", ours compiled" if given.compile else ""
-    ours += ", Triton norms" if device.type == "cuda" and given.triton else ""
+    ours += ", Triton norms" if given.triton else ""
     ours += ", CUDA graphs" if device.type == "cuda" and not given.eager else ""
     return (
         f"device {hardware}, {threads} threads, {precision} channels_last{ours} (naive: fp32 contiguous), "
@@ -162,8 +162,8 @@ def main() -> None:
     accelerator, shard = make_accelerator(given.precision)
     precision = resolve_precision(given.precision, shard.device)
     burst = given.burst or (BURST if shard.device.type == "cuda" else 1)
-    triton = given.triton and shard.device.type == "cuda"
-    if triton:
+    given.triton &= shard.device.type == "cuda"
+    if given.triton:
         check_triton(shard.device)
     print(header(given, shard.device, precision, burst))
     for name in CASES if given.case == "all" else [given.case]:
@@ -172,7 +172,7 @@ def main() -> None:
         generator, zoo, student = ours.networks
         networks = [generator, student.model, *(teacher.model for teacher in zoo)]
         stance = torch.compiler.set_stance("default")
-        with compiled(networks if given.compile else []), stance, triton_norms(triton):
+        with compiled(networks if given.compile else []), stance, triton_norms(given.triton):
             contenders: dict[str, Contender] = {
                 "floor": Floor(case, given.seed, shard, accelerator, not given.eager),
                 "ours": ours,

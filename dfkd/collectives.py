@@ -64,10 +64,10 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected an input [B, C, ...], got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and world_size() == 1 and (learned := learning_norm(input, self)) is not None:
-            return learned
-        if not self.training or world_size() == 1:
+        if not self.training:
             return super().forward(input)
+        if world_size() == 1:
+            return learning_norm(self, input)
         ((mean, var),) = global_moments([batch_moments(input)])
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             count = input.numel() // input.shape[1] * world_size()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.errors import UserError
 
@@ -178,9 +179,11 @@ class _LearningNorm(torch.autograd.Function):
     """A batch norm in training, in Triton's kernels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: nn.Module) -> Tensor:
-        ctx.norm, ctx.kernels = norm, _kernels(x, norm)
-        y, mean, var = ctx.kernels.learn(x, norm)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: nn.Module, kernels: Any
+    ) -> Tensor:
+        ctx.norm, ctx.kernels = norm, kernels
+        y, mean, var = kernels.learn(x, norm)
         ctx.save_for_backward(x, mean, var)
         return y
 
@@ -188,18 +191,19 @@ class _LearningNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mean, var = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.kernels.learn_gradients(grad, x, ctx.norm, mean, var)
-        return (of_x, of_weight, of_bias, None) if ctx.norm.weight is not None else (of_x, None, None, None)
+        of_x, *of_affine = ctx.kernels.learn_gradients(grad, x, ctx.norm, mean, var)
+        return of_x, *(of_affine if ctx.norm.weight is not None else (None, None)), None, None
 
 
-def learning_norm(x: Tensor, norm: Any) -> Tensor | None:
-    """A batch norm's output in training, its running statistics updated; None where that is left to torch's kernels."""
-    if torch.compiler.is_compiling() or norm.momentum is None or _kernels(x, norm) is None:
-        return None
+def learning_norm(norm: Any, x: Tensor) -> Tensor:
+    """A batch norm's output in training, of this process's x alone; its running statistics are updated."""
+    kernels = None if torch.compiler.is_compiling() or norm.momentum is None else _kernels(x, norm)
+    if kernels is None:
+        return _BatchNorm.forward(norm, x)
     _refuse_single(x)
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-    return _LearningNorm.apply(x, norm.weight, norm.bias, norm)
+    return _LearningNorm.apply(x, norm.weight, norm.bias, norm, kernels)
 
 
 def _forward(norm: nn.Module, collect: Callable[[nn.Module, Moments], object] | None, x: Tensor) -> Tensor:
@@ -243,18 +247,13 @@ def frozen_norms(
             handle.remove()
 
 
-def _learn(norm: nn.Module, x: Tensor) -> Tensor:
-    y = learning_norm(x, norm)
-    return type(norm).forward(norm, x) if y is None else y
-
-
 @contextmanager
 def learning_norms(norms: Iterable[nn.Module]) -> Iterator[None]:
     """Within triton_norms, have torch's batch norms that train take its kernels in this scope. Nothing outlives it."""
     taken = norms if _active is not None else []
     changed = [norm for norm in taken if type(norm) in TORCHS and norm.training and "forward" not in vars(norm)]
     for norm in changed:
-        norm.forward = partial(_learn, norm)  # type: ignore[method-assign]
+        norm.forward = partial(learning_norm, norm)  # type: ignore[method-assign]
     try:
         yield
     finally:
