@@ -19,6 +19,22 @@ PROGRAMS = 256  # that share the rows: enough for any GPU, few enough for one pr
 JOINED = 16  # channels of such a program
 
 
+@triton.jit
+def _place(row, rows, channel, channels):  # type: ignore[no-untyped-def]
+    """Where values of these rows and channels lie in a matrix [rows, channels], and which of them are inside it."""
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    return row[:, None] * channels + channel[None, :], inside
+
+
+@triton.jit
+def _scale(weight, var, channel, exists, eps, AFFINE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a norm multiplies each channel by."""
+    scale = tl.rsqrt(tl.load(var + channel, mask=exists, other=1.0).to(tl.float32) + eps)
+    if AFFINE:
+        scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+    return scale
+
+
 @triton.jit(do_not_specialize=["rows", "tiles"])
 def _normalise(  # type: ignore[no-untyped-def]
     x, y, weight, bias, mean, var, found, rows, channels, tiles, eps,
@@ -29,9 +45,7 @@ def _normalise(  # type: ignore[no-untyped-def]
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = channel < channels
     if NORM:
-        scale = tl.rsqrt(tl.load(var + channel, mask=exists, other=1.0).to(tl.float32) + eps)
-        if AFFINE:
-            scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+        scale = _scale(weight, var, channel, exists, eps, AFFINE)
         middle = tl.load(mean + channel, mask=exists, other=0.0).to(tl.float32)
         shift = tl.zeros([COLUMNS], tl.float32)
         if AFFINE:
@@ -41,9 +55,7 @@ def _normalise(  # type: ignore[no-untyped-def]
     spread = tl.zeros([COLUMNS], tl.float32)
     first = tl.program_id(0).to(tl.int64) * tiles * ROWS
     for tile in range(tiles):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & exists[None, :]
-        place = row[:, None] * channels + channel[None, :]
+        place, inside = _place(first + tile * ROWS + tl.arange(0, ROWS), rows, channel, channels)
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             normed = (value - middle[None, :]) * scale[None, :] + shift[None, :]
@@ -72,10 +84,9 @@ def _join(  # type: ignore[no-untyped-def]
     running statistics follow them."""
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     program = tl.arange(0, PROGRAMS)
-    inside = (program < programs)[:, None] & (channel < channels)[None, :]
-    place = found + program[:, None] * 2 * channels + channel[None, :]
-    centre = tl.load(place, mask=inside, other=0.0)
-    spread = tl.load(place + channels, mask=inside, other=0.0)
+    place, inside = _place(program * 2, programs * 2, channel, channels)
+    centre = tl.load(found + place, mask=inside, other=0.0)
+    spread = tl.load(found + place + channels, mask=inside, other=0.0)
     count = tl.minimum(tl.maximum(rows - program.to(tl.int64) * each, 0), each).to(tl.float32)[:, None]
     whole = tl.sum(centre * count, axis=0) / rows
     distance = tl.where(inside, centre - whole[None, :], 0.0)
@@ -98,18 +109,14 @@ def _gradient(  # type: ignore[no-untyped-def]
     """out = grad times the norm's scale; with MOMENTS and what reaches x [rows, channels] through its moments."""
     channel = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = channel < channels
-    scale = tl.rsqrt(tl.load(var + channel, mask=exists, other=1.0).to(tl.float32) + eps)
-    if AFFINE:
-        scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
+    scale = _scale(weight, var, channel, exists, eps, AFFINE)
     if MOMENTS:
         slope = tl.load(grad_var + channel, mask=exists, other=0.0) * 2 / rows
         offset = tl.load(grad_mean + channel, mask=exists, other=0.0) / rows
         middle = tl.load(mean + channel, mask=exists, other=0.0)
     first = tl.program_id(0).to(tl.int64) * tiles * ROWS
     for tile in range(tiles):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & exists[None, :]
-        place = row[:, None] * channels + channel[None, :]
+        place, inside = _place(first + tile * ROWS + tl.arange(0, ROWS), rows, channel, channels)
         value = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * scale[None, :]
         if MOMENTS:
             distance = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - middle[None, :]
@@ -130,9 +137,7 @@ def _sums(  # type: ignore[no-untyped-def]
     along = tl.zeros([COLUMNS], tl.float32)
     first = tl.program_id(0).to(tl.int64) * tiles * ROWS
     for tile in range(tiles):
-        row = first + tile * ROWS + tl.arange(0, ROWS)
-        inside = (row < rows)[:, None] & exists[None, :]
-        place = row[:, None] * channels + channel[None, :]
+        place, inside = _place(first + tile * ROWS + tl.arange(0, ROWS), rows, channel, channels)
         value = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
         plain += tl.sum(value, axis=0)
         along += tl.sum(value * (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - centre[None, :]), axis=0)
@@ -150,11 +155,10 @@ def _join_sums(  # type: ignore[no-untyped-def]
     channel = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     exists = channel < channels
     program = tl.arange(0, PROGRAMS)
-    inside = (program < programs)[:, None] & exists[None, :]
-    place = found + program[:, None] * 2 * channels + channel[None, :]
+    place, inside = _place(program * 2, programs * 2, channel, channels)
     inverse = tl.rsqrt(tl.load(var + channel, mask=exists, other=1.0) + eps)
-    of_bias = tl.sum(tl.load(place, mask=inside, other=0.0), axis=0)
-    of_weight = tl.sum(tl.load(place + channels, mask=inside, other=0.0), axis=0) * inverse
+    of_bias = tl.sum(tl.load(found + place, mask=inside, other=0.0), axis=0)
+    of_weight = tl.sum(tl.load(found + place + channels, mask=inside, other=0.0), axis=0) * inverse
     scale = inverse
     if AFFINE:
         scale *= tl.load(weight + channel, mask=exists, other=0.0).to(tl.float32)
