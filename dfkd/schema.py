@@ -86,7 +86,7 @@ class GeneratorSpec:
     conditional: bool = key(True, "draw an image of a given class (labels are exact and balanced)")
     prototypes: int = key(8, "codes of a class, of which the first latent chooses one: as many structures", 1)
     norms: Literal["class", "code"] = key(
-        "class", "what has scales and shifts of its own in every norm: a class, or each of its codes"
+        "code", "what has scales and shifts of its own in every norm: a class, or each of its codes"
     )
     checkpoint: str | None = key(None, "folder of a trained generator: it is frozen and nothing trains a generator")
 

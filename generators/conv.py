@@ -82,8 +82,8 @@ class ConvGenerator(ImageGenerator):
 
     The class enters twice: as a code beside the latents, which sets where things are, and as the scale and shift of
     every norm, which keep the class exact. With several `prototypes` a class has as many codes, and the first latent
-    chooses among them: a single code draws one structure in varying light. With norms "code" every code has scales and
-    shifts of its own, so that the images of a class differ in more than where things are; with "class" they share them.
+    chooses among them: a single code draws one structure in varying light. Every code has scales and shifts of its own,
+    so that the images of a class differ in more than where things are; with norms "class" the codes of one share them.
     """
 
     keys = ("latent", "classes", "channels", "size", "width", "conditional", "prototypes", "norms", "mean", "std")
@@ -99,7 +99,7 @@ class ConvGenerator(ImageGenerator):
         width: int = 64,
         conditional: bool = True,
         prototypes: int = 1,
-        norms: str = "class",
+        norms: str = "code",
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
     ) -> None:
