@@ -61,6 +61,7 @@ VARIANTS: dict[str, Keys] = {
     "Data Mixing and one code": {"synthesis.mix.probability": "0.5", "generator.prototypes": "1"},
     "one code a class": {"generator.prototypes": "1"},
     "32 codes a class": {"generator.prototypes": "32"},
+    "norms of the class": {"generator.norms": "class"},
     "student batches not mixed": {"distill.mix": "0"},
     "all student batches mixed": {"distill.mix": "1"},
     "no shift": {"distill.shift": "0"},

@@ -52,7 +52,7 @@ class ClassNorm(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Nearly the plain batch norm, and a little different for every class."""
+        """Nearly the plain batch norm, and a little different for every one of them."""
         self.affine.normal_(0, 0.02)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class ClassNorm(nn.Module):
 
 
 class Stage(nn.Module):
-    """3x3 convolution, norm of the class, leaky ReLU."""
+    """3x3 convolution, norm of the class or the code, leaky ReLU."""
 
     def __init__(self, channels: int, out_channels: int, classes: int) -> None:
         super().__init__()
@@ -80,10 +80,9 @@ class ConvGenerator(ImageGenerator):
     forward(latents [B, latent], labels [B] int64) -> images [B, channels, size, size] in [0, 1]; a generator built
     with conditional=False takes no notice of the labels. mean and std are the pixel statistics its head starts from.
 
-    The class enters twice: as a code beside the latents, which sets where things are, and as the scale and shift of
-    every norm, which keep the class exact. With several `prototypes` a class has as many codes, and the first latent
-    chooses among them: a single code draws one structure in varying light. Every code has scales and shifts of its own,
-    so that the images of a class differ in more than where things are; with norms "class" the codes of one share them.
+    A class has `prototypes` codes, of which the first latent chooses one: a single code draws one structure in varying
+    light. The code enters twice: beside the latents, where it sets where things are, and as scale and shift of every
+    norm, which keep the class exact and set its colours. With norms "class" the codes of a class share those.
     """
 
     keys = ("latent", "classes", "channels", "size", "width", "conditional", "prototypes", "norms", "mean", "std")

@@ -28,7 +28,7 @@ def trained(*modules: nn.Module) -> list[bool]:
     return [p.grad is not None for module in modules for p in module.parameters()]
 
 
-@pytest.mark.parametrize("step", [2, 3])  # of other teachers
+@pytest.mark.parametrize("step", [4, 5])  # of other teachers, and the mask leaves something to compare
 def test_naive_generator_step_computes_our_terms_and_gradients(bench: ModuleType, step: int) -> None:
     ours, naive, first = (contender(bench, name) for name in ("Ours", "Naive", "Ours"))
     first.generator_step(0)
@@ -36,7 +36,7 @@ def test_naive_generator_step_computes_our_terms_and_gradients(bench: ModuleType
     ours.synthesizer.bn_start = first.synthesizer.bn_start  # of a run's first step, which is not this one
     terms = ours.generator_step(step)
     assert set(terms) == {"ce", "bn", "adversary", "diversity"}
-    assert terms["adversary"] != 0  # the mask leaves something to compare
+    assert terms["adversary"] != 0
     expected = {name: value.detach() for name, value in naive.generator_step(step).items()}
     torch.testing.assert_close(terms, expected, rtol=1e-5, atol=0)
     for (name, mine), its in zip(ours.networks.generator.named_parameters(), naive.networks.generator.parameters()):
