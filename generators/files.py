@@ -30,7 +30,10 @@ def build_generator(description: dict[str, Any]) -> ImageGenerator:
             f"the generator's description lacks {missing}; it must give {list(kind.keys)}: one of "
             "an older version must be trained again"
         )
-    return kind(**{key: description[key] for key in kind.keys})
+    try:
+        return kind(**{key: description[key] for key in kind.keys})
+    except ValueError as error:
+        raise GeneratorError(str(error)) from None
 
 
 def save_generator(folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any]) -> None:

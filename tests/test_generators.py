@@ -188,7 +188,9 @@ def test_a_generator_from_before_a_key_is_what_it_was(tmp_path: Path) -> None:
 
 
 def test_unknown_norms_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"norms='image' of a generator is unknown; choose from \('class', 'code'\)"):
+    with pytest.raises(
+        GeneratorError, match=r"norms='image' of a generator is unknown; choose from \('class', 'code'\)"
+    ):
         build_generator({**DESCRIPTION, "norms": "image"})
 
 
