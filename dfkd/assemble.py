@@ -139,7 +139,9 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
         "image": dataclasses.asdict(recipe.image),
         "classes": recipe.classes,
         "training": {k: v for k, v in dataclasses.asdict(recipe.training).items() if k != "cache"},
-        "teacher": {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("weight", "enabled")},
+        "teacher": {  # no pad: as before there was that key, so that teachers of then are found
+            k: v for k, v in dataclasses.asdict(spec).items() if k not in ("weight", "enabled") and (k != "pad" or v)
+        },
         "seed": recipe.seed,
         "name": name,
         "channels_last": recipe.runtime.channels_last,
@@ -194,6 +196,7 @@ def _train(
         lr=training.lr,
         weight_decay=training.weight_decay,
         shift=training.shift,
+        pad=spec.pad,
         flip=training.flip,
         seed=recipe.seed,
         device=device,

@@ -1,7 +1,10 @@
 """What is random by position: labels, latents, and how images are moved; on any number of processes the same."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dfkd.runtime import Shard, rng, to_device
 
@@ -51,6 +54,40 @@ def moved(images: Tensor, u: Tensor, shift: int, flip: bool) -> Tensor:
         columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
     each = torch.arange(batch, device=images.device)
     return images.permute(0, 2, 3, 1)[each.view(-1, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def crops(images: Tensor, pad: int, shard: Shard, *position: int | str) -> Tensor:
+    """A random crop of each of images [B, C, H, W], of its size, out of it with `pad` black pixels around: what
+    networks for CIFAR are mostly trained on (He et al. 2016, section 4.2)."""
+    if not pad:
+        return images
+    u = draw_moves(shard, len(images), *position, "crops")
+    return _Crops.apply(images, to_device((u[:, :2] * (2 * pad + 1)).floor().long() - pad, images.device))
+
+
+class _Crops(torch.autograd.Function):
+    """The gradient goes back the way the pixels came, by one read: torch's of an index adds up, for which it sorts."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, offset: Tensor) -> Tensor:
+        ctx.offset = offset
+        return _window(images, offset)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _window(grad, -ctx.offset), None
+
+
+def _window(images: Tensor, offset: Tensor) -> Tensor:
+    """What is seen of images [B, C, H, W] through windows that lie offset [B, 2] down and across; outside is black."""
+    batch, _, height, width = images.shape
+    rows = torch.arange(height, device=images.device) + offset[:, :1]
+    columns = torch.arange(width, device=images.device) + offset[:, 1:]
+    each = torch.arange(batch, device=images.device).view(-1, 1, 1)
+    there = (rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1))
+    outside = ((rows < 0) | (rows >= height)).unsqueeze(2) | ((columns < 0) | (columns >= width)).unsqueeze(1)
+    return images.permute(0, 2, 3, 1)[each, *there].masked_fill_(outside.unsqueeze(3), 0).permute(0, 3, 1, 2)
 
 
 def jitter(images: Tensor, pixels: int, flip: bool, *position: int | str) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd.draws import crops
 from dfkd.errors import UserError
 from dfkd.evaluate import diversity, refuse_broken, wilson
 from dfkd.losses import bn_kl, bn_l2
 from dfkd.norms import Moments
-from dfkd.runtime import to_bytes, to_float
+from dfkd.runtime import Shard, to_bytes, to_float
 from dfkd.teachers import Teacher
 
 NEAR = 0.05  # a neighbour nearer than this share of the mean distance of all pairs is a near-duplicate
@@ -90,16 +91,23 @@ def _check(images: Tensor, labels: Tensor | None, zoo: Sequence[Teacher], featur
 
 
 def look(teacher: Teacher, images: Tensor, batch_size: int = 256) -> View:
-    """Show a teacher images [N, C, H, W], batch by batch. Its features are the input of its last linear layer, or its
+    """Show a teacher images [N, C, H, W], batch by batch, and again cropped as in its training where that is what its
+    batch norms hold the moments of. Its features are the input of its last linear layer, or its
     logits where it has none."""
-    logits, features, moments, counts = [], [], [], []
+    logits, features, moments = [], [], []
+    counts: list[int] = []
     stored: list[Moments] = []
     layer = "logits"
-    for batch in images.tensor_split(math.ceil(len(images) / batch_size)):  # even: one image alone may have no variance
+    parts = math.ceil(len(images) / batch_size)  # even: one image alone may have no variance
+    cropped = crops(images, teacher.pad, Shard(images.device), "quality").tensor_split(parts)
+    for batch, trained_on in zip(images.tensor_split(parts), cropped):
         with teacher.tap() as seen, teacher.tap_features() as tapped:
             logits.append(teacher(to_float(batch.to(teacher.mean.device))).cpu())
         features.append(tapped[-1].cpu() if tapped else logits[-1])
         layer = "penultimate layer" if tapped else layer
+        if teacher.pad:
+            with teacher.tap() as seen:
+                teacher(to_float(trained_on.to(teacher.mean.device)))
         moments.append([_double(each) for each in seen.batch])
         stored = [_double(each) for each in seen.stored]
         counts.append(len(batch))

@@ -46,7 +46,9 @@ class TeacherTraining:
     batch_size: int = key(128, "images per step", 2)
     lr: float = key(0.1, "peak learning rate of SGD with a one-cycle schedule", 0)
     weight_decay: float = key(5e-4, "weight decay", 0)
-    shift: float = key(0.125, "random shift, as a share of the image size", 0, 0.5)
+    shift: float = key(
+        0.125, "random shift, as a share of the image size, edges repeated; a teacher's `pad` instead", 0, 0.5
+    )
     flip: bool = key(False, "random horizontal flip")
     cache: str = key("runs/teachers", "folder of the teachers trained here, found again by what they were trained from")
 
@@ -60,6 +62,13 @@ class TeacherSpec:
     mean: list[float] = key([], "per-channel mean the teacher was trained with; empty: zeros")
     std: list[float] = key([], "per-channel standard deviation it was trained with; empty: ones")
     input_size: int | None = key(None, "height and width the teacher takes, pixels; null: image.size", 4, 1024)
+    pad: int = key(
+        0,
+        "black pixels around an image before a random crop in its training (most CIFAR checkpoints: 4): its batch "
+        "norms hold the statistics of such crops, so it is shown the generator's images likewise; 0: none",
+        0,
+        64,
+    )
     weight: float = key(1.0, "share of this teacher in the zoo's means", 0)
     enabled: bool = key(True, "false leaves an inherited teacher out of the zoo")
     kwargs: dict[str, Any] = key({}, "further arguments of the model, e.g. {width: 16}")

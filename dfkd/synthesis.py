@@ -17,7 +17,7 @@ from dfkd import losses as L
 from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm
 from dfkd.contrast import Contrast
 from dfkd.cuda_graphs import DIRECT, Calls
-from dfkd.draws import draw_labels, draw_latents, jitter
+from dfkd.draws import crops, draw_labels, draw_latents, jitter
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
@@ -219,13 +219,13 @@ class Synthesizer:
         update = step * self.inner + k
         chosen, upcoming = (sample_teachers(self.zoo, self.sample, self.seed, u) for u in (update, update + 1))
         seen: dict[str, list[Tensor]] = {}
-        reply = reply_leaf = None
+        views = {pad: crops(leaf, pad, self.shard, *position) for pad in {teacher.pad for teacher in chosen}}
+        replies = {}
         if ramp and self.student is not None:
-            (reply,) = self.graphs.call(("adversary",), None, partial(self._reply, self.student), leaf)
-            reply_leaf = reply.detach().requires_grad_()
-            reply_leaf.grad = torch.zeros_like(reply_leaf)
-        given = [leaf, mixed.labels, mixed.other, mixed.beta, *([reply_leaf] if reply_leaf is not None else [])]
+            replies = {pad: self._replied(self.student, view, pad) for pad, view in views.items()}
         for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():
+            given = [views[teacher.pad], mixed.labels, mixed.other, mixed.beta]
+            given += [replies[teacher.pad][1]] if replies else []
             graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
             values = graphs.call(("teachers", teacher.name), None, partial(self._losses_of, teacher, position), *given)
             terms = dict(zip(self.named[teacher.name, len(given)], values))
@@ -237,7 +237,7 @@ class Synthesizer:
             (total / len(chosen)).backward()
             for name, value in terms.items():
                 seen.setdefault(name, []).append(value.detach())
-        if reply is not None and reply_leaf is not None:
+        for reply, reply_leaf in replies.values():
             reply.backward(reply_leaf.grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
 
@@ -249,6 +249,13 @@ class Synthesizer:
         terms = teacher_terms(answer, self.weights)
         self.named[teacher.name, len(given)] = list(terms)  # a graph knows their values alone
         return tuple(terms.values())
+
+    def _replied(self, student: nn.Module, images: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+        """The adversary's logits [B, K] of images that are so padded, and a leaf in which their gradients gather."""
+        (logits,) = self.graphs.call((f"adversary {pad}",), None, partial(self._reply, student), images)
+        leaf = logits.detach().requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
+        return logits, leaf
 
     def _reply(self, student: nn.Module, images: Tensor) -> tuple[Tensor]:
         """The adversary's logits [B, K], as those of a frozen network in eval mode."""
@@ -308,13 +315,13 @@ class Synthesizer:
 
     @torch.no_grad()
     def _bn_losses(self, images: Tensor) -> dict[str, Tensor]:
-        """Each teacher's batch-norm loss on images, unmixed. At the start it is what the loss is divided by from then
-        on."""
+        """Each teacher's batch-norm loss on images, unmixed, cropped as in its training. At the start it is what the
+        loss is divided by from then on."""
         losses = {}
         for teacher in in_turn(self.zoo):
             # Twice in a run: not worth compiling, where the teachers are compiled.
             with torch.compiler.set_stance("force_eager"), teacher.tap() as statistics, self.autocast():
-                teacher(images)
+                teacher(crops(images, teacher.pad, self.shard, self.seed, "statistics"))
             losses[teacher.name] = L.BN_DISTANCES[self.manner.bn_distance](statistics.gather(), statistics.stored)
         return losses
 

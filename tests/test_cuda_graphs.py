@@ -42,7 +42,9 @@ class Trained:
         torch.manual_seed(0)
         shard = Shard(device)
         names = ("plain", "residual", "inverted")
-        specs = {n: {"model": f"dfkd:tiny_{n}", "kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]} for n in names}
+        pads = dict(zip(names, options.pop("pads", (0, 0, 0))))
+        like: dict[str, Any] = {"kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]}
+        specs = {n: {"model": f"dfkd:tiny_{n}", "pad": pads[n], **like} for n in names}
         zoo = load_zoo(specs, classes=10, channels=1, size=16, device=device, channels_last=True)
         self.generator = ConvGenerator(latent=16, classes=10, channels=1, size=16, width=8, prototypes=2).to(device)
         network = build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 4})
@@ -92,7 +94,7 @@ class Handed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: list[Tensor]) -> Tensor:
         ctx.kept = kept
-        return x.view_as(x)
+        return x.detach()  # a view would give a lone channel other strides
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -132,6 +134,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"learn_weights": True},
     {"penalise": True},
     {"jitter": 2, "flip": True},
+    {"pads": (0, 2, 4)},
 ]
 
 

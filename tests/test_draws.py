@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.draws import augment, draw_labels, draw_latents, jitter
+from dfkd.draws import augment, crops, draw_labels, draw_latents, jitter
 from dfkd.runtime import Shard
 
 CPU = torch.device("cpu")
@@ -80,6 +80,31 @@ def test_each_image_is_shifted_with_its_edges_and_flipped(shift: int, flip: bool
     halves = [Shard(CPU, rank, 2) for rank in (0, 1)]
     parts = [augment(half.take(images), half, shift, flip, 1, "stream", 0) for half in halves]
     assert torch.equal(torch.cat(parts), result)
+
+
+@pytest.mark.parametrize("pad", [1, 2])
+def test_crops_are_those_of_padded_images_each_as_often_and_so_is_their_gradient(pad: int) -> None:
+    images = torch.rand(500, 2, 6, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    result = crops(images, pad, Shard(CPU), SEED, "synthesis", 3)
+    padded = F.pad(images, (pad,) * 4)
+    chosen, counts = [], torch.zeros(2 * pad + 1, 2 * pad + 1)
+    for image, found in zip(padded, result):
+        places = [(y, x) for y in range(2 * pad + 1) for x in range(2 * pad + 1)]
+        ((y, x),) = [(y, x) for y, x in places if torch.equal(image[:, y : y + 6, x : x + 5], found)]
+        counts[y, x] += 1
+        chosen.append(image[:, y : y + 6, x : x + 5])
+    expected = 500 / counts.numel()
+    assert (counts - expected).abs().max() < 4.5 * expected**0.5
+    weights = torch.rand(result.shape, generator=torch.Generator().manual_seed(1))
+    (wanted,) = torch.autograd.grad((torch.stack(chosen) * weights).sum(), images)
+    for _ in range(2):  # several teachers look at the same crops
+        (found,) = torch.autograd.grad((result * weights).sum(), images, retain_graph=True)
+        assert torch.equal(found, wanted)
+    halves = [Shard(CPU, rank, 2) for rank in (0, 1)]
+    parts = [crops(half.take(images), pad, half, SEED, "synthesis", 3) for half in halves]
+    assert torch.equal(torch.cat(parts), result)
+    assert not torch.equal(crops(images, pad, Shard(CPU), SEED, "synthesis", 4), result)
+    assert crops(images, 0, Shard(CPU), SEED) is images
 
 
 def test_jitter_rolls_the_whole_batch_by_every_offset_and_flips_half_the_time() -> None:

@@ -46,7 +46,7 @@ CORE: dict[str, set[str]] = {
         "teachers",
     },
     "export": {"classifier", "compress", "errors"},
-    "quality": {"errors", "evaluate", "losses", "norms", "runtime", "teachers"},
+    "quality": {"draws", "errors", "evaluate", "losses", "norms", "runtime", "teachers"},
     "verify": {"classifier", "compress", "errors", "export", "runtime"},
     "verdict": {"generators"},
     "checkpoints": {"errors", "runtime"},

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from dfkd import quality as Q
 from dfkd.data import RealImages, load_folder
+from dfkd.draws import crops
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, diversity
 from dfkd.judge import grid, slug
 from dfkd.losses import bn_l2
 from dfkd.models import build_model
 from dfkd.quality import quality
+from dfkd.runtime import Shard
 from dfkd.teachers import Teacher
 from generators import ConvGenerator, PoolGenerator, save_generator
 
@@ -77,11 +79,16 @@ def test_confidence_and_balance_by_hand(zoo: list[Teacher]) -> None:
 
 def test_batch_norm_losses_are_those_of_one_batch_of_everything(zoo: list[Teacher]) -> None:
     images, labels = varied(50)
+    plainly = quality(images, labels, zoo).figures["teachers"][zoo[0].name]
+    zoo[0].pad = 3  # its batch norms hold the statistics of crops; what it names are whole images
+    cropped = quality(images, labels, zoo).figures["teachers"][zoo[0].name]
+    assert [cropped[key] for key in ("accuracy", "confidence")] == [plainly[key] for key in ("accuracy", "confidence")]
+    assert abs(cropped["bn_l2"] / plainly["bn_l2"] - 1) > 1e-3
     for batch_size in (7, 16, 50):
         figures = quality(images, labels, zoo, batch_size=batch_size).figures
         for teacher in zoo:
             with teacher.tap() as seen:
-                teacher(images.float() / 255)
+                teacher(crops(images, teacher.pad, Shard(images.device), "quality").float() / 255)
             each = figures["teachers"][teacher.name]
             assert each["bn_l2"] == pytest.approx(bn_l2(seen.batch, seen.stored).item(), rel=1e-5)
             divergences = [

@@ -405,7 +405,7 @@ def test_three_channels_and_a_saved_teacher_folder(runs: Runs) -> None:
     save_model(runs.folder / "given", network, about)
     given = ["teachers.plain.enabled=false", "teachers.residual.enabled=false", "data.dataset=none", *SHORT]
     given += ["teachers.mine.model=dfkd:tiny_inverted", "teachers.mine.weights=given", "image.size=13", "classes=100"]
-    given += ["teachers.mine.kwargs={width: 4, depth: 1}", "image.channels=3"]
+    given += ["teachers.mine.kwargs={width: 4, depth: 1}", "teachers.mine.pad=2", "image.channels=3"]
     called = runs.run("colour", *given)
     assert (called.code, called.err) == (0, "")
 
