@@ -94,7 +94,7 @@ def zoo() -> list[Teacher]:
         nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
         for _ in range(2)
     ]
-    return [Teacher(model, name=str(k)) for k, model in enumerate(networks)]
+    return [Teacher(model, name=str(k), pad=2 * k) for k, model in enumerate(networks)]
 
 
 def training(shard: Shard, accelerator: Any) -> dict[str, Any]:
