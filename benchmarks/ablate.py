@@ -62,6 +62,7 @@ VARIANTS: dict[str, Keys] = {
     "one code a class": {"generator.prototypes": "1"},
     "32 codes a class": {"generator.prototypes": "32"},
     "norms of the class": {"generator.norms": "class"},
+    "teachers see images as drawn": {"synthesis.as_trained": "false"},
     "student batches not mixed": {"distill.mix": "0"},
     "all student batches mixed": {"distill.mix": "1"},
     "no shift": {"distill.shift": "0"},

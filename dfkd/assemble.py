@@ -17,6 +17,7 @@ from dfkd.classifier import Classifier
 from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
 from dfkd.data import RealImages, image_folder, load_images, opened
+from dfkd.draws import Moves
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
@@ -115,7 +116,10 @@ def load_recipe_zoo(
 ) -> list[Teacher]:
     """The enabled teachers, checked, on the device; those without weights are trained first, or with train=False left
     as they are built. Raises Paused where the deadline comes first."""
-    specs = {name: dataclasses.asdict(spec) for name, spec in recipe.zoo_specs.items()}
+    specs = {
+        name: {**dataclasses.asdict(spec), "moves": training_moves(recipe, spec)}
+        for name, spec in recipe.zoo_specs.items()
+    }
     for name, spec in recipe.zoo_specs.items():
         if train and not spec.weights:
             specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say, deadline))
@@ -132,6 +136,17 @@ def load_recipe_zoo(
     )
 
 
+def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:
+    """How a teacher's training moved images at random: as its spec says, as its folder says where it was trained here
+    before, or as `training` says where it is trained here."""
+    if spec.weights:
+        trained_here = not (spec.pad or spec.flip) and (Path(spec.weights) / "model.json").exists()
+        known = read_description(spec.weights).get("moves") if trained_here else None
+        return Moves(*known) if known else Moves(spec.pad, spec.flip, black=spec.pad > 0)
+    shift = spec.pad or round(recipe.training.shift * recipe.image.size)
+    return Moves(shift, spec.flip or recipe.training.flip, black=spec.pad > 0)
+
+
 def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
     """Where a teacher trained from real images is kept: its name, and a digest of all that it was trained from."""
     trained_from = {
@@ -139,8 +154,10 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
         "image": dataclasses.asdict(recipe.image),
         "classes": recipe.classes,
         "training": {k: v for k, v in dataclasses.asdict(recipe.training).items() if k != "cache"},
-        "teacher": {  # no pad: as before there was that key, so that teachers of then are found
-            k: v for k, v in dataclasses.asdict(spec).items() if k not in ("weight", "enabled") and (k != "pad" or v)
+        "teacher": {  # pad and flip are left out at rest, so that teachers cached before these keys keep their folder
+            key: value
+            for key, value in dataclasses.asdict(spec).items()
+            if key not in ("weight", "enabled") and (key not in ("pad", "flip") or value)
         },
         "seed": recipe.seed,
         "name": name,
@@ -195,9 +212,7 @@ def _train(
         batch_size=training.batch_size,
         lr=training.lr,
         weight_decay=training.weight_decay,
-        shift=training.shift,
-        pad=spec.pad,
-        flip=training.flip,
+        moves=training_moves(recipe, spec),
         seed=recipe.seed,
         device=device,
         bf16=resolve_precision(recipe.runtime.precision, device) == "bf16",
@@ -212,7 +227,11 @@ def _train(
         graphs=recorder(recipe.runtime.cuda_graphs, Shard(device, world=PartialState().num_processes)),
     )
     if finished:
-        about = {**describe(recipe, spec.model, spec.kwargs, classifier), "trained_on": opened()[-1]}
+        about = {
+            **describe(recipe, spec.model, spec.kwargs, classifier),
+            "moves": list(training_moves(recipe, spec)),
+            "trained_on": opened()[-1],
+        }
         save_model(folder, classifier.model, about)
         checkpoint.unlink(missing_ok=True)  # another run may have trained the same teacher
 
@@ -316,7 +335,10 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
         "arch": spec.arch,
         "conditional": spec.conditional,
         **{key: value for key, value in known.items() if key in GENERATORS[spec.arch].keys},
-        "teachers": {name: {"model": t.model, "weights": t.weights} for name, t in recipe.zoo_specs.items()},
+        "teachers": {
+            name: {"model": spec.model, "weights": spec.weights, "moves": list(training_moves(recipe, spec))}
+            for name, spec in recipe.zoo_specs.items()
+        },
         "seed": recipe.seed,
         "recipe": recipe.name,
     }

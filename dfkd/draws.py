@@ -1,10 +1,9 @@
 """What is random by position: labels, latents, and how images are moved; on any number of processes the same."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dfkd.runtime import Shard, rng, to_device
 
@@ -37,57 +36,41 @@ def draw_moves(shard: Shard, batch: int, *position: int | str) -> Tensor:
     return shard.take(torch.rand(batch * shard.world, 3, generator=rng("cpu", *position, "augment")))
 
 
-def augment(images: Tensor, shard: Shard, shift: int, flip: bool, *position: int | str) -> Tensor:
-    """Shift images [B, C, H, W] by up to `shift` pixels each way, edges repeated, and flip half of them if asked."""
-    if not shift and not flip:
+class Moves(NamedTuple):
+    """How images are moved at random: by up to `shift` pixels each way, what comes in being black or the edge repeated,
+    and half of them mirrored if `flip`."""
+
+    shift: int = 0
+    flip: bool = False
+    black: bool = False
+
+
+STILL = Moves()
+
+
+def augment(images: Tensor, shard: Shard, moves: Moves, *position: int | str) -> Tensor:
+    """Images [B, C, H, W], each moved at random; differentiable."""
+    if not (moves.shift or moves.flip):
         return images
-    return moved(images, to_device(draw_moves(shard, len(images), *position), images.device), shift, flip)
+    return moved(images, to_device(draw_moves(shard, len(images), *position), images.device), moves)
 
 
-def moved(images: Tensor, u: Tensor, shift: int, flip: bool) -> Tensor:
-    """Images [B, C, H, W] shifted down and across by what u [B, 3] says, and flipped where asked (see augment)."""
-    batch, _, height, width = images.shape
-    offset = (u[:, :2] * (2 * shift + 1)).floor().long() - shift
-    rows = (torch.arange(height, device=images.device) + offset[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) + offset[:, 1:]).clamp(0, width - 1)
-    if flip:
-        columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
-    each = torch.arange(batch, device=images.device)
-    return images.permute(0, 2, 3, 1)[each.view(-1, 1, 1), rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+def moved(images: Tensor, u: Tensor, moves: Moves) -> Tensor:
+    """Images [B, C, H, W], each moved as u [B, 3] in [0, 1) says; differentiable."""
+    rows, columns = (_taken(u[:, k], size, moves) for k, size in enumerate(images.shape[2:]))
+    if moves.flip:
+        columns = torch.where((u[:, 2] < 0.5).view(-1, 1, 1), columns.flip(1), columns)
+    # Products with a 1 in each row are exact; the gradient of an index takes five times as long, for it adds up.
+    with torch.autocast(images.device.type, enabled=False):
+        return rows.to(images.dtype).unsqueeze(1) @ images @ columns.to(images.dtype).unsqueeze(1).mT
 
 
-def crops(images: Tensor, pad: int, shard: Shard, *position: int | str) -> Tensor:
-    """A random crop of each of images [B, C, H, W], of its size, out of it with `pad` black pixels around: what
-    networks for CIFAR are mostly trained on (He et al. 2016, section 4.2)."""
-    if not pad:
-        return images
-    u = draw_moves(shard, len(images), *position, "crops")
-    return _Crops.apply(images, to_device((u[:, :2] * (2 * pad + 1)).floor().long() - pad, images.device))
-
-
-class _Crops(torch.autograd.Function):
-    """The gradient goes back the way the pixels came, by one read: torch's of an index adds up, for which it sorts."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, offset: Tensor) -> Tensor:
-        ctx.offset = offset
-        return _window(images, offset)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _window(grad, -ctx.offset), None
-
-
-def _window(images: Tensor, offset: Tensor) -> Tensor:
-    """What is seen of images [B, C, H, W] through windows that lie offset [B, 2] down and across; outside is black."""
-    batch, _, height, width = images.shape
-    rows = torch.arange(height, device=images.device) + offset[:, :1]
-    columns = torch.arange(width, device=images.device) + offset[:, 1:]
-    each = torch.arange(batch, device=images.device).view(-1, 1, 1)
-    there = (rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1))
-    outside = ((rows < 0) | (rows >= height)).unsqueeze(2) | ((columns < 0) | (columns >= width)).unsqueeze(1)
-    return images.permute(0, 2, 3, 1)[each, *there].masked_fill_(outside.unsqueeze(3), 0).permute(0, 3, 1, 2)
+def _taken(u: Tensor, size: int, moves: Moves) -> Tensor:
+    """Which of `size` lines each line of a moved image is, u [B] of them: bool [B, size, size], a row a line; none is
+    true where it is black."""
+    lines = torch.arange(size, device=u.device)
+    sources = lines + ((u * (2 * moves.shift + 1)).floor().long() - moves.shift).unsqueeze(1)
+    return (sources if moves.black else sources.clamp(0, size - 1)).unsqueeze(2) == lines
 
 
 def jitter(images: Tensor, pixels: int, flip: bool, *position: int | str) -> Tensor:

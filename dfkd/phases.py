@@ -94,6 +94,7 @@ def make_synthesizer(parts: Parts) -> Synthesizer:
         renew=synthesis.renew,
         latent_lr=synthesis.latent_lr,
         cosine=synthesis.cosine,
+        as_trained=synthesis.as_trained,
         jitter=synthesis.jitter,
         flip=synthesis.flip,
         coarse=synthesis.coarse,

@@ -14,7 +14,7 @@ from torch import Tensor
 from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
 from dfkd.cuda_graphs import DIRECT, Calls
-from dfkd.draws import augment, crops
+from dfkd.draws import STILL, Moves, augment
 from dfkd.runtime import Deadline, Shard, reseed, rng, to_float
 
 
@@ -34,9 +34,7 @@ def train_teacher(
     batch_size: int = 128,
     lr: float = 0.1,
     weight_decay: float = 5e-4,
-    shift: float = 0.125,
-    pad: int = 0,
-    flip: bool = False,
+    moves: Moves = STILL,
     seed: int = 0,
     device: torch.device | str = "cpu",
     bf16: bool = False,
@@ -46,8 +44,7 @@ def train_teacher(
     deadline: Deadline | None = None,
     graphs: Calls = DIRECT,
 ) -> bool:
-    """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, random shifts and flips; in place.
-    With pad, random crops of images with so many black pixels around them take the place of shifts.
+    """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, moved at random; in place.
 
     With a checkpoint (a file) it goes on from the epoch it was left at. Returns whether all epochs are done: False
     where the deadline would come before the next one's end; at least one is done.
@@ -67,7 +64,6 @@ def train_teacher(
     images, labels = images.to(device), labels.to(device)
     batch_size = min(batch_size, len(images))
     batches = len(images) // batch_size
-    shifts = 0 if pad else round(shift * images.shape[-1])
     first = 0
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -81,8 +77,7 @@ def train_teacher(
         for k, rows in enumerate(order[: batches * batch_size].view(batches, batch_size)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * one_cycle((epoch * batches + k) / (epochs * batches))
-            x = augment(to_float(images[rows]), shard, shifts, flip, seed, epoch, k)
-            x = crops(x, pad, shard, seed, epoch, k)
+            x = augment(to_float(images[rows]), shard, moves, seed, epoch, k)
             x = x.contiguous(memory_format=memory_format)
             (loss,) = graphs.learn(("teacher",), classifier, examined, x, labels[rows])
             optimizer.step()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.draws import crops
+from dfkd.draws import draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.evaluate import diversity, refuse_broken, wilson
 from dfkd.losses import bn_kl, bn_l2
@@ -31,7 +31,7 @@ class Quality(NamedTuple):
 
 class View(NamedTuple):
     """What a teacher makes of N images, on the CPU: logits [N, K], features [N, D] of a layer, and the moments [C] of
-    what its batch norms saw in all N, float64, beside the stored ones."""
+    what its batch norms saw in all N, moved as its training moved images, float64, beside the stored ones."""
 
     logits: Tensor
     features: Tensor
@@ -51,7 +51,8 @@ def quality(
 ) -> Quality:
     """Figures of images [N, C, H, W], uint8 or float in [0, 1], with labels int64 [N] in [0, K) or None.
 
-    `teachers`: by name what judgement() says; `accuracy`: over_teachers(); `class_balance` of the labels; `diversity`:
+    `teachers`: by name what judgement() says, and `moves`: the shift, flip and black of draws.Moves by which the images
+    were moved for its batch-norm figures; `accuracy`: over_teachers(); `class_balance` of the labels; `diversity`:
     of pixels and of the features of the teacher named `features` (the first where None) what distances() and
     evaluate.diversity() say, by class: by label, or where there is none by what that teacher sees;
     `exact_duplicates`, percent. Deterministic, no collective. Raises UserError where the images or labels will not do
@@ -60,7 +61,8 @@ def quality(
     name = features or zoo[0].name
     _check(images, labels, zoo, name)
     views = {teacher.name: look(teacher, images, batch_size) for teacher in zoo}
-    teachers = {each: judgement(view, labels, each) for each, view in views.items()}
+    moves = {teacher.name: list(teacher.moves) for teacher in zoo}
+    teachers = {each: {**judgement(view, labels, each), "moves": moves[each]} for each, view in views.items()}
     eyes = views[name]
     classes = eyes.logits.argmax(1) if labels is None else labels.cpu()
     pixels = to_float(images).cpu()
@@ -91,23 +93,23 @@ def _check(images: Tensor, labels: Tensor | None, zoo: Sequence[Teacher], featur
 
 
 def look(teacher: Teacher, images: Tensor, batch_size: int = 256) -> View:
-    """Show a teacher images [N, C, H, W], batch by batch, and again cropped as in its training where that is what its
-    batch norms hold the moments of. Its features are the input of its last linear layer, or its
-    logits where it has none."""
+    """Show a teacher images [N, C, H, W], batch by batch, and for the moments again, moved as in its training. Its
+    features are the input of its last linear layer, or its logits where it has none."""
     logits, features, moments = [], [], []
     counts: list[int] = []
     stored: list[Moments] = []
     layer = "logits"
     parts = math.ceil(len(images) / batch_size)  # even: one image alone may have no variance
-    cropped = crops(images, teacher.pad, Shard(images.device), "quality").tensor_split(parts)
-    for batch, trained_on in zip(images.tensor_split(parts), cropped):
+    draws = draw_moves(Shard(teacher.mean.device), len(images), "quality").tensor_split(parts)
+    for batch, u in zip(images.tensor_split(parts), draws):
+        shown = to_float(batch.to(teacher.mean.device))
         with teacher.tap() as seen, teacher.tap_features() as tapped:
-            logits.append(teacher(to_float(batch.to(teacher.mean.device))).cpu())
+            logits.append(teacher(shown).cpu())
         features.append(tapped[-1].cpu() if tapped else logits[-1])
         layer = "penultimate layer" if tapped else layer
-        if teacher.pad:
+        if any(teacher.moves):
             with teacher.tap() as seen:
-                teacher(to_float(trained_on.to(teacher.mean.device)))
+                teacher(moved(shown, u.to(shown.device), teacher.moves))
         moments.append([_double(each) for each in seen.batch])
         stored = [_double(each) for each in seen.stored]
         counts.append(len(batch))
@@ -134,8 +136,9 @@ def judgement(view: View, labels: Tensor | None, name: str) -> dict[str, Any]:
     """One teacher's figures: `accuracy` on the images' own labels with its Wilson 95 % `interval` (None without
     labels) and mean `confidence`, percent; `class_balance` of its predictions, 0 (one class) to 1 (all alike).
 
-    None without batch norms: `bn_l2`, MixMix eq. 2 over all images; `bn_kl`, its KL in nats, the mean over channels of
-    all layers: the similarity measure of The Knowledge Within (Haroush et al. 2020), section 3.2.
+    Of images moved as in training, None without batch norms: `bn_l2`, MixMix eq. 2 over all images; `bn_kl`, its KL in
+    nats, the mean over channels of all layers: the similarity measure of The Knowledge Within (Haroush et al. 2020),
+    section 3.2.
     """
     refuse_broken([~view.logits.isfinite().all(1)], f"teacher {name}'s")
     n, count = view.logits.shape

@@ -47,7 +47,7 @@ class TeacherTraining:
     lr: float = key(0.1, "peak learning rate of SGD with a one-cycle schedule", 0)
     weight_decay: float = key(5e-4, "weight decay", 0)
     shift: float = key(
-        0.125, "random shift, as a share of the image size, edges repeated; a teacher's `pad` instead", 0, 0.5
+        0.125, "random shift, as a share of the image size, edges repeated; ignored for a teacher with a pad", 0, 0.5
     )
     flip: bool = key(False, "random horizontal flip")
     cache: str = key("runs/teachers", "folder of the teachers trained here, found again by what they were trained from")
@@ -64,11 +64,12 @@ class TeacherSpec:
     input_size: int | None = key(None, "height and width the teacher takes, pixels; null: image.size", 4, 1024)
     pad: int = key(
         0,
-        "black pixels around an image before a random crop in its training (most CIFAR checkpoints: 4): its batch "
-        "norms hold the statistics of such crops, so it is shown the generator's images likewise; 0: none",
+        "black pixels (of image.size) put around an image before a random crop in its training: 4 for most CIFAR "
+        "checkpoints; 0: none, or where it is trained here training.shift",
         0,
         64,
     )
+    flip: bool = key(False, "its training mirrored images at random; trained here, also where training.flip")
     weight: float = key(1.0, "share of this teacher in the zoo's means", 0)
     enabled: bool = key(True, "false leaves an inherited teacher out of the zoo")
     kwargs: dict[str, Any] = key({}, "further arguments of the model, e.g. {width: 16}")
@@ -156,6 +157,9 @@ class Synthesis:
     renew: Literal["none", "first", "all"] = key("none", "inner above 1: layers drawn anew before each round")
     latent_lr: float = key(0.0, "inner above 1: learning rate of Adam on the latents (arch=pixels: the pixels)", 0)
     cosine: bool = key(False, "learning rates go to 0 as a cosine over a round, or without rounds over all steps")
+    as_trained: bool = key(
+        True, "teachers see the images moved at random as their training's were, whose statistics batch norms hold"
+    )
     jitter: int = key(0, "pixels by which the images are shifted at random before the teachers see them", 0, 64)
     flip: bool = key(False, "flip all images at random before the teachers see them")
     coarse: float = key(0.0, "share of a round in which the teachers see the images at half their size", 0, 1)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.utils import save_image
 
 from dfkd.cuda_graphs import DIRECT, Calls
-from dfkd.draws import draw_labels, draw_latents, draw_moves, moved
+from dfkd.draws import Moves, draw_labels, draw_latents, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.mixing import draw_mix, make_mix, partners, paste
 from dfkd.runtime import Shard, full_precision, rng, to_bytes, to_device, to_float
@@ -207,7 +207,7 @@ class SyntheticStream(IterableDataset):
         """Images of the source as they are streamed, and their targets; drawn are `_random_draws` of these names."""
         draws = dict(zip(names, drawn))
         if "moves" in draws:
-            images = moved(images, draws["moves"], round(self.shift * images.shape[-1]), self.flip)
+            images = moved(images, draws["moves"], Moves(round(self.shift * images.shape[-1]), self.flip))
         if "boxes" in draws:
             with torch.autocast(images.device.type, enabled=False):
                 images = paste(images, images[partners(len(images), images.device)], draws["boxes"])

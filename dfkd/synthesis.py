@@ -17,7 +17,7 @@ from dfkd import losses as L
 from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm
 from dfkd.contrast import Contrast
 from dfkd.cuda_graphs import DIRECT, Calls
-from dfkd.draws import crops, draw_labels, draw_latents, jitter
+from dfkd.draws import STILL, Moves, augment, draw_labels, draw_latents, jitter
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
@@ -48,6 +48,14 @@ RENEWED: dict[str, Callable[[ImageGenerator], list[nn.Module]]] = {
 def redraw_steps(steps: int, times: int) -> set[int]:
     """The steps at which the first layers are drawn anew: evenly over the first 80 % of training, never step 0."""
     return {round(0.8 * steps * k / times) for k in range(1, times + 1)} - {0} if times else set()
+
+
+def _gathering(x: Tensor) -> Tensor:
+    """x as a leaf, in which the gradients of several backwards gather: those that a graph gives are overwritten by the
+    next."""
+    leaf = x.detach().requires_grad_()
+    leaf.grad = torch.zeros_like(leaf)
+    return leaf
 
 
 class Synthesizer:
@@ -89,6 +97,7 @@ class Synthesizer:
         renew: str = "none",
         latent_lr: float = 0.0,
         cosine: bool = False,
+        as_trained: bool = True,
         jitter: int = 0,
         flip: bool = False,
         coarse: float = 0.0,
@@ -118,7 +127,7 @@ class Synthesizer:
         self.rise, self.fall = warmup * steps, fade * steps  # in steps
         self.pool, self.inner, self.renew, self.latent_lr = pool, inner, renew, latent_lr
         self.lr, self.betas, self.cosine = lr, (betas[0], betas[1]), cosine
-        self.jitter, self.flip, self.coarse = jitter, flip, coarse
+        self.as_trained, self.jitter, self.flip, self.coarse = as_trained, jitter, flip, coarse
         self.redraws = redraw_steps(steps, redraw)
         self.bn_start: dict[str, Tensor] = {}
         self.bn_last: dict[str, Tensor] = {}
@@ -186,8 +195,6 @@ class Synthesizer:
         images, *own = self.graphs.call(("generator",), self.generator, self._generated, latents, labels)
         extra = dict(zip((name for name in IMAGE_TERMS if name in self.weights), own))
         seen = jitter(images, self.jitter, self.flip, *position)
-        if k < self.coarse * self.inner:
-            seen = F.avg_pool2d(seen, 2)
         mixed = self._mix(seen, labels, position)
         leaf = mixed.images.detach().requires_grad_()
         terms = self._teacher_terms(mixed, leaf, step, k, position)
@@ -213,19 +220,22 @@ class Synthesizer:
         """Backward every teacher's loss into the mixed images, one teacher at a time: peak memory is that of one."""
         ramp = self._ramp(step)
         # Where the adversary is all that asks them anything, the teachers rest until its warm-up is over.
-        asked = any(name in self.weights for name in TEACHER_TERMS if name != "adversary" or ramp)
-        # Sums of their own: the gradients that a graph gives are overwritten by the next teacher's.
-        leaf.grad = torch.zeros_like(leaf) if asked else None
+        if not any(name in self.weights for name in TEACHER_TERMS if name != "adversary" or ramp):
+            return {}
         update = step * self.inner + k
         chosen, upcoming = (sample_teachers(self.zoo, self.sample, self.seed, u) for u in (update, update + 1))
         seen: dict[str, list[Tensor]] = {}
-        views = {pad: crops(leaf, pad, self.shard, *position) for pad in {teacher.pad for teacher in chosen}}
-        replies = {}
+        # A teacher sees the images as its training moved its own, and so does the student, which is compared with it.
+        ways = {teacher.name: self._moves(teacher) for teacher in chosen}
+        views = {moves: self._view(leaf, moves, k, position) for moves in ways.values()}
+        shown = {moves: _gathering(view) for moves, view in views.items()}
+        replies: dict[Moves, Tensor] = {}
         if ramp and self.student is not None:
-            replies = {pad: self._replied(self.student, view, pad) for pad, view in views.items()}
-        for teacher in in_turn(chosen, after=upcoming[0]) if asked else ():
-            given = [views[teacher.pad], mixed.labels, mixed.other, mixed.beta]
-            given += [replies[teacher.pad][1]] if replies else []
+            replies = {moves: self._replied(self.student, images, moves) for moves, images in shown.items()}
+        answers = {moves: _gathering(reply) for moves, reply in replies.items()}
+        for teacher in in_turn(chosen, after=upcoming[0]):
+            moves = ways[teacher.name]
+            given = [shown[moves], mixed.labels, mixed.other, mixed.beta, *([answers[moves]] if answers else [])]
             graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
             values = graphs.call(("teachers", teacher.name), None, partial(self._losses_of, teacher, position), *given)
             terms = dict(zip(self.named[teacher.name, len(given)], values))
@@ -237,8 +247,9 @@ class Synthesizer:
             (total / len(chosen)).backward()
             for name, value in terms.items():
                 seen.setdefault(name, []).append(value.detach())
-        for reply, reply_leaf in replies.values():
-            reply.backward(reply_leaf.grad)
+        for made, gathered in ((replies, answers), (views, shown)):
+            for moves in made:
+                made[moves].backward(gathered[moves].grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
 
     def _losses_of(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> tuple[Tensor, ...]:
@@ -250,12 +261,19 @@ class Synthesizer:
         self.named[teacher.name, len(given)] = list(terms)  # a graph knows their values alone
         return tuple(terms.values())
 
-    def _replied(self, student: nn.Module, images: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-        """The adversary's logits [B, K] of images that are so padded, and a leaf in which their gradients gather."""
-        (logits,) = self.graphs.call((f"adversary {pad}",), None, partial(self._reply, student), images)
-        leaf = logits.detach().requires_grad_()
-        leaf.grad = torch.zeros_like(leaf)
-        return logits, leaf
+    def _moves(self, teacher: Teacher) -> Moves:
+        """How a teacher is shown the images moved."""
+        return teacher.moves if self.as_trained else STILL
+
+    def _view(self, images: Tensor, moves: Moves, k: int, position: tuple[int | str, ...]) -> Tensor:
+        """Images [B, C, H, W] as teachers see them in update k of a round."""
+        images = augment(images, self.shard, moves, *position)
+        return F.avg_pool2d(images, 2) if k < self.coarse * self.inner else images
+
+    def _replied(self, student: nn.Module, images: Tensor, moves: Moves) -> Tensor:
+        """The adversary's logits [B, K] of images that are so moved. Graphs of other moves have memory of their own, as
+        all go forward before the first goes backward."""
+        return self.graphs.call((f"adversary of {moves}",), None, partial(self._reply, student), images)[0]
 
     def _reply(self, student: nn.Module, images: Tensor) -> tuple[Tensor]:
         """The adversary's logits [B, K], as those of a frozen network in eval mode."""
@@ -309,19 +327,20 @@ class Synthesizer:
         images = self._images(latents, labels)
         if self.contrast is not None:
             with self.autocast():
-                self.contrast.remember(self.zoo[0], images)
+                moves = self._moves(self.zoo[0])
+                self.contrast.remember(self.zoo[0], augment(images, self.shard, moves, self.seed, "bank"))
         if self.pool is not None:
             self.pool.push(all_gather(to_bytes(images)), all_gather(labels))
 
     @torch.no_grad()
     def _bn_losses(self, images: Tensor) -> dict[str, Tensor]:
-        """Each teacher's batch-norm loss on images, unmixed, cropped as in its training. At the start it is what the
+        """Each teacher's batch-norm loss on images, unmixed, as it is shown them. At the start it is what the
         loss is divided by from then on."""
         losses = {}
         for teacher in in_turn(self.zoo):
             # Twice in a run: not worth compiling, where the teachers are compiled.
             with torch.compiler.set_stance("force_eager"), teacher.tap() as statistics, self.autocast():
-                teacher(crops(images, teacher.pad, self.shard, self.seed, "statistics"))
+                teacher(augment(images, self.shard, self._moves(teacher), self.seed, "statistics"))
             losses[teacher.name] = L.BN_DISTANCES[self.manner.bn_distance](statistics.gather(), statistics.stored)
         return losses
 

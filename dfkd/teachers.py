@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.collectives import all_reduce_mean, global_moments
+from dfkd.draws import STILL, Moves
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.norms import Moments, frozen_norms
@@ -51,9 +52,8 @@ def map_layers(model: nn.Module) -> list[nn.Module]:
 class Teacher(Classifier):
     """A trained classifier, frozen: images [B, C, H, W] in [0, 1] -> logits [B, K] in float32.
 
-    Wraps any nn.Module; mean, std, input_size and pad (black pixels around an image before a random crop) are those it
-    was trained with, weight is its share in the zoo's means. Where it has a pager, its network comes to the device when
-    it is called.
+    Wraps any nn.Module; mean, std and input_size are those it was trained with, moves is how its training moved images
+    at random, weight its share in the zoo's means. Where it has a pager, its network comes to the device when called.
     """
 
     pager: Pager | None = None
@@ -66,11 +66,11 @@ class Teacher(Classifier):
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
         input_size: int | None = None,
-        pad: int = 0,
+        moves: Moves = STILL,
         weight: float = 1.0,
     ) -> None:
         super().__init__(model, name=f"teacher {name}", mean=mean, std=std, input_size=input_size)
-        self.name, self.pad, self.weight = name, pad, weight
+        self.name, self.moves, self.weight = name, moves, weight
         self.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -169,7 +169,7 @@ def load_zoo(
     trust_code: bool = False,
     memory_gb: float = 0.0,
 ) -> list[Teacher]:
-    """The teachers of `{name: {model, weights, mean, std, input_size, pad, weight, kwargs}}`, checked and frozen.
+    """The teachers of `{name: {model, weights, mean, std, input_size, moves, weight, kwargs}}`, checked and frozen.
 
     With memory_gb their networks are on the host, and on the device as many as so many GB (10^9 bytes) hold. Raises
     UserError for a model, checkpoint, class count or output that does not fit (see check_teacher), or where one of them
@@ -186,7 +186,7 @@ def load_zoo(
             kwargs=spec.get("kwargs"),
             trust_code=trust_code,
         )
-        options = {key: spec[key] for key in ("mean", "std", "input_size", "pad", "weight") if key in spec}
+        options = {key: spec[key] for key in ("mean", "std", "input_size", "moves", "weight") if key in spec}
         teacher = Teacher(model, name=name, **options)
         if channels_last:
             teacher.to(memory_format=torch.channels_last)

@@ -20,6 +20,7 @@ from dfkd.collectives import (
     mean_over_processes,
     sync_batchnorm,
 )
+from dfkd.draws import Moves
 from dfkd.losses import information, kd_l1
 from dfkd.mixing import make_mix
 from dfkd.norms import batch_moments
@@ -94,7 +95,7 @@ def zoo() -> list[Teacher]:
         nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
         for _ in range(2)
     ]
-    return [Teacher(model, name=str(k), pad=2 * k) for k, model in enumerate(networks)]
+    return [Teacher(model, name=str(k), moves=Moves(2 * k, flip=True)) for k, model in enumerate(networks)]
 
 
 def training(shard: Shard, accelerator: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """That the steps suit CUDA graphs, on any device, and what only a GPU can show."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
 from dfkd.cuda_graphs import DIRECT, Calls, Graphs, recorder
+from dfkd.draws import Moves
 from dfkd.mixing import make_mix
 from dfkd.models import build_model
 from dfkd.pretrain import train_teacher
@@ -42,9 +43,9 @@ class Trained:
         torch.manual_seed(0)
         shard = Shard(device)
         names = ("plain", "residual", "inverted")
-        pads = dict(zip(names, options.pop("pads", (0, 0, 0))))
+        moves = dict(zip(names, options.pop("moves", (Moves(),) * 3)))
         like: dict[str, Any] = {"kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]}
-        specs = {n: {"model": f"dfkd:tiny_{n}", "pad": pads[n], **like} for n in names}
+        specs = {n: {"model": f"dfkd:tiny_{n}", "moves": moves[n], **like} for n in names}
         zoo = load_zoo(specs, classes=10, channels=1, size=16, device=device, channels_last=True)
         self.generator = ConvGenerator(latent=16, classes=10, channels=1, size=16, width=8, prototypes=2).to(device)
         network = build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 4})
@@ -88,34 +89,43 @@ def assert_same(one: list[Tensor], other: list[Tensor]) -> None:
         assert torch.equal(mine, its)
 
 
+class Memory(NamedTuple):
+    """What calls that share memory leave in it: gradients, and how many forwards there were."""
+
+    kept: list[Tensor]
+    forwards: list[object]
+
+
 class Handed(torch.autograd.Function):
-    """Passes a gradient on in memory that it keeps a hold of."""
+    """Passes a gradient on in memory that it keeps a hold of; spoilt where another forward came before its backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kept: list[Tensor]) -> Tensor:
-        ctx.kept = kept
+    def forward(ctx: Any, x: Tensor, memory: Memory) -> Tensor:
+        ctx.memory, ctx.call = memory, len(memory.forwards)
         return x.detach()  # a view would give a lone channel other strides
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        ctx.kept.append(grad.clone())
-        return ctx.kept[-1].detach(), None
+        spoilt = len(ctx.memory.forwards) > ctx.call
+        ctx.memory.kept.append(grad.clone().fill_(torch.nan) if spoilt else grad.clone())
+        return ctx.memory.kept[-1].detach(), None
 
 
 class Overwriting(Calls):
-    """A graph's manners without a GPU: the first call's Python is that of all, and what gradients an input was given is
-    overwritten as soon as a call shares the memory."""
+    """A graph's manners without a GPU: the first call's Python is that of all; what gradients an input was given, and
+    what a forward left for its backward, is overwritten as soon as a call shares the memory."""
 
     def __init__(self) -> None:
         self.known: dict[Any, Any] = {}
-        self.kept: dict[str, list[Tensor]] = {}
+        self.memory: dict[str, Memory] = {}
 
     def call(self, key: tuple[str, ...], network: Any, function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        kept = self.kept.setdefault(key[0], [])
-        for gradient in kept:
+        memory = self.memory.setdefault(key[0], Memory([], []))
+        for gradient in memory.kept:
             gradient.fill_(torch.nan)
-        kept.clear()
-        return self._first(key, network, function, inputs)(*(Handed.apply(x, kept) for x in inputs))
+        memory.kept.clear()
+        memory.forwards.append(0)
+        return self._first(key, network, function, inputs)(*(Handed.apply(x, memory) for x in inputs))
 
     def learn(self, key: tuple[str, ...], network: Any, function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
         return super().learn(key, network, self._first(key, network, function, inputs), *inputs)
@@ -134,7 +144,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"learn_weights": True},
     {"penalise": True},
     {"jitter": 2, "flip": True},
-    {"pads": (0, 2, 4)},
+    {"moves": (Moves(), Moves(2, flip=True), Moves(4, black=True))},
 ]
 
 

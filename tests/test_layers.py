@@ -32,7 +32,7 @@ CORE: dict[str, set[str]] = {
     "paging": {"errors"},
     "cuda_graphs": {"runtime"},
     "draws": {"runtime"},
-    "teachers": {"classifier", "collectives", "errors", "models", "norms", "paging", "runtime"},
+    "teachers": {"classifier", "collectives", "draws", "errors", "models", "norms", "paging", "runtime"},
     "contrast": {"collectives", "losses", "runtime", "teachers"},
     "terms": {"collectives", "contrast", "errors", "generators", "losses", "mixing", "norms", "runtime", "teachers"},
     "synthesis": {

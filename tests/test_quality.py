@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dfkd import quality as Q
 from dfkd.data import RealImages, load_folder
-from dfkd.draws import crops
+from dfkd.draws import Moves, augment
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, diversity
 from dfkd.judge import grid, slug
@@ -80,7 +80,7 @@ def test_confidence_and_balance_by_hand(zoo: list[Teacher]) -> None:
 def test_batch_norm_losses_are_those_of_one_batch_of_everything(zoo: list[Teacher]) -> None:
     images, labels = varied(50)
     plainly = quality(images, labels, zoo).figures["teachers"][zoo[0].name]
-    zoo[0].pad = 3  # its batch norms hold the statistics of crops; what it names are whole images
+    zoo[0].moves = Moves(3, black=True)  # its batch norms hold the statistics of crops; what it names are whole images
     cropped = quality(images, labels, zoo).figures["teachers"][zoo[0].name]
     assert [cropped[key] for key in ("accuracy", "confidence")] == [plainly[key] for key in ("accuracy", "confidence")]
     assert abs(cropped["bn_l2"] / plainly["bn_l2"] - 1) > 1e-3
@@ -88,7 +88,7 @@ def test_batch_norm_losses_are_those_of_one_batch_of_everything(zoo: list[Teache
         figures = quality(images, labels, zoo, batch_size=batch_size).figures
         for teacher in zoo:
             with teacher.tap() as seen:
-                teacher(crops(images, teacher.pad, Shard(images.device), "quality").float() / 255)
+                teacher(augment(images.float() / 255, Shard(images.device), teacher.moves, "quality"))
             each = figures["teachers"][teacher.name]
             assert each["bn_l2"] == pytest.approx(bn_l2(seen.batch, seen.stored).item(), rel=1e-5)
             divergences = [

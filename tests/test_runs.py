@@ -408,6 +408,8 @@ def test_three_channels_and_a_saved_teacher_folder(runs: Runs) -> None:
     given += ["teachers.mine.kwargs={width: 4, depth: 1}", "teachers.mine.pad=2", "image.channels=3"]
     called = runs.run("colour", *given)
     assert (called.code, called.err) == (0, "")
+    about = json.loads((runs.folder / "colour/generator/generator.json").read_text())
+    assert about["teachers"]["mine"]["moves"] == [2, False, True]
 
 
 def test_the_module_is_the_same_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd import losses
-from dfkd.draws import draw_moves
+from dfkd.draws import Moves, draw_moves
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix
 from dfkd.runtime import Shard
@@ -31,6 +31,7 @@ MIXMIX = {"ce": 1.0, "bn": 0.5}
 IMAGE = {"diversity": 0.3, "tv": 0.7, "l2": 0.2, "smooth": 0.9}
 LIKENESS = {"likeness": 0.9}
 SPREAD = {"spread": 0.5}
+STILL, BLACK, EDGES = Moves(), Moves(2, True, black=True), Moves(3)
 DAFL = {"one_hot": 0.6, "activation": 0.4, "information": 0.8}
 
 
@@ -88,12 +89,15 @@ def look(teacher: Teacher, images: Tensor) -> tuple[Tensor, Tensor, list[tuple[T
     return logits, features[0], norms
 
 
-def cropped(images: Tensor, pad: int, *position: int | str) -> Tensor:
-    """Images as a teacher that was trained on crops of padded ones is shown them, by torch's own padding."""
-    places = (draw_moves(Shard(CPU), len(images), *position, "crops")[:, :2] * (2 * pad + 1)).long().tolist()
+def shown(images: Tensor, moves: Moves, *position: int | str) -> Tensor:
+    """Images moved as a teacher's training moved its own, by torch's own padding."""
+    draws = draw_moves(Shard(CPU), len(images), *position)
+    places = (draws[:, :2] * (2 * moves.shift + 1)).long().tolist()
     size = images.shape[-1]
-    padded = F.pad(images, (pad,) * 4)
-    return torch.stack([image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, places)])
+    padded = F.pad(images, (moves.shift,) * 4, mode="constant" if moves.black else "replicate")
+    crops = [image[:, y : y + size, x : x + size] for image, (y, x) in zip(padded, places)]
+    mirrored = [moves.flip and bool(u < 0.5) for u in draws[:, 2]]
+    return torch.stack([crop.flip(2) if flip else crop for crop, flip in zip(crops, mirrored)])
 
 
 def bn_distance(norms: list[tuple[Tensor, ...]], kind: str) -> Tensor:
@@ -148,11 +152,11 @@ def naive(
     position: tuple[int | str, ...] = (),
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Terms and generator gradients of one joint backward, straight from the formulas; box: Data Mixing's boxes;
-    position: that of the crops."""
+    position: that of the moves."""
     latents, labels = inputs
     images = generator(latents, labels).double()
     targets = F.one_hot(labels, generator.classes).double()
-    whole_view = images
+    whole = images
     if box is not None:
         rows, mixed_targets = [], []
         for k, (x, y, w, h) in enumerate(box.tolist()):
@@ -161,10 +165,10 @@ def naive(
             beta = w * h / (generator.size**2)
             rows.append(whole)
             mixed_targets.append((1 - beta) * targets[k] + beta * targets[k ^ 2])
-        whole_view, targets = torch.stack(rows), torch.stack(mixed_targets)
+        whole, targets = torch.stack(rows), torch.stack(mixed_targets)
     each: dict[str, list[Tensor]] = defaultdict(list)
     for teacher in asked:
-        mixed = cropped(whole_view, teacher.pad, *position)
+        mixed = shown(whole, teacher.moves, *position)
         logits, features, norms = look(teacher, mixed)
         p = logits.softmax(1)
         each["ce"].append(-(targets * logits.log_softmax(1)).sum(1).mean())
@@ -230,14 +234,14 @@ CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("pads", [(0, 0, 0), (2, 2, 2), (0, 2, 3)], ids=str)
+@pytest.mark.parametrize("moves", [(STILL,) * 3, (BLACK,) * 3, (STILL, BLACK, EDGES)], ids=("still", "alike", "unlike"))
 @pytest.mark.parametrize("case", CASES)
 def test_an_update_is_that_of_the_formulas(
-    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, case: str, pads: tuple[int, ...]
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, case: str, moves: tuple[Moves, ...]
 ) -> None:
     weights, options = CASES[case]
-    for teacher, pad in zip(zoo, pads):
-        teacher.pad = pad
+    for teacher, each in zip(zoo, moves):
+        teacher.moves = each
     adversary = student if "adversary" in weights else None
     synthesizer = build(make_generator(), zoo, weights, student=adversary, **options)
     before, seen = copy.deepcopy(synthesizer.generator), Seen(synthesizer)
@@ -256,15 +260,17 @@ def test_an_update_is_that_of_the_formulas(
 def test_teachers_are_equalised_by_their_loss_at_the_start(
     zoo: list[Teacher], make_generator: MakeGenerator, kind: str
 ) -> None:
-    zoo[1].pad = 2
+    zoo[1].moves = BLACK
     synthesizer = build(make_generator(), zoo, {"bn": 1.0}, equalise=True, bn_distance=kind)
     before, seen = copy.deepcopy(synthesizer.generator), Seen(synthesizer)
     first = synthesizer.step(0)
     images = before(*seen.inputs[0]).double()
-    views = [cropped(images, teacher.pad, 5, "statistics") for teacher in zoo]
+    views = [shown(images, teacher.moves, 5, "statistics") for teacher in zoo]
     start = {teacher.name: bn_distance(look(teacher, x)[2], kind).detach() for teacher, x in zip(zoo, views)}
     assert max(start.values()) > 1.2 * min(start.values())
-    assert float(first["bn"]) == pytest.approx(1, rel=0.1)  # other crops of the second
+    anew = [shown(images, teacher.moves, 5, "synthesis", 0) for teacher in zoo]  # the second's, moved otherwise
+    ratios = [bn_distance(look(teacher, x)[2], kind).item() / start[teacher.name] for teacher, x in zip(zoo, anew)]
+    assert float(first["bn"]) == pytest.approx(float(sum(ratios)) / 3, rel=1e-4)
     before, seen.asked = copy.deepcopy(synthesizer.generator), []
     terms = synthesizer.step(1)
     same_update(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dfkd.classifier import Classifier
+from dfkd.draws import Moves
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.pretrain import train_teacher
@@ -302,9 +303,16 @@ def test_a_zoo_is_built_from_its_description(tmp_path: Path) -> None:
         "mean": [0.4],
         "std": [0.3],
     }
-    residual = {"model": "dfkd:tiny_residual", "kwargs": {"width": 2}, "input_size": 16, "weight": 2.0, "pad": 3}
+    residual = {
+        "model": "dfkd:tiny_residual",
+        "kwargs": {"width": 2},
+        "input_size": 16,
+        "weight": 2.0,
+        "moves": Moves(3),
+    }
     zoo = load_zoo({"a": plain, "b": residual}, classes=4, channels=1, size=8)
-    assert [(t.name, t.weight, t.input_size, t.pad) for t in zoo] == [("a", 1.0, None, 0), ("b", 2.0, 16, 3)]
+    assert [(t.name, t.weight, t.input_size) for t in zoo] == [("a", 1.0, None), ("b", 2.0, 16)]
+    assert [t.moves for t in zoo] == [Moves(), Moves(3)]
     x = images()
     assert torch.allclose(zoo[0](x), trained.eval()((x - 0.4) / 0.3), atol=1e-5)
     assert zoo[1](x).shape == (6, 4)
@@ -312,21 +320,18 @@ def test_a_zoo_is_built_from_its_description(tmp_path: Path) -> None:
         load_zoo({"a": plain | {"model": "dfkd:tiny_plane"}}, classes=4, channels=1, size=8)
 
 
-@pytest.mark.parametrize("pad", [0, 2])
-def test_a_teacher_is_trained_on_shifted_images_or_on_crops_of_padded_ones(pad: int) -> None:
+@pytest.mark.parametrize("black", [False, True])
+def test_a_teacher_is_trained_on_shifted_images_or_on_crops_of_padded_ones(black: bool) -> None:
     seen: list[Tensor] = []
     classifier = Classifier(build_model("dfkd:tiny_plain", classes=2, channels=1, kwargs={"width": 2}))
     classifier.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     grey = torch.full((64, 1, 8, 8), 102, dtype=torch.uint8)
-    assert train_teacher(classifier, grey, torch.arange(64) % 2, epochs=2, batch_size=32, shift=0.25, pad=pad)
+    assert train_teacher(classifier, grey, torch.arange(64) % 2, epochs=2, batch_size=32, moves=Moves(2, black=black))
     shown = torch.cat(seen)
     assert shown.shape == (128, 1, 8, 8)
-    black = (shown == 0).flatten(1).sum(1)
-    if not pad:
-        assert not black.any()  # a shift repeats the edges
-        return
-    corners = {8 * 8 - (8 - down) * (8 - across) for down in range(pad + 1) for across in range(pad + 1)}
-    assert set(black.tolist()) == corners
+    found = (shown == 0).flatten(1).sum(1)
+    corners = {8 * 8 - (8 - down) * (8 - across) for down in range(3) for across in range(3)}
+    assert set(found.tolist()) == (corners if black else {0})
     assert torch.allclose(shown[shown != 0], torch.tensor(0.4))
 
 

@@ -1,0 +1,67 @@
+"""How a teacher's training moved images, from the recipe to the training and back from its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dfkd import assemble
+from dfkd.assemble import teacher_folder, trained_teacher, training_moves
+from dfkd.errors import Paused
+from dfkd.recipe import load_recipe
+from dfkd.schema import Recipe
+
+
+def load(*keys: str) -> Recipe:
+    """Digits, 16x16, with one teacher, whose training shifts by an eighth of the image unless it is a checkpoint."""
+    others = ("teachers.residual.enabled=false", "teachers.inverted.enabled=false", "zoo.sample=1")
+    return load_recipe(["recipe=digits", *others, *keys]).recipe
+
+
+WEIGHTS = "teachers.plain.weights=there"
+
+
+@pytest.mark.parametrize(
+    ("keys", "moves"),
+    [
+        ([], (2, False, False)),
+        (["training.shift=0.25", "training.flip=true"], (4, True, False)),
+        (["teachers.plain.flip=true"], (2, True, False)),
+        (["teachers.plain.pad=1", "training.flip=true"], (1, True, True)),
+        ([WEIGHTS], (0, False, False)),  # of a checkpoint nothing is known
+        ([WEIGHTS, "teachers.plain.pad=4"], (4, False, True)),
+        ([WEIGHTS, "teachers.plain.pad=4", "teachers.plain.flip=true"], (4, True, True)),
+        ([WEIGHTS, "training.shift=0.25", "training.flip=true"], (0, False, False)),
+    ],
+)
+def test_how_a_teachers_training_moved_images(keys: list[str], moves: tuple[int, bool, bool]) -> None:
+    recipe = load(*keys)
+    assert training_moves(recipe, recipe.zoo_specs["plain"]) == moves
+
+
+def test_a_teacher_is_trained_on_images_that_are_moved_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(assemble, "train_teacher", lambda *_, **keys: given.update(keys))  # and is not done
+    recipe = load("teachers.plain.pad=3", f"training.cache={tmp_path}")
+    with pytest.raises(Paused):
+        trained_teacher(recipe, "plain", recipe.zoo_specs["plain"], torch.device("cpu"), print)
+    assert given["moves"] == (3, False, True)
+
+
+def test_a_folder_says_how_the_teacher_in_it_was_trained_unless_the_recipe_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    about = {"model": "dfkd:tiny_plain", "kwargs": {}, "classes": 10, "channels": 1, "moves": [3, True, False]}
+    Path("there/model.json").write_text(json.dumps(about))
+    for keys, moves in (([WEIGHTS], (3, True, False)), ([WEIGHTS, "teachers.plain.pad=2"], (2, False, True))):
+        recipe = load(*keys)
+        assert training_moves(recipe, recipe.zoo_specs["plain"]) == moves
+
+
+def test_teachers_trained_otherwise_are_not_found_for_each_other() -> None:
+    recipes = [load(), load("teachers.plain.pad=2"), load("teachers.plain.flip=true")]
+    assert len({teacher_folder(recipe, "plain", recipe.zoo_specs["plain"]) for recipe in recipes}) == 3
