@@ -1,9 +1,10 @@
 """What is random by position: labels, latents, and how images are moved; on any number of processes the same."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dfkd.runtime import Shard, rng, to_device
 
@@ -57,20 +58,44 @@ def augment(images: Tensor, shard: Shard, moves: Moves, *position: int | str) ->
 
 def moved(images: Tensor, u: Tensor, moves: Moves) -> Tensor:
     """Images [B, C, H, W], each moved as u [B, 3] in [0, 1) says; differentiable."""
-    rows, columns = (_taken(u[:, k], size, moves) for k, size in enumerate(images.shape[2:]))
+    rows, columns = (_sources(u[:, k], size, moves) for k, size in enumerate(images.shape[2:]))
     if moves.flip:
-        columns = torch.where((u[:, 2] < 0.5).view(-1, 1, 1), columns.flip(1), columns)
-    # Products with a 1 in each row are exact; the gradient of an index takes five times as long, for it adds up.
-    with torch.autocast(images.device.type, enabled=False):
-        return rows.to(images.dtype).unsqueeze(1) @ images @ columns.to(images.dtype).unsqueeze(1).mT
+        columns = torch.where(u[:, 2:] < 0.5, columns.flip(1), columns)
+    return _Moved.apply(images, rows, columns, moves.black)
 
 
-def _taken(u: Tensor, size: int, moves: Moves) -> Tensor:
-    """Which of `size` lines each line of a moved image is, u [B] of them: bool [B, size, size], a row a line; none is
-    true where it is black."""
-    lines = torch.arange(size, device=u.device)
-    sources = lines + ((u * (2 * moves.shift + 1)).floor().long() - moves.shift).unsqueeze(1)
-    return (sources if moves.black else sources.clamp(0, size - 1)).unsqueeze(2) == lines
+def _sources(u: Tensor, size: int, moves: Moves) -> Tensor:
+    """Which of `size` lines each line of a moved image is, [B, size] of u [B]; -1: none, it is black."""
+    lines = torch.arange(size, device=u.device) + ((u * (2 * moves.shift + 1)).floor().long() - moves.shift).unsqueeze(
+        1
+    )
+    inside = lines.clamp(0, size - 1)
+    return torch.where(lines == inside, lines, -1) if moves.black else inside
+
+
+class _Moved(torch.autograd.Function):
+    """Pixels are taken by index, and gradients go back as products with a 1 a line: an index's own gradient adds up
+    what repeated edges share, takes five times as long on a CPU and sorts on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, rows: Tensor, columns: Tensor, black: bool) -> Tensor:
+        ctx.lines = rows, columns
+        each = torch.arange(len(images), device=images.device).view(-1, 1, 1)
+        there = (rows.clamp_min(0).unsqueeze(2), columns.clamp_min(0).unsqueeze(1))
+        taken = images.permute(0, 2, 3, 1)[each, *there]
+        if black:
+            taken.masked_fill_(((rows < 0).unsqueeze(2) | (columns < 0).unsqueeze(1)).unsqueeze(3), 0)
+        return taken.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        rows, columns = (
+            (lines.unsqueeze(2) == torch.arange(lines.shape[1], device=grad.device)).to(grad.dtype).unsqueeze(1)
+            for lines in ctx.lines
+        )
+        with torch.autocast(grad.device.type, enabled=False):
+            return rows.mT @ grad @ columns, None, None, None
 
 
 def jitter(images: Tensor, pixels: int, flip: bool, *position: int | str) -> Tensor:
