@@ -17,7 +17,7 @@ from dfkd.classifier import Classifier
 from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
 from dfkd.data import RealImages, image_folder, load_images, opened
-from dfkd.draws import Moves
+from dfkd.draws import STILL, Moves
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
@@ -137,14 +137,16 @@ def load_recipe_zoo(
 
 
 def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:
-    """How a teacher's training moved images at random: as its spec says, as its folder says where it was trained here
-    before, or as `training` says where it is trained here."""
-    if spec.weights:
-        trained_here = not (spec.pad or spec.flip) and (Path(spec.weights) / "model.json").exists()
-        known = read_description(spec.weights).get("moves") if trained_here else None
-        return Moves(*known) if known else Moves(spec.pad, spec.flip, black=spec.pad > 0)
-    shift = spec.pad or round(recipe.training.shift * recipe.image.size)
-    return Moves(shift, spec.flip or recipe.training.flip, black=spec.pad > 0)
+    """How a teacher's training moved images at random: as `training` says where it is trained here, as its folder says
+    where it was trained here before, not at all as far as is known of others; but as its spec says."""
+    moves = STILL
+    if not spec.weights:
+        moves = Moves(round(recipe.training.shift * recipe.image.size), recipe.training.flip)
+    elif (Path(spec.weights).expanduser() / "model.json").exists():
+        moves = Moves(*read_description(spec.weights).get("moves", STILL))
+    if spec.pad is not None:
+        moves = moves._replace(shift=spec.pad, black=spec.pad > 0)
+    return moves if spec.flip is None else moves._replace(flip=spec.flip)
 
 
 def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
@@ -154,11 +156,7 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
         "image": dataclasses.asdict(recipe.image),
         "classes": recipe.classes,
         "training": {k: v for k, v in dataclasses.asdict(recipe.training).items() if k != "cache"},
-        "teacher": {  # pad and flip are left out at rest, so that teachers cached before these keys keep their folder
-            key: value
-            for key, value in dataclasses.asdict(spec).items()
-            if key not in ("weight", "enabled") and (key not in ("pad", "flip") or value)
-        },
+        "teacher": {key: value for key, value in dataclasses.asdict(spec).items() if key not in ("weight", "enabled")},
         "seed": recipe.seed,
         "name": name,
         "channels_last": recipe.runtime.channels_last,
@@ -336,8 +334,8 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
         "conditional": spec.conditional,
         **{key: value for key, value in known.items() if key in GENERATORS[spec.arch].keys},
         "teachers": {
-            name: {"model": spec.model, "weights": spec.weights, "moves": list(training_moves(recipe, spec))}
-            for name, spec in recipe.zoo_specs.items()
+            name: {"model": teacher.model, "weights": teacher.weights, "moves": list(training_moves(recipe, teacher))}
+            for name, teacher in recipe.zoo_specs.items()
         },
         "seed": recipe.seed,
         "recipe": recipe.name,

@@ -30,7 +30,7 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
                 yield f"teachers.{name}.{key}={numbers}: image.channels={channels} needs as many, or []"
         if min(spec.std, default=1) <= 0:
             yield f"teachers.{name}.std={spec.std} is not allowed; it takes numbers above 0"
-        if spec.pad > (most := recipe.image.size // 2):
+        if (spec.pad or 0) > (most := recipe.image.size // 2):
             yield f"teachers.{name}.pad={spec.pad} is not allowed; it takes 0 to {most}, half of image.size"
         if not spec.weights and recipe.data.dataset == "none":
             yield f"teachers.{name}.weights is empty and data.dataset is none: nothing to train it on"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.draws import draw_moves, moved
+from dfkd.draws import STILL, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.evaluate import diversity, refuse_broken, wilson
 from dfkd.losses import bn_kl, bn_l2
@@ -107,7 +107,7 @@ def look(teacher: Teacher, images: Tensor, batch_size: int = 256) -> View:
             logits.append(teacher(shown).cpu())
         features.append(tapped[-1].cpu() if tapped else logits[-1])
         layer = "penultimate layer" if tapped else layer
-        if any(teacher.moves):
+        if seen.batch and teacher.moves != STILL:
             with teacher.tap() as seen:
                 teacher(moved(shown, u.to(shown.device), teacher.moves))
         moments.append([_double(each) for each in seen.batch])

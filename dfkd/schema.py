@@ -62,14 +62,14 @@ class TeacherSpec:
     mean: list[float] = key([], "per-channel mean the teacher was trained with; empty: zeros")
     std: list[float] = key([], "per-channel standard deviation it was trained with; empty: ones")
     input_size: int | None = key(None, "height and width the teacher takes, pixels; null: image.size", 4, 1024)
-    pad: int = key(
-        0,
+    pad: int | None = key(
+        None,
         "black pixels (of image.size) put around an image before a random crop in its training: 4 for most CIFAR "
-        "checkpoints; 0: none, or where it is trained here training.shift",
+        "checkpoints; null: none, where it is trained here training.shift, and of a folder as its model.json says",
         0,
         64,
     )
-    flip: bool = key(False, "its training mirrored images at random; trained here, also where training.flip")
+    flip: bool | None = key(None, "its training mirrored images at random; null: as for pad, with training.flip")
     weight: float = key(1.0, "share of this teacher in the zoo's means", 0)
     enabled: bool = key(True, "false leaves an inherited teacher out of the zoo")
     kwargs: dict[str, Any] = key({}, "further arguments of the model, e.g. {width: 16}")

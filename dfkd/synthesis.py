@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ class Synthesizer:
             self.last = self._backward(step, k, labels, latents)
             self._update(optimizers, latents)
         if self.pool is not None or self.contrast is not None:
-            self._keep(labels, latents)
+            self._keep(step, labels, latents)
         return self.last
 
     def _draw(self, step: int) -> tuple[Tensor, Tensor]:
@@ -226,30 +227,31 @@ class Synthesizer:
         chosen, upcoming = (sample_teachers(self.zoo, self.sample, self.seed, u) for u in (update, update + 1))
         seen: dict[str, list[Tensor]] = {}
         # A teacher sees the images as its training moved its own, and so does the student, which is compared with it.
-        ways = {teacher.name: self._moves(teacher) for teacher in chosen}
-        views = {moves: self._view(leaf, moves, k, position) for moves in ways.values()}
-        shown = {moves: _gathering(view) for moves, view in views.items()}
-        replies: dict[Moves, Tensor] = {}
-        if ramp and self.student is not None:
-            replies = {moves: self._replied(self.student, images, moves) for moves, images in shown.items()}
-        answers = {moves: _gathering(reply) for moves, reply in replies.items()}
-        for teacher in in_turn(chosen, after=upcoming[0]):
-            moves = ways[teacher.name]
-            given = [shown[moves], mixed.labels, mixed.other, mixed.beta, *([answers[moves]] if answers else [])]
-            graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
-            values = graphs.call(("teachers", teacher.name), None, partial(self._losses_of, teacher, position), *given)
-            terms = dict(zip(self.named[teacher.name, len(given)], values))
-            if "bn" in terms:
-                self.bn_last[teacher.name] = terms["bn"].detach()
-                start = self.bn_start.setdefault(teacher.name, terms["bn"].detach())
-                terms["bn"] = terms["bn"] / start if self.equalise else terms["bn"]
-            total = torch.stack([self._weigh(name, value, ramp) for name, value in terms.items()]).sum()
-            (total / len(chosen)).backward()
-            for name, value in terms.items():
-                seen.setdefault(name, []).append(value.detach())
-        for made, gathered in ((replies, answers), (views, shown)):
-            for moves in made:
-                made[moves].backward(gathered[moves].grad)
+        alike = sorted(chosen, key=self._moves)
+        for moves, teachers in groupby(in_turn(alike, after=upcoming[0]), key=self._moves):
+            view = self._view(leaf, moves, k, position)
+            shown = _gathering(view)
+            reply = answer = None
+            if ramp and self.student is not None:
+                (reply,) = self.graphs.call(("adversary",), None, partial(self._reply, self.student), shown)
+                answer = _gathering(reply)
+            given = [shown, mixed.labels, mixed.other, mixed.beta, *([answer] if answer is not None else [])]
+            for teacher in teachers:
+                graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
+                losses = partial(self._losses_of, teacher, position)
+                values = graphs.call(("teachers", teacher.name), None, losses, *given)
+                terms = dict(zip(self.named[teacher.name, len(given)], values))
+                if "bn" in terms:
+                    self.bn_last[teacher.name] = terms["bn"].detach()
+                    start = self.bn_start.setdefault(teacher.name, terms["bn"].detach())
+                    terms["bn"] = terms["bn"] / start if self.equalise else terms["bn"]
+                total = torch.stack([self._weigh(name, value, ramp) for name, value in terms.items()]).sum()
+                (total / len(chosen)).backward()
+                for name, value in terms.items():
+                    seen.setdefault(name, []).append(value.detach())
+            if reply is not None and answer is not None:
+                reply.backward(answer.grad)
+            view.backward(shown.grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
 
     def _losses_of(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> tuple[Tensor, ...]:
@@ -269,11 +271,6 @@ class Synthesizer:
         """Images [B, C, H, W] as teachers see them in update k of a round."""
         images = augment(images, self.shard, moves, *position)
         return F.avg_pool2d(images, 2) if k < self.coarse * self.inner else images
-
-    def _replied(self, student: nn.Module, images: Tensor, moves: Moves) -> Tensor:
-        """The adversary's logits [B, K] of images that are so moved. Graphs of other moves have memory of their own, as
-        all go forward before the first goes backward."""
-        return self.graphs.call((f"adversary of {moves}",), None, partial(self._reply, student), images)[0]
 
     def _reply(self, student: nn.Module, images: Tensor) -> tuple[Tensor]:
         """The adversary's logits [B, K], as those of a frozen network in eval mode."""
@@ -322,13 +319,13 @@ class Synthesizer:
             self.generator.project_(latents)
 
     @torch.no_grad()
-    def _keep(self, labels: Tensor, latents: Tensor) -> None:
+    def _keep(self, step: int, labels: Tensor, latents: Tensor) -> None:
         """Put the images of a round into the pool, and their features into the memory bank."""
         images = self._images(latents, labels)
         if self.contrast is not None:
             with self.autocast():
                 moves = self._moves(self.zoo[0])
-                self.contrast.remember(self.zoo[0], augment(images, self.shard, moves, self.seed, "bank"))
+                self.contrast.remember(self.zoo[0], augment(images, self.shard, moves, self.seed, "bank", step))
         if self.pool is not None:
             self.pool.push(all_gather(to_bytes(images)), all_gather(labels))
 

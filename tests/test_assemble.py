@@ -29,6 +29,7 @@ WEIGHTS = "teachers.plain.weights=there"
         ([], (2, False, False)),
         (["training.shift=0.25", "training.flip=true"], (4, True, False)),
         (["teachers.plain.flip=true"], (2, True, False)),
+        (["training.flip=true", "teachers.plain.flip=false"], (2, False, False)),
         (["teachers.plain.pad=1", "training.flip=true"], (1, True, True)),
         ([WEIGHTS], (0, False, False)),  # of a checkpoint nothing is known
         ([WEIGHTS, "teachers.plain.pad=4"], (4, False, True)),
@@ -57,8 +58,14 @@ def test_a_folder_says_how_the_teacher_in_it_was_trained_unless_the_recipe_does(
     Path("there").mkdir()
     about = {"model": "dfkd:tiny_plain", "kwargs": {}, "classes": 10, "channels": 1, "moves": [3, True, False]}
     Path("there/model.json").write_text(json.dumps(about))
-    for keys, moves in (([WEIGHTS], (3, True, False)), ([WEIGHTS, "teachers.plain.pad=2"], (2, False, True))):
-        recipe = load(*keys)
+    cases = {
+        (): (3, True, False),
+        ("teachers.plain.pad=2",): (2, True, True),
+        ("teachers.plain.pad=0",): (0, True, False),
+        ("teachers.plain.flip=false",): (3, False, False),
+    }
+    for keys, moves in cases.items():
+        recipe = load(WEIGHTS, *keys)
         assert training_moves(recipe, recipe.zoo_specs["plain"]) == moves
 
 

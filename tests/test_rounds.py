@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd import synthesis
-from dfkd.draws import draw_latents
+from dfkd.draws import Moves, augment, draw_latents
 from dfkd.errors import UserError
 from dfkd.runtime import Shard
 from dfkd.synthesis import ADAM_EPS, Synthesizer
@@ -279,13 +279,15 @@ def test_every_update_moves_images_anew_and_every_process_moves_them_alike(teach
 
 @pytest.mark.parametrize(("share", "half"), [(0.0, 0), (0.4, 3), (0.5, 3), (1.0, 6)])
 def test_the_first_share_of_a_round_is_seen_at_half_size(teacher: Teacher, share: float, half: int) -> None:
+    teacher.moves = Moves(1, flip=True)  # of pixels as they are: images move before they shrink
     shown = Shown(teacher)
     synthesizer = build(pixels(), teacher, {"ce": 1.0}, latent_lr=0.1, coarse=share)
     inputs = watched(synthesizer)
     synthesizer.step(0)
     assert [each.shape[-1] for each in shown.images] == [4] * half + [8] * (INNER - half)
-    for (latents, labels), seen in zip(inputs, shown.images):
-        images = synthesizer.generator(latents, labels)
+    for k, ((latents, labels), seen) in enumerate(zip(inputs, shown.images)):
+        position = (synthesizer.seed, "synthesis", 0, *([k] if k else []))
+        images = augment(synthesizer.generator(latents, labels), ALONE, teacher.moves, *position)
         blocks = images.reshape(BATCH, 1, 4, 2, 4, 2).mean((3, 5)) if seen.shape[-1] == 4 else images
         torch.testing.assert_close(seen, blocks, rtol=0, atol=1e-6)
 
@@ -381,6 +383,7 @@ def test_a_round_with_the_contrastive_term_fills_the_bank_with_what_it_made(
     teacher: Teacher, make_generator: MakeGenerator
 ) -> None:
     held = pool()
+    teacher.moves = Moves(1, flip=True)
     weights = INVERSION | {"contrastive": 0.8}
     synthesizer = build(make_generator(), teacher, weights, latent_lr=0.01, bank=12, pool=held, inner=2)
     assert synthesizer.contrast is not None
@@ -390,10 +393,12 @@ def test_a_round_with_the_contrastive_term_fills_the_bank_with_what_it_made(
     norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
     seen: list[Tensor] = []
     handles = [norm.register_forward_pre_hook(lambda m, x: seen.append(x[0].mean((2, 3)))) for norm in norms]
-    teacher(held.images[: 2 * BATCH].float() / 255)
+    for step, images in enumerate((held.images[: 2 * BATCH].float() / 255).split(BATCH)):
+        teacher(augment(images, ALONE, teacher.moves, synthesizer.seed, "bank", step))
     for handle in handles:
         handle.remove()
-    features = torch.cat(seen, 1)[-12:]
+    count = len(norms)
+    features = torch.cat([torch.cat(seen[:count], 1), torch.cat(seen[count:], 1)])[-12:]
     bank = synthesizer.contrast.bank.roll(-synthesizer.contrast.next, 0)
     torch.testing.assert_close(bank, features, rtol=0, atol=0.05)  # half a grey level off
     spread = features.std(0).mean()
