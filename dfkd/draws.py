@@ -51,7 +51,7 @@ STILL = Moves()
 
 def augment(images: Tensor, shard: Shard, moves: Moves, *position: int | str) -> Tensor:
     """Images [B, C, H, W], each moved at random; differentiable."""
-    if moves == STILL:
+    if not (moves.shift or moves.flip):
         return images
     return moved(images, to_device(draw_moves(shard, len(images), *position), images.device), moves)
 

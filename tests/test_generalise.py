@@ -12,6 +12,7 @@ from runs_fixture import Runs, reset_accelerate
 from torch import Tensor, nn
 
 from dfkd.assemble import load_recipe_zoo
+from dfkd.draws import augment
 from dfkd.recipe import load_recipe
 from dfkd.runtime import Shard
 from dfkd.stream import SyntheticStream
@@ -100,7 +101,8 @@ def test_a_study_of_five_sources(bench: ModuleType, drawn: ModuleType, runs: Run
         stream = SyntheticStream(made, batch_size=IMAGES, seed=0, shard=Shard(torch.device("cpu")))
         images, labels = stream.batch(0, HELD_OUT_EPOCH)
         for teacher in zoo:
-            loss, guesses = statistics_seen(teacher, images)
+            loss, _ = statistics_seen(teacher, augment(images, Shard(torch.device("cpu")), teacher.moves, "quality"))
+            _, guesses = statistics_seen(teacher, images)
             line = figure(lines, source, "images", teacher.name)
             assert line["held_out"] == (teacher.name == "inverted")
             np.testing.assert_allclose(line["bn_l2"], loss, rtol=1e-3)
