@@ -228,7 +228,8 @@ class Synthesizer:
         seen: dict[str, list[Tensor]] = {}
         # A teacher sees the images as its training moved its own, and so does the student, which is compared with it.
         alike = sorted(chosen, key=self._moves)
-        for moves, teachers in groupby(in_turn(alike, after=upcoming[0]), key=self._moves):
+        first = min(upcoming, key=self._moves)
+        for moves, teachers in groupby(in_turn(alike, after=first), key=self._moves):
             view = self._view(leaf, moves, k, position)
             shown = _gathering(view)
             reply = answer = None
