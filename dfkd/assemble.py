@@ -156,7 +156,7 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
         "image": dataclasses.asdict(recipe.image),
         "classes": recipe.classes,
         "training": {k: v for k, v in dataclasses.asdict(recipe.training).items() if k != "cache"},
-        "teacher": {key: value for key, value in dataclasses.asdict(spec).items() if key not in ("weight", "enabled")},
+        "teacher": {k: v for k, v in dataclasses.asdict(spec).items() if k not in ("weight", "enabled")},
         "seed": recipe.seed,
         "name": name,
         "channels_last": recipe.runtime.channels_last,
@@ -195,7 +195,7 @@ def _train(
     say: Say,
     deadline: Deadline | None,
 ) -> None:
-    training = recipe.training
+    training, moves = recipe.training, training_moves(recipe, spec)
     real = real_images(recipe, train=True, purpose="train teacher")
     say(f"teacher {name} ({spec.model}) has no checkpoint: training it on {len(real)} images of {real.source}")
     model = seeded(recipe, f"teacher {name}", lambda: build_network(recipe, spec))
@@ -210,7 +210,7 @@ def _train(
         batch_size=training.batch_size,
         lr=training.lr,
         weight_decay=training.weight_decay,
-        moves=training_moves(recipe, spec),
+        moves=moves,
         seed=recipe.seed,
         device=device,
         bf16=resolve_precision(recipe.runtime.precision, device) == "bf16",
@@ -227,7 +227,7 @@ def _train(
     if finished:
         about = {
             **describe(recipe, spec.model, spec.kwargs, classifier),
-            "moves": list(training_moves(recipe, spec)),
+            "moves": list(moves),
             "trained_on": opened()[-1],
         }
         save_model(folder, classifier.model, about)
@@ -318,6 +318,7 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
     if spec.arch not in TRAINABLE:
         raise UserError(f"generator.arch={spec.arch!r} is unknown; choose from {list(TRAINABLE)}")
     mean, std = pixel_statistics(zoo, recipe.image.channels)
+    specs = recipe.zoo_specs
     known = {
         "latent": spec.latent,
         "classes": recipe.classes,
@@ -334,8 +335,8 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
         "conditional": spec.conditional,
         **{key: value for key, value in known.items() if key in GENERATORS[spec.arch].keys},
         "teachers": {
-            name: {"model": teacher.model, "weights": teacher.weights, "moves": list(training_moves(recipe, teacher))}
-            for name, teacher in recipe.zoo_specs.items()
+            t.name: {"model": specs[t.name].model, "weights": specs[t.name].weights, "moves": list(t.moves)}
+            for t in zoo
         },
         "seed": recipe.seed,
         "recipe": recipe.name,

@@ -45,13 +45,18 @@ class Moves(NamedTuple):
     flip: bool = False
     black: bool = False
 
+    @property
+    def still(self) -> bool:
+        """Whether nothing moves."""
+        return not (self.shift or self.flip)
+
 
 STILL = Moves()
 
 
 def augment(images: Tensor, shard: Shard, moves: Moves, *position: int | str) -> Tensor:
     """Images [B, C, H, W], each moved at random; differentiable."""
-    if not (moves.shift or moves.flip):
+    if moves.still:
         return images
     return moved(images, to_device(draw_moves(shard, len(images), *position), images.device), moves)
 
@@ -66,9 +71,8 @@ def moved(images: Tensor, u: Tensor, moves: Moves) -> Tensor:
 
 def _sources(u: Tensor, size: int, moves: Moves) -> Tensor:
     """Which of `size` lines each line of a moved image is, [B, size] of u [B]; -1: none, it is black."""
-    lines = torch.arange(size, device=u.device) + ((u * (2 * moves.shift + 1)).floor().long() - moves.shift).unsqueeze(
-        1
-    )
+    offset = (u * (2 * moves.shift + 1)).floor().long() - moves.shift
+    lines = torch.arange(size, device=u.device) + offset.unsqueeze(1)
     inside = lines.clamp(0, size - 1)
     return torch.where(lines == inside, lines, -1) if moves.black else inside
 

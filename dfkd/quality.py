@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.draws import STILL, draw_moves, moved
+from dfkd.draws import draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.evaluate import diversity, refuse_broken, wilson
 from dfkd.losses import bn_kl, bn_l2
@@ -61,8 +61,7 @@ def quality(
     name = features or zoo[0].name
     _check(images, labels, zoo, name)
     views = {teacher.name: look(teacher, images, batch_size) for teacher in zoo}
-    moves = {teacher.name: list(teacher.moves) for teacher in zoo}
-    teachers = {each: {**judgement(view, labels, each), "moves": moves[each]} for each, view in views.items()}
+    teachers = {t.name: {**judgement(views[t.name], labels, t.name), "moves": list(t.moves)} for t in zoo}
     eyes = views[name]
     classes = eyes.logits.argmax(1) if labels is None else labels.cpu()
     pixels = to_float(images).cpu()
@@ -107,7 +106,7 @@ def look(teacher: Teacher, images: Tensor, batch_size: int = 256) -> View:
             logits.append(teacher(shown).cpu())
         features.append(tapped[-1].cpu() if tapped else logits[-1])
         layer = "penultimate layer" if tapped else layer
-        if seen.batch and teacher.moves != STILL:
+        if seen.batch and not teacher.moves.still:
             with teacher.tap() as seen:
                 teacher(moved(shown, u.to(shown.device), teacher.moves))
         moments.append([_double(each) for each in seen.batch])

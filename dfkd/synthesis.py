@@ -238,14 +238,7 @@ class Synthesizer:
                 answer = _gathering(reply)
             given = [shown, mixed.labels, mixed.other, mixed.beta, *([answer] if answer is not None else [])]
             for teacher in teachers:
-                graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
-                losses = partial(self._losses_of, teacher, position)
-                values = graphs.call(("teachers", teacher.name), None, losses, *given)
-                terms = dict(zip(self.named[teacher.name, len(given)], values))
-                if "bn" in terms:
-                    self.bn_last[teacher.name] = terms["bn"].detach()
-                    start = self.bn_start.setdefault(teacher.name, terms["bn"].detach())
-                    terms["bn"] = terms["bn"] / start if self.equalise else terms["bn"]
+                terms = self._terms_of(teacher, position, *given)
                 total = torch.stack([self._weigh(name, value, ramp) for name, value in terms.items()]).sum()
                 (total / len(chosen)).backward()
                 for name, value in terms.items():
@@ -254,6 +247,18 @@ class Synthesizer:
                 reply.backward(answer.grad)
             view.backward(shown.grad)
         return {name: torch.stack(values).mean() for name, values in seen.items()}
+
+    def _terms_of(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> dict[str, Tensor]:
+        """A teacher's terms by name, its batch-norm loss where equalised in units of its value at the start."""
+        graphs = DIRECT if self.contrast or teacher.pager else self.graphs  # these have memory that moves
+        losses = partial(self._losses_of, teacher, position)
+        values = graphs.call(("teachers", teacher.name), None, losses, *given)
+        terms = dict(zip(self.named[teacher.name, len(given)], values))
+        if "bn" in terms:
+            self.bn_last[teacher.name] = terms["bn"].detach()
+            start = self.bn_start.setdefault(teacher.name, terms["bn"].detach())
+            terms["bn"] = terms["bn"] / start if self.equalise else terms["bn"]
+        return terms
 
     def _losses_of(self, teacher: Teacher, position: tuple[int | str, ...], *given: Tensor) -> tuple[Tensor, ...]:
         """A teacher's terms of mixed images, their labels and shares, and the adversary's logits where it counts."""
