@@ -63,6 +63,7 @@ VARIANTS: dict[str, Keys] = {
     "32 codes a class": {"generator.prototypes": "32"},
     "norms of the class": {"generator.norms": "class"},
     "teachers see images as drawn": {"synthesis.as_trained": "false"},
+    "logits alone": {"distill.features": "0"},
     "student batches not mixed": {"distill.mix": "0"},
     "all student batches mixed": {"distill.mix": "1"},
     "no shift": {"distill.shift": "0"},

@@ -30,9 +30,9 @@ from dfkd.cuda_graphs import Outputs, recorder
 from dfkd.draws import draw_labels, draw_latents
 from dfkd.models import build_model
 from dfkd.runtime import Shard, autocast_of, eval_mode, frozen
-from dfkd.stream import SyntheticStream
+from dfkd.stream import SyntheticStream, feature_widths
 from dfkd.synthesis import Synthesizer
-from dfkd.teachers import Teacher, batch_norms, load_zoo, sample_teachers, zoo_logits
+from dfkd.teachers import Teacher, batch_norms, load_zoo, logits_and_features, sample_teachers
 from generators import ConvGenerator
 
 SAMPLE = 2  # m': teachers of a generator step
@@ -156,7 +156,7 @@ class Ours:
         calls = recorder(graphs, shard)
         options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True}
         options["autocast"] = autocast_of(accelerator)
-        stream = SyntheticStream(generator, teacher=zoo, graphs=calls, **case.stream, **options)
+        stream = SyntheticStream(generator, teacher=zoo, features=True, graphs=calls, **case.stream, **options)
         self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, graphs=calls)
         self.images = SyntheticStream(generator, batch_size=case.batch, graphs=recorder(graphs, shard), **options)
 
@@ -194,12 +194,13 @@ class AskedAgain:
     def __init__(self, stream: SyntheticStream, zoo: list[Teacher]) -> None:
         self.stream, self.zoo = stream, zoo
         self.seed, self.shard, self.replay = stream.seed, stream.shard, stream.replay
+        self.features = feature_widths(zoo)
 
     @torch.no_grad()
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Images and the zoo's logits."""
+        """Images and the zoo's logits and features."""
         images, _ = self.stream.batch(step)
-        return images, zoo_logits(self.zoo, images)
+        return images, logits_and_features(self.zoo, images)
 
 
 class Naive:

@@ -28,6 +28,12 @@ def _spare_slow_kernels(model: nn.Module) -> None:
             module.__class__ = _StridedDepthwise
 
 
+def head(network: nn.Module) -> nn.Linear | None:
+    """The last linear layer of a network, which makes logits of its features; None where there is none."""
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear else None
+
+
 class Classifier(nn.Module):
     """A network that takes images [B, C, H, W] in [0, 1] of any size and gives logits [B, K] in float32.
 

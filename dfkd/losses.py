@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfkd.collectives import all_reduce_mean
-from dfkd.norms import Moments
+from dfkd.collectives import all_reduce_mean, global_moments
+from dfkd.norms import Moments, batch_moments
 from dfkd.runtime import full_precision
 
 
@@ -135,6 +135,20 @@ def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         ours, theirs = full_precision(ours), full_precision(theirs)
         terms.append((ours - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12))
     return torch.stack(terms).mean()
+
+
+def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over features of the variance over the global batch of student - teacher / s, [B, D] both, s^2 being that of
+    the teacher's features themselves: 1 where the student is constant, 0 where it tells images apart as the teacher.
+
+    FitNets (Romero et al. 2015) eq. 3 of the penultimate layer. Centred, since after a ReLU what all images have in
+    common is larger than what tells them apart, and in units of the latter: both are ours.
+    """
+    teacher = full_precision(teacher)
+    ((_, variance),) = global_moments([batch_moments(teacher)])
+    rest = full_precision(student) - teacher / variance.mean().clamp_min(1e-6).sqrt()
+    ((_, unexplained),) = global_moments([batch_moments(rest)])
+    return unexplained.mean()
 
 
 def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

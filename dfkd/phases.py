@@ -1,7 +1,7 @@
 """The training phases of a run: which there are, and what takes part in each, from a recipe."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
-from dfkd.classifier import Classifier
+from dfkd.classifier import Classifier, head
 from dfkd.compress.fit import Fit, Hints, map_pairs
 from dfkd.cuda_graphs import recorder
 from dfkd.data import opened
@@ -19,7 +19,7 @@ from dfkd.evaluate import accuracy, agreement
 from dfkd.losses import attention
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
-from dfkd.runtime import Deadline, autocast_of, eval_mode
+from dfkd.runtime import Deadline, autocast_of, eval_mode, say
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
@@ -119,10 +119,11 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     control = None if source == "generator" else task_source(parts, source, parts.student)
     about = parts.student_about
     parts.student_about = {**about, "source": source, "opened": assemble.made_from(about) + opened()[before:]}
+    teachers = assemble.main_teachers(recipe, parts.zoo)
     stream = SyntheticStream(
         control or parts.generator,
         batch_size=distill.batch_size,
-        teacher=assemble.main_teachers(recipe, parts.zoo),
+        teacher=teachers,
         seed=recipe.seed,
         replay=distill.replay,
         fresh=distill.fresh,
@@ -133,6 +134,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
         autocast=autocast_of(parts.accelerator),
         channels_last=recipe.runtime.channels_last,
         graphs=graphs,
+        features=distill.features > 0 and have_features(recipe, [*teachers, parts.student]),
     )
     return Fit(
         parts.student,
@@ -145,9 +147,19 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
         temperature=distill.temperature,
         clip=distill.clip,
         hints=hints,
+        features=distill.features,
         accelerator=parts.accelerator,
         graphs=graphs,
     )
+
+
+def have_features(recipe: Recipe, networks: Sequence[Classifier]) -> bool:
+    """Whether all networks end in a linear layer, the input of which are the features that distill.features asks for;
+    where one does not, that is said."""
+    without = [each.name for each in networks if (last := head(each)) is None or last.out_features != recipe.classes]
+    if without:
+        say(f"{', '.join(without)}: no linear layer at the end, so the student learns logits alone (distill.features)")
+    return not without
 
 
 def attention_hints(recipe: Recipe, student: Classifier, teacher: Teacher) -> Hints | None:

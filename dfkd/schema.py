@@ -188,6 +188,9 @@ class Distill:
         "kl", "kl: Hinton et al. 2015 at `temperature`; l1: on standardised logits; mae: on logits as they are"
     )
     temperature: float = key(20.0, "temperature of kl", 0.1)
+    features: float = key(
+        3.0, "weight of the main teachers' features, what their last linear layers are given (logits alone: 0)", 0
+    )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
     replay: int = key(200, "batches kept of what the generator drew, with their logits; 0: fresh images only", 0)

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.utils import save_image
 
+from dfkd.classifier import head
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import Moves, draw_labels, draw_latents, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.mixing import draw_mix, make_mix, partners, paste
 from dfkd.runtime import Shard, full_precision, rng, to_bytes, to_device, to_float
-from dfkd.teachers import Teacher, zoo_logits
+from dfkd.teachers import Teacher, logits_and_features, zoo_logits
 from generators import ImageGenerator
 
 Source = Callable[[Shard, int, tuple[int | str, ...]], tuple[Tensor, Tensor]]
@@ -115,6 +116,7 @@ class SyntheticStream(IterableDataset):
     is not conditional they mean nothing). Batch b of epoch e depends on (seed, rank, e, b) alone, unless replay is on:
     then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8 bits, and stands first; the rest are
     images of the last `replay` batches as they were, with the targets they had, which costs neither network anything.
+    With `features` targets are [B, K + D]: behind the logits what the teachers' last linear layers are given, for Fit.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class SyntheticStream(IterableDataset):
         channels_last: bool = False,
         epoch: int = 0,
         graphs: Calls = DIRECT,
+        features: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
@@ -146,6 +149,7 @@ class SyntheticStream(IterableDataset):
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
+        self.features = feature_widths(self.teachers) if features else []
         self.replay = Replay(replay) if replay else None
         self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
         self.shift, self.flip, self.autocast = shift, flip, autocast
@@ -215,7 +219,18 @@ class SyntheticStream(IterableDataset):
             # As the ring keeps them, so that the targets are of these very images whenever they are drawn.
             images = to_bytes(images).to(images.dtype) / 255
         images = images.contiguous(memory_format=self.memory_format)
-        return images, zoo_logits(self.teachers, images) if self.teachers else labels
+        if not self.teachers:
+            return images, labels
+        return images, (logits_and_features if self.features else zoo_logits)(self.teachers, images)
+
+
+def feature_widths(teachers: Sequence[Teacher]) -> list[int]:
+    """How many features D each teacher has. Raises UserError where one has none, or there is no teacher."""
+    heads = [head(teacher) for teacher in teachers]
+    if not heads or None in heads:
+        without = ", ".join(t.name for t, last in zip(teachers, heads) if last is None) or "there is none"
+        raise UserError(f"features=True needs teachers that end in a linear layer: {without}; give features=False")
+    return [last.in_features for last in heads if last is not None]
 
 
 def default_shard(source: object) -> Shard:
@@ -271,7 +286,7 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     if folder is not None:
         for number in range(count):
             image, target = data[number]
-            label = int(target.argmax() if target.dim() else target)
+            label = int(target[: len(target) - sum(stream.features)].argmax() if target.dim() else target)
             path = Path(folder) / f"{label:05d}" / f"{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(image, path)

@@ -1,14 +1,14 @@
 """Frozen teachers with their own normalisation and input size, a scoped tap on their batch norms, and the zoo."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dfkd.classifier import Classifier
+from dfkd.classifier import Classifier, head
 from dfkd.collectives import all_reduce_mean, global_moments
 from dfkd.draws import STILL, Moves
 from dfkd.errors import UserError
@@ -104,9 +104,8 @@ class Teacher(Classifier):
         return tap_inputs(map_layers(self.model), lambda _, x: look(x) if x.dim() > 2 else None)
 
     def tap_features(self) -> AbstractContextManager[list[Tensor]]:
-        """Collect the features of the forwards in its scope: the input [B, D] of the last linear layer, if any."""
-        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)][-1:]
-        return tap_inputs(linear, lambda _, x: full_precision(x.flatten(1)))
+        """Collect the features of the forwards in its scope, see tap_features."""
+        return tap_features(self.model)
 
 
 @contextmanager
@@ -124,6 +123,12 @@ def tap_inputs(layers: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], 
     finally:
         for handle in handles:
             handle.remove()
+
+
+def tap_features(network: nn.Module) -> AbstractContextManager[list[Tensor]]:
+    """Collect the features of a network's forwards in its scope: the input [B, D] of its last linear layer, if any."""
+    last = head(network)
+    return tap_inputs([] if last is None else [last], lambda _, x: full_precision(x.flatten(1)))
 
 
 def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:
@@ -220,6 +225,14 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
     spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread
+
+
+def logits_and_features(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
+    """The zoo's mean logits, and behind them every teacher's features [B, K + D + ...], float32."""
+    with ExitStack() as stack:
+        features = [stack.enter_context(teacher.tap_features()) for teacher in zoo]
+        logits = zoo_logits(zoo, images)
+    return torch.cat([logits, *(each for seen in features for each in seen)], 1)
 
 
 def _logits(teacher: Teacher, images: Tensor) -> Tensor:

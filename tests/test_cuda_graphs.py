@@ -65,7 +65,9 @@ class Trained:
         )
         graphs = calls()
         own: dict[str, Any] = {"shard": shard, "graphs": graphs}
-        stream = SyntheticStream(self.generator, batch_size=32, teacher=zoo, replay=4, shift=0.1, mix=0.5, **own)
+        stream = SyntheticStream(
+            self.generator, batch_size=32, teacher=zoo, replay=4, shift=0.1, mix=0.5, features=True, **own
+        )
         self.fit = Fit(self.student, stream, steps=100, graphs=graphs)
         for part in (self.synthesizer, stream, self.fit):
             part.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)

@@ -78,6 +78,54 @@ def test_updates_are_those_of_torchs_sgd(make_stream: Callable[..., SyntheticStr
             assert torch.allclose(value.double(), wanted.double(), rtol=1e-4, atol=1e-6), (step, name)
 
 
+@pytest.mark.parametrize(("weight", "share"), [(3.0, 32 / 60), (0.5, 1.0)])
+def test_features_are_learned_through_a_linear_map_of_the_students(
+    make_stream: Callable[..., SyntheticStream], weight: float, share: float
+) -> None:
+    """Two updates against the same in float64, written with torch alone, of 32 features."""
+    teacher = build_model("dfkd:tiny_plain", classes=3, channels=1, kwargs={"width": 8, "depth": 1})
+    assert teacher.linear.in_features == 32
+    stream, student = make_stream(teacher=Teacher(teacher), features=True), network()
+    training = Fit(student, stream, steps=30, lr=0.05, weight_decay=0.01, warmup=0, features=weight)
+    twin, projector = copy.deepcopy(student).double(), copy.deepcopy(training.projector).double()
+    kernels = [twin[k].weight for k in (0, 3, 6)]
+    others = [twin[k].bias for k in (0, 3, 6)] + list(twin[1].parameters())
+    groups = [{"params": kernels, "weight_decay": 0.01}, {"params": others}]
+    groups.append({"params": list(projector.parameters()), "weight_decay": 0.01, "lr": 0.05 * share})
+    sgd = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    for step, factor in enumerate((1.0, (1 + math.cos(math.pi / 30)) / 2)):
+        images, targets = stream.batch(step)
+        logits, features = targets.double().split([3, 32], 1)
+        inner = twin[:6](images.double())
+        loss = written_out("kl", twin[6](inner), logits, 20.0)
+        spread = features.var(0, correction=0).mean().sqrt()
+        loss = loss + weight * (projector(inner) - features / spread).var(0, correction=0).mean()
+        terms = training.step(step)
+        assert float(terms["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
+        for group, rate in zip(sgd.param_groups, (0.05, 0.05, 0.05 * share)):
+            group["lr"] = rate * factor
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        for ours, wanted in ((student, twin), (training.projector, projector)):
+            for (name, value), right in zip(ours.state_dict().items(), wanted.state_dict().values()):
+                assert torch.allclose(value.double(), right.double(), rtol=1e-4, atol=1e-5), (step, name)
+
+
+def test_without_weight_features_change_nothing(make_stream: Callable[..., SyntheticStream]) -> None:
+    ends = [
+        fit(network(), make_stream(features=given), steps=3, features=0.0).state_dict().values() for given in (0, 1)
+    ]
+    assert all(torch.equal(one, other) for one, other in zip(*ends))
+
+
+def test_a_student_without_a_linear_layer_cannot_learn_features(make_stream: Callable[..., SyntheticStream]) -> None:
+    student = nn.Sequential(nn.Conv2d(1, 3, 8), nn.BatchNorm2d(3), nn.Flatten())
+    with pytest.raises(UserError, match="ends in a linear layer; give a stream with features=False"):
+        Fit(student, make_stream(features=True), steps=1)
+    fit(student, make_stream(), steps=1)
+
+
 def test_only_kernels_and_matrices_decay() -> None:
     model = network()
     model[6].bias.requires_grad_(False)
@@ -136,9 +184,12 @@ def test_a_student_trains_in_training_mode_and_the_teacher_stays(
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_run_taken_up_again_ends_bitwise_the_same(make_stream: Callable[..., SyntheticStream]) -> None:
+@pytest.mark.parametrize("features", [False, True])
+def test_a_run_taken_up_again_ends_bitwise_the_same(
+    make_stream: Callable[..., SyntheticStream], features: bool
+) -> None:
     def begin(seed: int) -> Fit:
-        return Fit(network(seed), make_stream(replay=3, shift=0.125), steps=9, warmup=0)
+        return Fit(network(seed), make_stream(replay=3, shift=0.125, features=features), steps=9, warmup=0)
 
     whole = begin(1)
     whole.run()
@@ -160,7 +211,7 @@ def test_frozen_weights_stay(make_stream: Callable[..., SyntheticStream]) -> Non
 
 
 def test_a_step_waits_for_no_value(make_stream: Callable[..., SyntheticStream], no_host_read: Any) -> None:
-    student, stream = network(), make_stream(replay=2, shift=0.125, flip=True, mix=1.0)
+    student, stream = network(), make_stream(replay=2, shift=0.125, flip=True, mix=1.0, features=True)
     training = Fit(student, stream, steps=5)
     drawn, targets = stream.batch(0)
     roots = [*student.parameters(), drawn, targets]

@@ -75,7 +75,15 @@ def training(
         shard=shard,
     )
     stream = SyntheticStream(
-        generator, batch_size=batch, teacher=teachers, replay=replay, shift=0.125, flip=True, mix=0.5, shard=shard
+        generator,
+        batch_size=batch,
+        teacher=teachers,
+        replay=replay,
+        shift=0.125,
+        flip=True,
+        mix=0.5,
+        shard=shard,
+        features=True,
     )
     fitting = Fit(student, stream, steps=STEPS, lr=student_lr, warmup=2, accelerator=accelerator)
     terms, gradients = [], {}

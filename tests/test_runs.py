@@ -275,6 +275,33 @@ def odd(classes, channels, hidden=6):
 '''
 
 
+CONVOLUTIONAL = """
+from torch import nn
+
+def pooled(classes, channels):
+    layers = nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, classes, 6)
+    return nn.Sequential(*layers, nn.Flatten())
+"""
+
+
+def test_a_student_learns_features_where_it_has_a_linear_layer(runs: Runs, no_data: tuple[str, ...]) -> None:
+    (runs.folder / "theirs.py").write_text(CONVOLUTIONAL)
+    model = ("student.model=python:theirs.py:pooled", "student.kwargs={}", "trust_code=true")
+    told = "student: no linear layer at the end, so the student learns logits alone (distill.features)"
+    for name, given, said in (
+        ("pooled", model, True),
+        ("asked for none", (*model, "distill.features=0"), False),
+        ("linear", (), False),
+    ):
+        called = runs.run(name, *no_data, *given)
+        assert (called.code, called.err) == (0, "")
+        assert (told in called.out) == said
+    # What is learned besides shows in the loss from the first update on.
+    runs.run("logits", *no_data, "distill.features=0")
+    losses = [next(x["loss"] for x in lines(runs.folder / n) if x["phase"] == "student") for n in ("linear", "logits")]
+    assert losses[0] > losses[1] + 0.5
+
+
 def image_folder(folder: Path, classes: int, each: int, size: int) -> None:
     for label in range(classes):
         (folder / f"kind-{label}").mkdir(parents=True)

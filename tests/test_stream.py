@@ -1,5 +1,6 @@
 """The stream: batches by position, replay, augmentation, controls, and its ways out to other tools."""
 
+import copy
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
@@ -25,7 +26,7 @@ from dfkd.stream import (
     from_noise,
     materialize,
 )
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, zoo_logits
 from generators import ConvGenerator, PoolGenerator
 
 CPU = Shard(torch.device("cpu"))
@@ -283,6 +284,41 @@ def test_targets_are_the_teachers_on_the_augmented_images(
 # --- controls ---
 
 
+def penultimate(teacher: Teacher, images: Tensor) -> Tensor:
+    """What a network is given before its last layer: its own forward, with that layer taken out."""
+    network = copy.deepcopy(teacher.model)
+    network.linear = nn.Identity()  # type: ignore[assignment]
+    return network((images - teacher.mean) / teacher.std)
+
+
+@pytest.mark.parametrize("replay", [0, 3])
+def test_features_stand_behind_the_logits(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher], replay: int
+) -> None:
+    zoo = [make_teacher("one", seed=1, mean=[0.4], std=[0.2]), make_teacher("two", "dfkd:tiny_residual", seed=2)]
+    stream = make_stream(teacher=zoo, replay=replay, fresh=0.25, shift=0.125, features=True)
+    widths = [teacher.model.linear.in_features for teacher in zoo]
+    assert stream.features == widths
+    for index in range(4):
+        images, targets = stream.batch(index)
+        logits, *features = targets.split([3, *widths], 1)
+        if not replay:  # the mean of a zoo depends on the batch
+            assert torch.allclose(logits, zoo_logits(zoo, images), atol=1e-5)
+        for teacher, seen in zip(zoo, features):
+            assert torch.allclose(seen, penultimate(teacher, images), atol=1e-5)
+            assert not seen.requires_grad
+
+
+def test_features_are_refused_where_a_teacher_has_none(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher]
+) -> None:
+    convolutional = Teacher(nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), name="pooled")
+    with pytest.raises(UserError, match="teachers that end in a linear layer: pooled; give features=False"):
+        make_stream(teacher=[make_teacher("one"), convolutional], features=True)
+    with pytest.raises(UserError, match="linear layer: there is none"):
+        make_stream(features=True)
+
+
 def test_noise_is_clamped_normal_with_balanced_labels() -> None:
     stream = SyntheticStream(from_noise(2, 5, 4, mean=0.4, std=0.05), batch_size=800, shard=CPU)
     images, labels = stream.batch(0)
@@ -386,13 +422,14 @@ def test_an_image_folder_reads_back_the_same_images_and_labels(
         assert (pixels - image).abs().max() <= 0.5 / 255 + 1e-6  # a grey image is read as three equal channels
 
 
+@pytest.mark.parametrize("features", [False, True])
 def test_an_image_folder_of_logits_goes_by_their_argmax(
-    make_stream: MakeStream, make_teacher: Callable[..., Teacher], tmp_path: Path
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher], tmp_path: Path, features: bool
 ) -> None:
-    data = materialize(make_stream(teacher=make_teacher()), 10, tmp_path)
-    for number, (_, logits) in enumerate(data):
+    data = materialize(make_stream(teacher=make_teacher(), features=features), 10, tmp_path)
+    for number, (_, targets) in enumerate(data):
         (path,) = tmp_path.rglob(f"{number:05d}.png")
-        assert int(path.parent.name) == int(logits.argmax())
+        assert int(path.parent.name) == int(targets[:3].argmax())
 
 
 def test_onnx_runtime_calibrates_on_a_stream(tmp_path: Path, make_generator: Callable) -> None:

@@ -11,14 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dfkd.classifier import head
 from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
-from dfkd.losses import STUDENT_LOSSES, hints
+from dfkd.losses import STUDENT_LOSSES, feature_error, hints
 from dfkd.norms import learning_norms
-from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
+from dfkd.runtime import Shard, autocast_of, eval_mode, reseed, rng
 from dfkd.stream import SyntheticStream
-from dfkd.teachers import Teacher, batch_norms
+from dfkd.teachers import Teacher, batch_norms, tap_features
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -43,6 +44,7 @@ class Batches:
 
     replay: None = None
     seed = 0
+    features: Sequence[int] = ()
 
     def __init__(self, images: Iterable[Any]) -> None:
         self.images = images
@@ -125,8 +127,22 @@ def hold_zeros(model: nn.Module) -> None:
             weight.register_hook(partial(torch.mul, kept))
 
 
+def make_projector(student: nn.Module, width: int, seed: int) -> nn.Linear:
+    """The linear map that is to find so many features of teachers in the student's, alike on every process. Raises
+    UserError where the student has no linear layer, whose input these would be."""
+    if (last := head(student)) is None:
+        raise UserError("a student learns features where it ends in a linear layer; give a stream with features=False")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(rng("cpu", seed, "projector").initial_seed())
+        return nn.Linear(last.in_features, width, bias=False).to(last.weight)
+
+
 class Fit:
-    """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits."""
+    """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits.
+
+    On a stream with features it also learns, with the weight `features`, what the teachers' heads are given, which a
+    linear map (dropped afterwards) is to find in what its own head is given.
+    """
 
     def __init__(
         self,
@@ -142,6 +158,7 @@ class Fit:
         hold_norms: bool = False,
         clip: float = 0.0,
         hints: Hints | None = None,
+        features: float = 3.0,
         accelerator: Accelerator | None = None,
         graphs: Calls = DIRECT,
     ) -> None:
@@ -158,7 +175,16 @@ class Fit:
         if loss not in STUDENT_LOSSES:
             raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
         self.loss = STUDENT_LOSSES[loss]
-        groups = no_decay_split(student, weight_decay)
+        groups, self.rates = no_decay_split(student, weight_decay), [lr, lr]
+        self.features, self.widths = features, stream.features if features else ()
+        self.learners = nn.ModuleList([student])
+        if self.widths:
+            self.projector = make_projector(student, sum(self.widths), stream.seed)
+            self.project = accelerator.prepare(self.projector) if accelerator else self.projector
+            self.learners.append(self.projector)
+            groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
+            # Its loss is then no steeper in its weights than KL is in those of a head of ten classes.
+            self.rates.append(lr * min(1.0, sum(self.widths) / (20 * features)))
         self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.autocast = autocast_of(accelerator)
 
@@ -168,10 +194,10 @@ class Fit:
         with wanted.watch_teacher() if wanted else nullcontext() as theirs:
             images, targets = self.stream.batch(step)
         reseed(images.device, self.stream.seed, "student", self.stream.shard.rank, step)  # the same after a resume
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * cosine(step, self.steps, self.warmup)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * cosine(step, self.steps, self.warmup)
         judged = partial(self._loss_and_agreement, theirs)
-        loss, agree = self.graphs.learn(("student",), self.student, judged, images, targets)
+        loss, agree = self.graphs.learn(("student",), self.learners, judged, images, targets)
         if self.clip:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
         self.optimizer.step()
@@ -183,9 +209,15 @@ class Fit:
         """The student's loss, and how often it names its teacher's class."""
         wanted = self.hints
         norms = learning_norms(self.student.modules())
-        with self.autocast(), norms, wanted.watch_student() if wanted else nullcontext() as ours:
+        tap = tap_features(self.student) if self.widths else nullcontext([])
+        with self.autocast(), norms, tap as features, wanted.watch_student() if wanted else nullcontext() as ours:
             logits = self.prepared(images)
+            guesses = self.project(features[0]).split(self.widths, 1) if self.widths else ()
+        targets, *behind = targets.split([logits.shape[1], *self.stream.features], 1)
         loss = self.loss(logits, targets, self.temperature)
+        if guesses:
+            errors = [feature_error(guess, its) for guess, its in zip(guesses, behind)]
+            loss = loss + self.features * torch.stack(errors).mean()
         if wanted is not None and ours is not None and theirs is not None:
             loss = loss + wanted.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
@@ -193,6 +225,8 @@ class Fit:
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs: the student, its optimiser, the stream's replay ring."""
         state: dict[str, Any] = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.widths:
+            state["projector"] = self.projector.state_dict()
         if self.stream.replay is not None:
             state["replay"] = self.stream.replay.state_dict()
         return state
@@ -201,6 +235,8 @@ class Fit:
         """Take up a state_dict."""
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.widths:
+            self.projector.load_state_dict(state["projector"])
         if self.stream.replay is not None:
             self.stream.replay.load_state_dict(state["replay"])
 
