@@ -1,11 +1,14 @@
-"""Networks for the tests of compression: untrained, with batch norms that differ by channel."""
+"""Networks for the tests of models and compression: untrained, with batch norms that differ by channel."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.teachers import batch_norms
 
@@ -60,3 +63,12 @@ def functional() -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         return vary(Functional())
+
+
+def error_line(function: Callable[..., object], *arguments: Any, **options: Any) -> str:
+    """The one line of the error that a call ends in."""
+    with pytest.raises(UserError) as caught:
+        function(*arguments, **options)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
