@@ -1,8 +1,7 @@
 """Training of the generator against the zoo: one update, or one round of them, is one `Synthesizer.step`."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -23,7 +22,8 @@ from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
-from dfkd.runtime import Shard, autocast_of, eval_mode, frozen, full_precision, rng, to_bytes
+from dfkd.renewal import RENEWED, draw_anew, redraw_steps
+from dfkd.runtime import Shard, autocast_of, eval_mode, frozen, full_precision, to_bytes
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
@@ -32,23 +32,6 @@ from generators import ImageGenerator, PixelGenerator, PoolGenerator
 # become a full step in a random direction, different on one process and on two.
 ADAM_EPS = 1e-6
 PENALISED = ("ce", "one_hot", "information")
-
-
-def every_layer(generator: ImageGenerator) -> list[nn.Module]:
-    """The layers of a generator that hold weights."""
-    return [module for module in generator.modules() if hasattr(module, "reset_parameters")]
-
-
-RENEWED: dict[str, Callable[[ImageGenerator], list[nn.Module]]] = {
-    "none": lambda generator: [],
-    "first": lambda generator: generator.first_layers(),
-    "all": every_layer,
-}
-
-
-def redraw_steps(steps: int, times: int) -> set[int]:
-    """The steps at which the first layers are drawn anew: evenly over the first 80 % of training, never step 0."""
-    return {round(0.8 * steps * k / times) for k in range(1, times + 1)} - {0} if times else set()
 
 
 def _gathering(x: Tensor) -> Tensor:
@@ -352,15 +335,10 @@ class Synthesizer:
         others, while the other layers keep what they learned (FastDFKD, Fang et al. 2022, section 3.3)."""
         modules = self.generator.first_layers() if step in self.redraws else []
         modules = (RENEWED[self.renew](self.generator) if step and self.renew != "none" else []) or modules
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(rng("cpu", self.seed, "redraw", step).initial_seed())
-            for module in modules:
-                fresh = deepcopy(module).cpu()  # so that the numbers are the same on every device
-                fresh.reset_parameters()  # type: ignore[operator]
-                module.load_state_dict(fresh.state_dict())  # in place: a CUDA graph reads this memory
-                for parameter in module.parameters():
-                    if self.optimizer is not None:
-                        self.optimizer.state.pop(parameter, None)
+        draw_anew(modules, self.seed, "redraw", step)
+        for parameter in (p for module in modules for p in module.parameters()):
+            if self.optimizer is not None:
+                self.optimizer.state.pop(parameter, None)
 
     @torch.no_grad()
     def settle(self, batches: int = 50) -> ImageGenerator:

@@ -17,8 +17,9 @@ from dfkd import losses
 from dfkd.draws import Moves, draw_moves
 from dfkd.errors import UserError
 from dfkd.mixing import make_mix
+from dfkd.renewal import redraw_steps
 from dfkd.runtime import Shard
-from dfkd.synthesis import Synthesizer, redraw_steps
+from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, map_layers
 from dfkd.terms import LOSSES
 from generators import ConvGenerator, PixelGenerator

@@ -17,7 +17,8 @@ from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, feature_error, hints
 from dfkd.norms import learning_norms
-from dfkd.runtime import Shard, autocast_of, eval_mode, reseed, rng
+from dfkd.renewal import draw_anew
+from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
 from dfkd.stream import SyntheticStream
 from dfkd.teachers import Teacher, batch_norms, tap_features
 
@@ -132,9 +133,9 @@ def make_projector(student: nn.Module, width: int, seed: int) -> nn.Linear:
     UserError where the student has no linear layer, whose input these would be."""
     if (last := head(student)) is None:
         raise UserError("a student learns features where it ends in a linear layer; give a stream with features=False")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(rng("cpu", seed, "projector").initial_seed())
-        return nn.Linear(last.in_features, width, bias=False).to(last.weight)
+    projector = nn.utils.skip_init(nn.Linear, last.in_features, width, bias=False).to(last.weight)
+    draw_anew([projector], seed, "projector")
+    return projector
 
 
 class Fit:

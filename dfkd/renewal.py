@@ -1,0 +1,37 @@
+"""Layers of a generator that are drawn anew while it trains: which, when, and how."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+
+import torch
+from torch import nn
+
+from dfkd.runtime import rng
+from generators import ImageGenerator
+
+
+def every_layer(generator: ImageGenerator) -> list[nn.Module]:
+    """The layers of a generator that hold weights."""
+    return [module for module in generator.modules() if hasattr(module, "reset_parameters")]
+
+
+RENEWED: dict[str, Callable[[ImageGenerator], list[nn.Module]]] = {
+    "none": lambda generator: [],
+    "first": lambda generator: generator.first_layers(),
+    "all": every_layer,
+}
+
+
+def redraw_steps(steps: int, times: int) -> set[int]:
+    """The steps at which the first layers are drawn anew: evenly over the first 80 % of training, never step 0."""
+    return {round(0.8 * steps * k / times) for k in range(1, times + 1)} - {0} if times else set()
+
+
+def draw_anew(modules: Iterable[nn.Module], *position: int | str) -> None:
+    """Give layers that can reset their parameters new ones, by position: the same on every device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(rng("cpu", *position).initial_seed())
+        for module in modules:
+            fresh = deepcopy(module).cpu()
+            fresh.reset_parameters()  # type: ignore[operator]
+            module.load_state_dict(fresh.state_dict())  # in place: a CUDA graph reads this memory
