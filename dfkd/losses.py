@@ -137,18 +137,21 @@ def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over features of the variance over the global batch of student - teacher / s, [B, D] both, s^2 being that of
-    the teacher's features themselves: 1 where the student is constant, 0 where it tells images apart as the teacher.
+def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean over teachers and features of the variance over the global batch of student - teacher / s, [B, D] both, s^2
+    being that of a teacher's features: 1 where the student is constant, 0 where it tells images apart as the teacher.
 
     FitNets (Romero et al. 2015) eq. 3 of the penultimate layer. Centred, since after a ReLU what all images have in
     common is larger than what tells them apart, and in units of the latter: both are ours.
     """
-    teacher = full_precision(teacher)
-    ((_, variance),) = global_moments([batch_moments(teacher)])
-    rest = full_precision(student) - teacher / variance.mean().clamp_min(1e-6).sqrt()
-    ((_, unexplained),) = global_moments([batch_moments(rest)])
-    return unexplained.mean()
+    wanted = [full_precision(theirs) for theirs in teacher]
+    spreads = [variance.mean().clamp_min(1e-6).sqrt() for _, variance in _moments_of(wanted)]
+    rest = [full_precision(ours) - theirs / s for ours, theirs, s in zip(student, wanted, spreads)]
+    return torch.stack([variance.mean() for _, variance in _moments_of(rest)]).mean()
+
+
+def _moments_of(features: Sequence[Tensor]) -> list[Moments]:
+    return global_moments([batch_moments(each) for each in features])
 
 
 def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

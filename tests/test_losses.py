@@ -209,19 +209,22 @@ def test_hints_have_a_finite_gradient_where_the_teacher_is_silent() -> None:
 
 
 def test_a_feature_error_is_in_units_of_the_teachers_spread_between_images() -> None:
-    student, teacher = draw(BATCH, 5, seed=1), 3 + 0.2 * draw(BATCH, 5, seed=2)
-    rows, own = teacher.numpy(), student.numpy()
-    spread = math.sqrt(((rows - rows.mean(0)) ** 2).mean())
-    rest = own - rows / spread
-    wanted = ((rest - rest.mean(0)) ** 2).mean()
-    close(L.feature_error(student, teacher), wanted)
-    close(L.feature_error(student + 7, 1000 * teacher - 5), wanted)
-    close(L.feature_error(torch.ones_like(student), teacher), 1)
-    assert float(L.feature_error(teacher / spread, teacher)) == pytest.approx(0, abs=1e-12)
+    student = [draw(BATCH, width, seed=width) for width in (5, 2)]
+    teacher = [3 + 0.2 * draw(BATCH, 5, seed=1), 100 * draw(BATCH, 2, seed=2)]
+    errors, spreads = [], []
+    for own, rows in ((x.numpy(), y.numpy()) for x, y in zip(student, teacher)):
+        spreads.append(math.sqrt(((rows - rows.mean(0)) ** 2).mean()))
+        rest = own - rows / spreads[-1]
+        errors.append(((rest - rest.mean(0)) ** 2).mean())
+    close(L.feature_error(student, teacher), sum(errors) / 2)
+    close(L.feature_error([x + 7 for x in student], [1000 * x - 5 for x in teacher]), sum(errors) / 2)
+    close(L.feature_error([torch.ones_like(x) for x in student], teacher), 1)
+    same = [x / spread for x, spread in zip(teacher, spreads)]
+    assert float(L.feature_error(same, teacher)) == pytest.approx(0, abs=1e-12)
     constant = torch.zeros(BATCH, 5, dtype=torch.float64)  # a teacher that tells no images apart
-    assert L.feature_error(student, constant).isfinite()
+    assert L.feature_error(student[:1], [constant]).isfinite()
     half = torch.full((2, 3), 300.0, dtype=torch.float16)  # whose square is infinite in float16
-    assert L.feature_error(half, half * torch.tensor([[1.0], [0.5]], dtype=torch.float16)).isfinite()
+    assert L.feature_error([half], [half * torch.tensor([[1.0], [0.5]], dtype=torch.float16)]).isfinite()
 
 
 def attended(maps: Tensor) -> np.ndarray:
@@ -479,7 +482,7 @@ GRADIENTS = {
     "bn_square": lambda x, y: L.bn_square([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
     "kd_mae": lambda x, y: L.kd_mae(x, y),
     "js": lambda x, y: L.js(x, y),
-    "feature_error": lambda x, y: L.feature_error(x, y),
+    "feature_error": lambda x, y: L.feature_error([x, x[:, :2].exp()], [y, y[:, 1:3]]),
     "attention": lambda x, y: L.attention([x.view(2, 3, 1, CLASSES)], [y.view(2, 3, 1, CLASSES)]),
     "masked_divergence": lambda x, y: L.masked_divergence(x, y + draw(BATCH, CLASSES, seed=1), "js"),
     "smooth": lambda x, y: L.smooth(x.view(1, 1, BATCH, CLASSES)),

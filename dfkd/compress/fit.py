@@ -217,8 +217,7 @@ class Fit:
         targets, *behind = targets.split([logits.shape[1], *self.stream.features], 1)
         loss = self.loss(logits, targets, self.temperature)
         if guesses:
-            errors = [feature_error(guess, its) for guess, its in zip(guesses, behind)]
-            loss = loss + self.features * torch.stack(errors).mean()
+            loss = loss + self.features * feature_error(guesses, behind)
         if wanted is not None and ours is not None and theirs is not None:
             loss = loss + wanted.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
