@@ -192,15 +192,14 @@ class AskedAgain:
     """A stream whose teachers are asked about every image of a batch, replayed or not."""
 
     def __init__(self, stream: SyntheticStream, zoo: list[Teacher]) -> None:
-        self.stream, self.zoo = stream, zoo
+        self.stream, self.teachers, self.widths = stream, zoo, feature_widths(zoo)
         self.seed, self.shard, self.replay = stream.seed, stream.shard, stream.replay
-        self.features = feature_widths(zoo)
 
     @torch.no_grad()
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Images and the zoo's logits and features."""
         images, _ = self.stream.batch(step)
-        return images, logits_and_features(self.zoo, images)
+        return images, logits_and_features(self.teachers, images)
 
 
 class Naive:

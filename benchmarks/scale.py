@@ -61,13 +61,16 @@ def main() -> None:
         f"{given.case}: {shard.world} process(es) on {shard.device}, {torch.get_num_threads()} thread(s) each, "
         f"{resolve_precision(given.precision, shard.device)}, batch {case.batch} each, seed 0"
     )
-    for kind, network in (("generator", ours.networks.generator), ("student", ours.networks.student)):
+    learners: dict[str, list[nn.Module]] = {"generator": [ours.networks.generator]}
+    learners["student"] = list(ours.fit.learners)  # each a DDP of its own
+    for kind, networks in learners.items():
         call, seconds = getattr(ours, f"{kind}_step"), []
         for step in range(WARMUP + given.repeats):
             accelerator.wait_for_everyone()
             with Counted() as seen:
                 seconds.append(seconds_of(call, step, shard.device))
-        messages, size = gradients(network) if shard.world > 1 else (0, 0)
+        sent = [gradients(network) for network in networks] if shard.world > 1 else []
+        messages, size = sum(count for count, _ in sent), sum(each for _, each in sent)
         taken = median(seconds[WARMUP:])
         say(
             f"  {kind}: {shard.world * case.batch / taken:,.0f} images/s, {1000 * taken:.1f} ms; messages: "

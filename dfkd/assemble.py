@@ -255,7 +255,7 @@ def made_from(about: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:
-    """The teachers whose logits the student learns: `zoo.main` alone, or all."""
+    """The teachers that the student learns: `zoo.main` alone, or all."""
     return [teacher for teacher in zoo if recipe.zoo.main in (None, teacher.name)]
 
 

@@ -7,11 +7,12 @@ from torch import nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
-from dfkd.phases import plans
+from dfkd.phases import learns_features, plans
 from dfkd.recipe import Loaded
 from dfkd.run import build
 from dfkd.runtime import make_accelerator, say, shut_down
 from dfkd.schema import Recipe
+from dfkd.stream import feature_widths
 from dfkd.tasks import TASKS, settings
 from dfkd.teachers import batch_norms
 
@@ -68,6 +69,10 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     weights += recipe.synthesis.bank * features
     replayed = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh
     weights += replayed * recipe.classes
+    teachers = assemble.main_teachers(recipe, parts.zoo)
+    if parts.student is not None and learns_features(recipe, teachers, parts.student):
+        width = sum(feature_widths(teachers))
+        weights += (replayed + 3 * feature_widths([parts.student])[0]) * width  # in the ring, and the projector
     kept = replayed + parts.description.get("capacity", 0)
     return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 

@@ -137,17 +137,18 @@ def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean over teachers and features of the variance over the global batch of student - teacher / s, [B, D] both, s^2
-    being that of a teacher's features: 1 where the student is constant, 0 where it tells images apart as the teacher.
+def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor], shares: Sequence[float] = (1.0,)) -> Tensor:
+    """Mean over features of the variance over the global batch of student - teacher / s, [B, D] both, s^2 being that of
+    the teacher's features: 1 where the student is constant, 0 where it tells images apart as the teacher. Of several
+    teachers the sum, each times its share.
 
     FitNets (Romero et al. 2015) eq. 3 of the penultimate layer. Centred, since after a ReLU what all images have in
     common is larger than what tells them apart, and in units of the latter: both are ours.
     """
     wanted = [full_precision(theirs) for theirs in teacher]
-    spreads = [variance.mean().clamp_min(1e-6).sqrt() for _, variance in _moments_of(wanted)]
-    rest = [full_precision(ours) - theirs / s for ours, theirs, s in zip(student, wanted, spreads)]
-    return torch.stack([variance.mean() for _, variance in _moments_of(rest)]).mean()
+    centred = [(x - mean, variance.mean()) for x, (mean, variance) in zip(wanted, _moments_of(wanted))]
+    rest = [full_precision(x) - y / square.clamp_min(1e-6).sqrt() for x, (y, square) in zip(student, centred)]
+    return torch.stack([s * variance.mean() for s, (_, variance) in zip(shares, _moments_of(rest))]).sum()
 
 
 def _moments_of(features: Sequence[Tensor]) -> list[Moments]:

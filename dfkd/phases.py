@@ -10,7 +10,7 @@ from torch import nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
-from dfkd.classifier import Classifier, head
+from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit, Hints, map_pairs
 from dfkd.cuda_graphs import recorder
 from dfkd.data import opened
@@ -24,7 +24,7 @@ from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TASKS, held_out, task_source
-from dfkd.teachers import Teacher, zoo_logits
+from dfkd.teachers import Teacher, features_of, tap_features, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
 
@@ -134,7 +134,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
         autocast=autocast_of(parts.accelerator),
         channels_last=recipe.runtime.channels_last,
         graphs=graphs,
-        features=distill.features > 0 and have_features(recipe, [*teachers, parts.student]),
+        features=learns_features(recipe, teachers, parts.student),
     )
     return Fit(
         parts.student,
@@ -153,13 +153,20 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     )
 
 
-def have_features(recipe: Recipe, networks: Sequence[Classifier]) -> bool:
-    """Whether all networks end in a linear layer, the input of which are the features that distill.features asks for;
-    where one does not, that is said."""
-    without = [each.name for each in networks if (last := head(each)) is None or last.out_features != recipe.classes]
-    if without:
-        say(f"{', '.join(without)}: no linear layer at the end, so the student learns logits alone (distill.features)")
-    return not without
+@torch.no_grad()
+def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classifier) -> bool:
+    """Whether distill.features has weight and every network has features; says so of one that has none."""
+    size = recipe.image.size
+    for network in (*teachers, student) if recipe.distill.features else ():
+        image = torch.zeros(1, recipe.image.channels, size, size, device=network.mean.device)
+        with eval_mode(network), tap_features(network) as seen:
+            logits = network(image)
+        try:
+            features_of(network, seen, logits)
+        except UserError as error:
+            say(f"{error}: the student learns logits alone")
+            return False
+    return recipe.distill.features > 0
 
 
 def attention_hints(recipe: Recipe, student: Classifier, teacher: Teacher) -> Hints | None:

@@ -1,4 +1,4 @@
-"""Layers of a generator that are drawn anew while it trains: which, when, and how."""
+"""Layers drawn by position: which of a generator's are drawn anew while it trains, when, and how layers are drawn."""
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy

@@ -83,7 +83,7 @@ class Zoo:
     memory_gb: float = key(
         0.0, "GB of the device for teachers, the others wait on the host (the figures do not change); 0: all stay", 0
     )
-    main: str | None = key(None, "teacher whose logits the student learns; null: the zoo's weighted mean")
+    main: str | None = key(None, "teacher that the student learns; null: the zoo's weighted mean")
 
 
 @dataclass
@@ -189,11 +189,11 @@ class Distill:
     )
     temperature: float = key(20.0, "temperature of kl", 0.1)
     features: float = key(
-        3.0, "weight of the main teachers' features, what their last linear layers are given (logits alone: 0)", 0
+        3.0, "weight of the teachers' features, what their last linear layers are given; 0: logits alone", 0
     )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
-    replay: int = key(200, "batches kept of what the generator drew, with their logits; 0: fresh images only", 0)
+    replay: int = key(200, "batches kept of what the generator drew, with their targets; 0: fresh images only", 0)
     fresh: float = key(0.5, "replay above 0: share of a batch that is drawn anew", 0.05, 1)
     shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
     flip: bool = key(False, "augmentation: random horizontal flip")

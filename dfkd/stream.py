@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torchvision.utils import save_image
 
@@ -149,7 +149,7 @@ class SyntheticStream(IterableDataset):
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
         self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
-        self.features = feature_widths(self.teachers) if features else []
+        self.widths = feature_widths(self.teachers) if features else []
         self.replay = Replay(replay) if replay else None
         self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
         self.shift, self.flip, self.autocast = shift, flip, autocast
@@ -221,15 +221,17 @@ class SyntheticStream(IterableDataset):
         images = images.contiguous(memory_format=self.memory_format)
         if not self.teachers:
             return images, labels
-        return images, (logits_and_features if self.features else zoo_logits)(self.teachers, images)
+        return images, (logits_and_features if self.widths else zoo_logits)(self.teachers, images)
 
 
-def feature_widths(teachers: Sequence[Teacher]) -> list[int]:
-    """How many features D each teacher has. Raises UserError where one has none, or there is no teacher."""
-    heads = [head(teacher) for teacher in teachers]
+def feature_widths(networks: Sequence[nn.Module]) -> list[int]:
+    """How many features D each network has. Raises UserError where one has none, or there is no network."""
+    heads = [head(network) for network in networks]
     if not heads or None in heads:
-        without = ", ".join(t.name for t, last in zip(teachers, heads) if last is None) or "there is none"
-        raise UserError(f"features=True needs teachers that end in a linear layer: {without}; give features=False")
+        raise UserError(
+            f"features=True needs networks that end in a linear layer, got {len(heads)}, of which {heads.count(None)} "
+            "do not; give features=False"
+        )
     return [last.in_features for last in heads if last is not None]
 
 
@@ -286,7 +288,7 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     if folder is not None:
         for number in range(count):
             image, target = data[number]
-            label = int(target[: len(target) - sum(stream.features)].argmax() if target.dim() else target)
+            label = int(target[: len(target) - sum(stream.widths)].argmax() if target.dim() else target)
             path = Path(folder) / f"{label:05d}" / f"{number:05d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             save_image(image, path)

@@ -131,6 +131,19 @@ def tap_features(network: nn.Module) -> AbstractContextManager[list[Tensor]]:
     return tap_inputs([] if last is None else [last], lambda _, x: full_precision(x.flatten(1)))
 
 
+def features_of(network: nn.Module, seen: Sequence[Tensor], logits: Tensor) -> Tensor:
+    """The features [B, D] of a forward that gave logits [B, K], of what tap_features saw in it. Raises UserError where
+    they are none: where no head made all of the logits of one vector an image."""
+    last = head(network)
+    sizes = [(len(logits), last.in_features)] if last is not None and last.out_features == logits.shape[1] else []
+    if not sizes or [tuple(x.shape) for x in seen] != sizes:
+        raise UserError(
+            f"{getattr(network, 'name', 'the network')} has no features that could be learned: no linear layer at its "
+            "end makes the logits of one vector an image; set distill.features=0, or in Python features=False"
+        )
+    return seen[0]
+
+
 def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:
     """Raise UserError where a teacher's classes, output, weights or batch norms do not suit the run."""
     name, device = teacher.name, teacher.mean.device
@@ -228,11 +241,13 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
 
 
 def logits_and_features(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
-    """The zoo's mean logits, and behind them every teacher's features [B, K + D + ...], float32."""
+    """The zoo's mean logits, and behind them every teacher's features [B, K + D + ...], float32. Raises UserError where
+    a teacher has none."""
     with ExitStack() as stack:
-        features = [stack.enter_context(teacher.tap_features()) for teacher in zoo]
+        taps = [stack.enter_context(teacher.tap_features()) for teacher in zoo]
         logits = zoo_logits(zoo, images)
-    return torch.cat([logits, *(each for seen in features for each in seen)], 1)
+    features = [features_of(teacher, seen, logits) for teacher, seen in zip(zoo, taps)]
+    return torch.cat([logits, *features], 1)
 
 
 def _logits(teacher: Teacher, images: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ class Loop:
         learners = {
             "generator": self.synthesizer and self.synthesizer.generator,
             "student": self.fit and self.fit.student,
+            "projector": self.fit and self.fit.projector,
         }
         for name, module in learners.items():
             for key, value in module.state_dict().items() if module is not None else ():

@@ -82,7 +82,7 @@ class Trained:
         return terms
 
     def weights(self) -> list[Tensor]:
-        return [*self.generator.state_dict().values(), *self.student.state_dict().values()]
+        return [*self.generator.state_dict().values(), *self.fit.learners.state_dict().values()]
 
 
 def assert_same(one: list[Tensor], other: list[Tensor]) -> None:

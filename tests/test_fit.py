@@ -112,6 +112,24 @@ def test_features_are_learned_through_a_linear_map_of_the_students(
                 assert torch.allclose(value.double(), right.double(), rtol=1e-4, atol=1e-5), (step, name)
 
 
+def test_teachers_count_by_their_weights(
+    make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
+) -> None:
+    """By weights of 3, 1 and 0 the error is that of the first's three times and of the second's, over four."""
+    zoo = [make_teacher(str(weight), seed=weight, weight=weight) for weight in (3, 1, 0)]
+    stream = make_stream(teacher=zoo, features=True)
+    training = Fit(network(), stream, steps=1, lr=0.0, features=2.0)
+    images, targets = stream.batch(0)
+    logits, *features = targets.split([3, *stream.widths], 1)
+    inner = training.student[:6](images)
+    wanted = written_out("kl", training.student[6](inner), logits, 20.0)
+    guesses = inner @ training.projector.weight.mT
+    for share, guess, its in zip((0.75, 0.25, 0.0), guesses.split(stream.widths, 1), features):
+        rest = guess - its / its.var(0, correction=0).mean().sqrt()
+        wanted = wanted + 2 * share * rest.var(0, correction=0).mean()
+    assert float(training.step(0)["loss"]) == pytest.approx(float(wanted.detach()), rel=1e-4)
+
+
 def test_without_weight_features_change_nothing(make_stream: Callable[..., SyntheticStream]) -> None:
     ends = [
         fit(network(), make_stream(features=given), steps=3, features=0.0).state_dict().values() for given in (0, 1)
@@ -121,9 +139,42 @@ def test_without_weight_features_change_nothing(make_stream: Callable[..., Synth
 
 def test_a_student_without_a_linear_layer_cannot_learn_features(make_stream: Callable[..., SyntheticStream]) -> None:
     student = nn.Sequential(nn.Conv2d(1, 3, 8), nn.BatchNorm2d(3), nn.Flatten())
-    with pytest.raises(UserError, match="ends in a linear layer; give a stream with features=False"):
+    with pytest.raises(UserError, match="got 1, of which 1 do not; give features=False"):
         Fit(student, make_stream(features=True), steps=1)
     fit(student, make_stream(), steps=1)
+
+
+class Tokens(nn.Module):
+    """Its logits are a mean over tokens: no vector of features an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(1, 5, 4, 4), nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.embed(images).flatten(2).mT).mean(1)
+
+
+class Spare(nn.Module):
+    """Its last linear layer is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.spare = network(), nn.Linear(96, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images)
+
+
+@pytest.mark.parametrize("odd", [Tokens, Spare])
+def test_networks_whose_head_is_none_are_refused_in_one_line(
+    make_stream: Callable[..., SyntheticStream], odd: Callable[[], nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(UserError, match="no linear layer at its end makes the logits of one vector an image"):
+        fit(odd(), make_stream(features=True), steps=1)
+    with pytest.raises(UserError, match="odd has no features that could be learned"):
+        fit(network(), make_stream(teacher=Teacher(odd(), name="odd"), features=True), steps=1)
 
 
 def test_only_kernels_and_matrices_decay() -> None:

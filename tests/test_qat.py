@@ -166,10 +166,14 @@ def test_hints_are_what_the_float_networks_units_give() -> None:
     assert Training(model(), STREAM, (4, 4), images=32, steps=1, hints=0.0).fit.hints is None
 
 
-def test_a_synthetic_stream_keeps_its_own_teachers() -> None:
-    stream = SyntheticStream(from_noise(1, 8, 3), batch_size=8, num_batches=8)
+@pytest.mark.parametrize("features", [False, True])
+def test_a_synthetic_stream_keeps_its_own_teachers(features: bool) -> None:
+    """Also one whose targets hold the features of another teacher than what is quantised."""
+    teachers = [Teacher(named("dfkd:tiny_residual", width=8))] if features else []
+    stream = SyntheticStream(from_noise(1, 8, 3), batch_size=8, num_batches=8, teacher=teachers, features=features)
     done = quantize(model(), stream, (4, 4), method="train", images=16, steps=2)
-    assert stream.teachers == []
+    assert stream.teachers == teachers
+    assert len(stream.widths) == len(teachers)
     assert done.model(X).isfinite().all()
 
 

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dfkd.classifier import head
 from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
@@ -19,8 +18,8 @@ from dfkd.losses import STUDENT_LOSSES, feature_error, hints
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew
 from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
-from dfkd.stream import SyntheticStream
-from dfkd.teachers import Teacher, batch_norms, tap_features
+from dfkd.stream import SyntheticStream, feature_widths
+from dfkd.teachers import Teacher, batch_norms, features_of, tap_features
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -45,7 +44,7 @@ class Batches:
 
     replay: None = None
     seed = 0
-    features: Sequence[int] = ()
+    widths: Sequence[int] = ()
 
     def __init__(self, images: Iterable[Any]) -> None:
         self.images = images
@@ -88,7 +87,7 @@ class Hints:
 
     def term(self, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
         """The weighted loss of what was collected from the student and from the teacher, a float32 scalar; of the rows
-        that the teacher saw, which are the first: a replayed image comes with its logits alone."""
+        that the teacher saw, which are the first: a replayed image comes with no more than its targets."""
         wanted = [theirs[name] for _, name in self.pairs]
         return self.weight * self.loss([ours[name][: len(x)] for (name, _), x in zip(self.pairs, wanted)], wanted)
 
@@ -128,16 +127,6 @@ def hold_zeros(model: nn.Module) -> None:
             weight.register_hook(partial(torch.mul, kept))
 
 
-def make_projector(student: nn.Module, width: int, seed: int) -> nn.Linear:
-    """The linear map that is to find so many features of teachers in the student's, alike on every process. Raises
-    UserError where the student has no linear layer, whose input these would be."""
-    if (last := head(student)) is None:
-        raise UserError("a student learns features where it ends in a linear layer; give a stream with features=False")
-    projector = nn.utils.skip_init(nn.Linear, last.in_features, width, bias=False).to(last.weight)
-    draw_anew([projector], seed, "projector")
-    return projector
-
-
 class Fit:
     """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits.
 
@@ -172,20 +161,25 @@ class Fit:
             if isinstance(stream, SyntheticStream):
                 stream.graphs = DIRECT
         self.prepared = accelerator.prepare(student) if accelerator else student
-        self.lr, self.warmup, self.temperature = lr, warmup, temperature
+        self.warmup, self.temperature = warmup, temperature
         if loss not in STUDENT_LOSSES:
             raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
         self.loss = STUDENT_LOSSES[loss]
         groups, self.rates = no_decay_split(student, weight_decay), [lr, lr]
-        self.features, self.widths = features, stream.features if features else ()
-        self.learners = nn.ModuleList([student])
-        if self.widths:
-            self.projector = make_projector(student, sum(self.widths), stream.seed)
+        self.learners, self.projector = nn.ModuleList([student]), None
+        if stream.widths and features:
+            (own,), like = feature_widths([student]), next(student.parameters())
+            self.projector = nn.utils.skip_init(nn.Linear, own, sum(stream.widths), bias=False).to(like)
+            draw_anew([self.projector], stream.seed, "projector")
             self.project = accelerator.prepare(self.projector) if accelerator else self.projector
             self.learners.append(self.projector)
             groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
+            total = sum(teacher.weight for teacher in stream.teachers)
+            self.shares = [features * teacher.weight / total for teacher in stream.teachers]
             # Its loss is then no steeper in its weights than KL is in those of a head of ten classes.
-            self.rates.append(lr * min(1.0, sum(self.widths) / (20 * features)))
+            steepest = max(share / width for share, width in zip(self.shares, stream.widths))
+            self.rates.append(lr * min(1.0, 0.05 / steepest))
+        self.learners.train(student.training)
         self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.autocast = autocast_of(accelerator)
 
@@ -210,14 +204,14 @@ class Fit:
         """The student's loss, and how often it names its teacher's class."""
         wanted = self.hints
         norms = learning_norms(self.student.modules())
-        tap = tap_features(self.student) if self.widths else nullcontext([])
-        with self.autocast(), norms, tap as features, wanted.watch_student() if wanted else nullcontext() as ours:
+        tap = tap_features(self.student) if self.projector is not None else nullcontext([])
+        with self.autocast(), norms, tap as seen, wanted.watch_student() if wanted else nullcontext() as ours:
             logits = self.prepared(images)
-            guesses = self.project(features[0]).split(self.widths, 1) if self.widths else ()
-        targets, *behind = targets.split([logits.shape[1], *self.stream.features], 1)
+            projected = self.project(features_of(self.student, seen, logits)) if self.projector is not None else None
+        targets, *features = targets.split([logits.shape[1], *self.stream.widths], 1)
         loss = self.loss(logits, targets, self.temperature)
-        if guesses:
-            loss = loss + self.features * feature_error(guesses, behind)
+        if projected is not None:
+            loss = loss + feature_error(projected.split(self.stream.widths, 1), features, self.shares)
         if wanted is not None and ours is not None and theirs is not None:
             loss = loss + wanted.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
@@ -225,7 +219,7 @@ class Fit:
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs: the student, its optimiser, the stream's replay ring."""
         state: dict[str, Any] = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.widths:
+        if self.projector is not None:
             state["projector"] = self.projector.state_dict()
         if self.stream.replay is not None:
             state["replay"] = self.stream.replay.state_dict()
@@ -235,7 +229,7 @@ class Fit:
         """Take up a state_dict."""
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.widths:
+        if self.projector is not None:
             self.projector.load_state_dict(state["projector"])
         if self.stream.replay is not None:
             self.stream.replay.load_state_dict(state["replay"])

@@ -125,7 +125,7 @@ class Training:
             reconstruct(network, first, steps=warm_start, batch_size=min(32, len(first)), seed=seed)
         self.student = with_network(model, network)
         batches = copy.copy(stream) if isinstance(stream, SyntheticStream) else Batches(stream)
-        batches.teachers, batches.features = [as_teacher(model, reference)], []
+        batches.teachers, batches.widths = [as_teacher(model, reference)], []
         if batches.replay is not None:
             batches.replay = Replay(batches.replay.slots)  # whose targets are this teacher's
         self.fit = Fit(
