@@ -137,22 +137,21 @@ def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def feature_error(student: Sequence[Tensor], teacher: Sequence[Tensor], shares: Sequence[float] = (1.0,)) -> Tensor:
-    """Mean over features of the variance over the global batch of student - teacher / s, [B, D] both, s^2 being that of
-    the teacher's features: 1 where the student is constant, 0 where it tells images apart as the teacher. Of several
-    teachers the sum, each times its share.
+def feature_error(student: Tensor, teacher: Tensor, widths: Sequence[int], weights: Tensor) -> Tensor:
+    """Weighted sum over features, weights [D], of the variance over the global batch of student - teacher / s, [B, D]
+    both. Teachers stand side by side, as many features each as widths say, and s^2 is the mean variance of its own:
+    weights of 1 / width give 1 where the student is constant, 0 where it tells images apart as the teacher.
 
     FitNets (Romero et al. 2015) eq. 3 of the penultimate layer. Centred, since after a ReLU what all images have in
     common is larger than what tells them apart, and in units of the latter: both are ours.
     """
-    wanted = [full_precision(theirs) for theirs in teacher]
-    centred = [(x - mean, variance.mean()) for x, (mean, variance) in zip(wanted, _moments_of(wanted))]
-    rest = [full_precision(x) - y / square.clamp_min(1e-6).sqrt() for x, (y, square) in zip(student, centred)]
-    return torch.stack([s * variance.mean() for s, (_, variance) in zip(shares, _moments_of(rest))]).sum()
-
-
-def _moments_of(features: Sequence[Tensor]) -> list[Moments]:
-    return global_moments([batch_moments(each) for each in features])
+    teacher = full_precision(teacher)
+    ((mean, variance),) = global_moments([batch_moments(teacher)])
+    squares = torch.stack([each.mean() for each in variance.split(widths)])
+    scale = squares.clamp_min(1e-6).rsqrt()[_pieces(tuple(widths), teacher.device)]
+    rest = full_precision(student) - (teacher - mean) * scale
+    ((_, unexplained),) = global_moments([batch_moments(rest)])
+    return (weights * unexplained).sum()
 
 
 def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

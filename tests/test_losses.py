@@ -216,15 +216,23 @@ def test_a_feature_error_is_in_units_of_the_teachers_spread_between_images() -> 
         spreads.append(math.sqrt(((rows - rows.mean(0)) ** 2).mean()))
         rest = own - rows / spreads[-1]
         errors.append(((rest - rest.mean(0)) ** 2).mean())
-    close(L.feature_error(student, teacher, (0.7, 3)), 0.7 * errors[0] + 3 * errors[1])
-    close(L.feature_error([x + 7 for x in student], [1000 * x - 5 for x in teacher], (1, 1)), sum(errors))
-    close(L.feature_error([torch.ones_like(x) for x in student], teacher, (0.5, 0.5)), 1)
+
+    def error(ours: list[Tensor], theirs: list[Tensor], *shares: float) -> Tensor:
+        weights = [s / x.shape[1] for s, x in zip(shares, theirs) for _ in range(x.shape[1])]
+        return L.feature_error(torch.cat(ours, 1), torch.cat(theirs, 1), [5, 2], torch.tensor(weights).double())
+
+    close(error(student, teacher, 0.7, 3), 0.7 * errors[0] + 3 * errors[1])
+    close(error([x + 7 for x in student], [1000 * x - 5 for x in teacher], 1, 1), sum(errors))
+    close(error([torch.ones_like(x) for x in student], teacher, 0.5, 0.5), 1)
     same = [x / spread for x, spread in zip(teacher, spreads)]
-    assert float(L.feature_error(same, teacher, (1, 1))) == pytest.approx(0, abs=1e-12)
-    constant = torch.zeros(BATCH, 5, dtype=torch.float64)  # a teacher that tells no images apart
-    assert L.feature_error(student[:1], [constant]).isfinite()
-    half = torch.full((2, 3), 300.0, dtype=torch.float16)  # whose square is infinite in float16
-    assert L.feature_error([half], [half * torch.tensor([[1.0], [0.5]], dtype=torch.float16)]).isfinite()
+    assert float(error(same, teacher, 1, 1)) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_feature_error_is_finite_where_a_teacher_tells_no_images_apart_and_in_float16() -> None:
+    student, weights = draw(BATCH, 5), torch.ones(5)
+    assert L.feature_error(student, torch.full_like(student, 1e4), [5], weights).isfinite()
+    half = torch.full((2, 5), 300.0, dtype=torch.float16)  # whose square is infinite in float16
+    assert L.feature_error(half, half * torch.tensor([[1.0], [0.5]], dtype=torch.float16), [5], weights).isfinite()
 
 
 def attended(maps: Tensor) -> np.ndarray:
@@ -482,7 +490,7 @@ GRADIENTS = {
     "bn_square": lambda x, y: L.bn_square([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
     "kd_mae": lambda x, y: L.kd_mae(x, y),
     "js": lambda x, y: L.js(x, y),
-    "feature_error": lambda x, y: L.feature_error([x, x[:, :2].exp()], [y, y[:, 1:3]], (0.5, 2)),
+    "feature_error": lambda x, y: L.feature_error(x, y, [2, CLASSES - 2], y[0].abs()),
     "attention": lambda x, y: L.attention([x.view(2, 3, 1, CLASSES)], [y.view(2, 3, 1, CLASSES)]),
     "masked_divergence": lambda x, y: L.masked_divergence(x, y + draw(BATCH, CLASSES, seed=1), "js"),
     "smooth": lambda x, y: L.smooth(x.view(1, 1, BATCH, CLASSES)),

@@ -174,11 +174,11 @@ class Fit:
             self.project = accelerator.prepare(self.projector) if accelerator else self.projector
             self.learners.append(self.projector)
             groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
-            total = sum(teacher.weight for teacher in stream.teachers)
-            self.shares = [features * teacher.weight / total for teacher in stream.teachers]
+            per_weight = features / sum(teacher.weight for teacher in stream.teachers)
+            weights = [per_weight * teacher.weight / width for teacher, width in zip(stream.teachers, stream.widths)]
+            self.weights = torch.tensor(weights).repeat_interleave(torch.tensor(stream.widths)).to(like)
             # Its loss is then no steeper in its weights than KL is in those of a head of ten classes.
-            steepest = max(share / width for share, width in zip(self.shares, stream.widths))
-            self.rates.append(lr * min(1.0, 0.05 / steepest))
+            self.rates.append(lr * min(1.0, 0.05 / max(weights)))
         self.learners.train(student.training)
         self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.autocast = autocast_of(accelerator)
@@ -208,10 +208,10 @@ class Fit:
         with self.autocast(), norms, tap as seen, wanted.watch_student() if wanted else nullcontext() as ours:
             logits = self.prepared(images)
             projected = self.project(features_of(self.student, seen, logits)) if self.projector is not None else None
-        targets, *features = targets.split([logits.shape[1], *self.stream.widths], 1)
+        targets, features = targets.split([logits.shape[1], sum(self.stream.widths)], 1)
         loss = self.loss(logits, targets, self.temperature)
         if projected is not None:
-            loss = loss + feature_error(projected.split(self.stream.widths, 1), features, self.shares)
+            loss = loss + feature_error(projected, features, self.stream.widths, self.weights)
         if wanted is not None and ours is not None and theirs is not None:
             loss = loss + wanted.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
