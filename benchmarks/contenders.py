@@ -47,7 +47,7 @@ Model = tuple[str, Mapping[str, Any]]  # model string and kwargs
 
 @dataclass(frozen=True)
 class Case:
-    """Networks and sizes of a measurement; the student learns the mean logits of all teachers."""
+    """Networks and sizes of a measurement; the student learns the mean logits and the features of all."""
 
     teachers: Sequence[Model]
     student: Model

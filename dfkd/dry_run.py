@@ -70,9 +70,10 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     replayed = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh
     weights += replayed * recipe.classes
     teachers = assemble.main_teachers(recipe, parts.zoo)
-    if parts.student is not None and learns_features(recipe, teachers, parts.student):
+    learner = parts.student if any(plan.students for plan in plans(recipe) if plan.name not in TASKS) else None
+    if learner is not None and learns_features(recipe, teachers, learner):
         width = sum(feature_widths(teachers))
-        weights += (replayed + 3 * feature_widths([parts.student])[0]) * width  # in the ring, and the projector
+        weights += (replayed + 3 * feature_widths([learner])[0]) * width  # in the ring, and the projector
     kept = replayed + parts.description.get("capacity", 0)
     return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 

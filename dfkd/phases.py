@@ -24,7 +24,7 @@ from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TASKS, held_out, task_source
-from dfkd.teachers import Teacher, features_of, tap_features, zoo_logits
+from dfkd.teachers import NO_FEATURES, Teacher, features_of, tap_features, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
 
@@ -163,8 +163,9 @@ def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classi
             logits = network(image)
         try:
             features_of(network, seen, logits)
-        except UserError as error:
-            say(f"{error}: the student learns logits alone")
+        except UserError:
+            who = "student" if network is student else f"teacher {network.name}"
+            say(f"{who} {NO_FEATURES}, so the student learns logits alone, as with distill.features=0")
             return False
     return recipe.distill.features > 0
 

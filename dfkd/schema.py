@@ -189,7 +189,9 @@ class Distill:
     )
     temperature: float = key(20.0, "temperature of kl", 0.1)
     features: float = key(
-        3.0, "weight of the teachers' features, what their last linear layers are given; 0: logits alone", 0
+        3.0,
+        "weight of the teachers' features, what their last linear layers are given (0, or where one has none: logits)",
+        0,
     )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)

@@ -17,6 +17,7 @@ from dfkd.norms import Moments, frozen_norms
 from dfkd.paging import Pager, in_turn
 from dfkd.runtime import full_precision, rng
 
+NO_FEATURES = "has no features: no linear layer at its end makes the logits of one vector an image"
 MAP_LAYERS = 6  # neighbouring layers say much the same, and a deep teacher should not cost more than a shallow one
 
 
@@ -138,8 +139,7 @@ def features_of(network: nn.Module, seen: Sequence[Tensor], logits: Tensor) -> T
     sizes = [(len(logits), last.in_features)] if last is not None and last.out_features == logits.shape[1] else []
     if not sizes or [tuple(x.shape) for x in seen] != sizes:
         raise UserError(
-            f"{getattr(network, 'name', 'the network')} has no features that could be learned: no linear layer at its "
-            "end makes the logits of one vector an image; set distill.features=0, or in Python features=False"
+            f"{getattr(network, 'name', 'the network')} {NO_FEATURES}; set distill.features=0, in Python features=False"
         )
     return seen[0]
 
@@ -232,12 +232,17 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     the mean spread, so that no teacher counts more for shouting louder."""
     if len(zoo) == 1:
         return _logits(zoo[0], images)
-    total = sum(teacher.weight for teacher in zoo)
-    shares = [teacher.weight / total for teacher in zoo]
+    shares = shares_of(zoo)
     logits = [_logits(teacher, images) for teacher in in_turn(zoo)]
     spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
     spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread
+
+
+def shares_of(zoo: Sequence[Teacher]) -> list[float]:
+    """Each teacher's share in the zoo's means, by weight; a single one's is 1 whatever its weight."""
+    total = sum(teacher.weight for teacher in zoo)
+    return [teacher.weight / total for teacher in zoo] if len(zoo) > 1 else [1.0]
 
 
 def logits_and_features(zoo: Sequence[Teacher], images: Tensor) -> Tensor:

@@ -281,7 +281,7 @@ def test_targets_are_the_teachers_on_the_augmented_images(
         assert torch.allclose(logits, teacher(images), atol=1e-6)
 
 
-# --- controls ---
+# --- features ---
 
 
 def penultimate(teacher: Teacher, images: Tensor) -> Tensor:
@@ -317,6 +317,9 @@ def test_features_are_refused_where_a_teacher_has_none(
         make_stream(teacher=[make_teacher("one"), convolutional], features=True)
     with pytest.raises(UserError, match="got 0"):
         make_stream(features=True)
+
+
+# --- controls ---
 
 
 def test_noise_is_clamped_normal_with_balanced_labels() -> None:

@@ -19,7 +19,7 @@ from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew
 from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
 from dfkd.stream import SyntheticStream, feature_widths
-from dfkd.teachers import Teacher, batch_norms, features_of, tap_features
+from dfkd.teachers import Teacher, batch_norms, features_of, shares_of, tap_features
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -174,8 +174,8 @@ class Fit:
             self.project = accelerator.prepare(self.projector) if accelerator else self.projector
             self.learners.append(self.projector)
             groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
-            per_weight = features / sum(teacher.weight for teacher in stream.teachers)
-            weights = [per_weight * teacher.weight / width for teacher, width in zip(stream.teachers, stream.widths)]
+            shares = shares_of(stream.teachers)
+            weights = [features * share / width for share, width in zip(shares, stream.widths)]
             self.weights = torch.tensor(weights).repeat_interleave(torch.tensor(stream.widths)).to(like)
             # Its loss is then no steeper in its weights than KL is in those of a head of ten classes.
             self.rates.append(lr * min(1.0, 0.05 / max(weights)))
@@ -242,5 +242,5 @@ class Fit:
 
 
 def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: Any) -> nn.Module:
-    """Train a student on a stream whose targets are teacher logits, in place; options are those of Fit."""
+    """Train a student in place on a stream with a teacher (and maybe features); options are those of Fit."""
     return Fit(student, stream, steps=steps, **options).run()
