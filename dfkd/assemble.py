@@ -254,6 +254,12 @@ def made_from(about: Mapping[str, Any]) -> list[dict[str, Any]]:
     return opened_by_then if own is None or own in opened_by_then else [*opened_by_then, own]
 
 
+def blank(recipe: Recipe, device: torch.device, count: int = 1) -> torch.Tensor:
+    """Black images [count, C, H, W] of a recipe's, to see what a network makes of their shape."""
+    image = recipe.image
+    return torch.zeros(count, image.channels, image.size, image.size, device=device)
+
+
 def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:
     """The teachers that the student learns: `zoo.main` alone, or all."""
     return [teacher for teacher in zoo if recipe.zoo.main in (None, teacher.name)]

@@ -61,8 +61,7 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     weights = min(zoo, recipe.zoo.memory_gb * 1e9 / 4) if recipe.zoo.memory_gb else zoo
     weights += 4 * assemble.parameters(parts.worker or parts.generator)
     weights += 3 * assemble.parameters(parts.student) if parts.student is not None else 0
-    shape = (2, recipe.image.channels, recipe.image.size, recipe.image.size)
-    images = torch.zeros(shape, device=parts.generator.device)
+    images = assemble.blank(recipe, parts.generator.device, 2)
     networks: list[nn.Module] = [*parts.zoo, *([parts.student] if parts.student else [])]
     largest = max(_activations(network, images) for network in networks)
     features = sum(norm.running_mean.numel() for norm in batch_norms(parts.zoo[0].model).values())  # type: ignore

@@ -156,27 +156,25 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
 @torch.no_grad()
 def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classifier) -> bool:
     """Whether distill.features has weight and every network has features; says so of one that has none."""
-    size = recipe.image.size
-    for network in (*teachers, student) if recipe.distill.features else ():
-        image = torch.zeros(1, recipe.image.channels, size, size, device=network.mean.device)
+    if not recipe.distill.features:
+        return False
+    for network in (*teachers, student):
         with eval_mode(network), tap_features(network) as seen:
-            logits = network(image)
+            logits = network(assemble.blank(recipe, network.mean.device))
         try:
             features_of(network, seen, logits)
         except UserError:
             who = "student" if network is student else f"teacher {network.name}"
             say(f"{who} {NO_FEATURES}, so the student learns logits alone, as with distill.features=0")
             return False
-    return recipe.distill.features > 0
+    return True
 
 
 def attention_hints(recipe: Recipe, student: Classifier, teacher: Teacher) -> Hints | None:
     """What distill.attention makes the student learn besides the logits; None where it has no weight."""
     if not recipe.distill.attention:
         return None
-    size = recipe.image.size
-    image = torch.zeros(1, recipe.image.channels, size, size, device=teacher.mean.device)
-    pairs = map_pairs(student, teacher, image)
+    pairs = map_pairs(student, teacher, assemble.blank(recipe, teacher.mean.device))
     return Hints(student, teacher, pairs, recipe.distill.attention, attention, inputs=True)
 
 

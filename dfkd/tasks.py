@@ -337,7 +337,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
 def compare(parts: Parts, before: Classifier, done: Compressed) -> dict[str, Any]:
     """The model before, naively compressed, and after: accuracy, cost, and agreement with the one before."""
     recipe = parts.recipe
-    image = torch.zeros(1, recipe.image.channels, recipe.image.size, recipe.image.size, device=parts.shard.device)
+    image = assemble.blank(recipe, parts.shard.device)
     models = {"before": before, "naive": done.naive, "after": done.model}
     scores = {name: measure(parts, model) for name, model in models.items()}
     costs = {name: cost(model, image) for name, model in models.items()}
