@@ -21,12 +21,14 @@ from dfkd.draws import STILL, Moves
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
+from dfkd.models.selection import select_weights
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import Deadline, Shard, eval_mode, resolve_precision, rng
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
 from dfkd.teachers import Teacher, load_zoo
 from generators import GENERATORS, ImageGenerator, PoolGenerator, build_generator, load_generator
 
+SELECTED = "teacher"  # student.weights: a selection of the teacher's
 TRAINABLE = tuple(name for name, kind in GENERATORS.items() if kind is not PoolGenerator)
 Say = Callable[[str], None]
 Network = TypeVar("Network", bound=nn.Module)
@@ -265,9 +267,12 @@ def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:
     return [teacher for teacher in zoo if recipe.zoo.main in (None, teacher.name)]
 
 
-def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> Classifier:
-    """The student, with the normalisation of its (main or first) teacher, checked on an image of the recipe's size."""
+def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tuple[Classifier, dict[str, Any]]:
+    """The student and its description, with the normalisation of its (main or first) teacher, and maybe a selection of
+    its weights; checked on an image of the recipe's size."""
     spec, like = recipe.student, main_teachers(recipe, zoo)[0]
+    if selects := spec.weights == SELECTED:
+        spec = dataclasses.replace(spec, weights="")
     model = seeded(recipe, "student", lambda: build_network(recipe, spec))
     mean, std = like.normalisation
     student = Classifier(model, name="student", mean=mean, std=std).to(device)
@@ -286,7 +291,10 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> Cl
         raise UserError(
             f"the student gives {tuple(logits.shape[1:])} outputs where classes={recipe.classes}; make them agree"
         )
-    return student
+    about = describe(recipe, spec.model, spec.kwargs, student)
+    if selects:
+        about["selected"] = {"teacher": like.name, "share": select_weights(model, like.model)}
+    return student, about
 
 
 def pixel_statistics(zoo: Sequence[Classifier], channels: int) -> tuple[list[float], list[float]]:

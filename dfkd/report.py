@@ -102,8 +102,7 @@ def closing_table(results: Mapping[str, Any]) -> str:
         rows.append([title, _figure(each.get("model")), _figure(each.get("parameters")), accuracy, interval, n])
     lines = columns(rows, "<<>>>>")
     if student:
-        if control := _control(student):
-            lines.append(f"the student is {control}")
+        lines += [f"the student {note}" for note in _origin(student)]
         lines.append(f"student parameters over its teacher's: {_figure(student.get('ratio'))}")
     if student.get("agreement") or (student and student.get("accuracy") is None):
         lines.append(f"student's agreement with its teacher: {_agreement(student.get('agreement'))}")
@@ -279,7 +278,7 @@ def _tiles(results: Mapping[str, Any]) -> str:
     tiles = [
         ("student accuracy, %", student.get("accuracy"), sample),
         ("student parameters", student.get("parameters"), ratio),
-        ("student model", student.get("model"), _control(student)),
+        ("student model", student.get("model"), ", ".join(_origin(student))),
     ]
     if quarter := _dict(student.get("last_quarter")):
         spread = "" if quarter.get("deviation") is None else f"± {_figure(quarter['deviation'])}, "
@@ -295,10 +294,14 @@ def _tiles(results: Mapping[str, Any]) -> str:
     return '<div class="tiles">' + "".join(f'<div class="tile">{box}</div>' for box in boxes) + "</div>\n"
 
 
-def _control(student: Mapping[str, Any]) -> str:
-    """What a student that saw no image of the generator is; empty for all others."""
-    words = {"noise": "a control, trained on noise", "real": "a control, trained on real images"}
-    return words.get(str(student.get("source")), "")
+def _origin(student: Mapping[str, Any]) -> list[str]:
+    """What sets a student apart: that it saw no image of the generator, that it began with weights of its teacher."""
+    controls = {"noise": "is a control, trained on noise", "real": "is a control, trained on real images"}
+    notes = [controls[source]] if (source := str(student.get("source"))) in controls else []
+    if selected := _dict(student.get("selected")):
+        share = f"{100 * selected['share']:.3g} %"
+        notes.append(f"began with weights of teacher {selected['teacher']} ({share} of its own)")
+    return notes
 
 
 def _grids(folder: Path) -> str:

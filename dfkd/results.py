@@ -110,6 +110,7 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
         "parameters": size,
         "ratio": size / whole,
         "source": parts.student_about["source"],
+        "selected": parts.student_about.get("selected"),
         "opened": assemble.made_from(parts.student_about),
         **_measured(_accuracy(student, parts)),
         "agreement": agreement(

@@ -68,9 +68,7 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
 
 def new_student(parts: Parts) -> None:
     """Give the run a fresh student of student.model."""
-    recipe = parts.recipe
-    parts.student = assemble.make_student(recipe, parts.zoo, parts.shard.device)
-    parts.student_about = assemble.describe(recipe, recipe.student.model, recipe.student.kwargs, parts.student)
+    parts.student, parts.student_about = assemble.make_student(parts.recipe, parts.zoo, parts.shard.device)
 
 
 def run(loaded: Loaded, command: str) -> None:
@@ -89,6 +87,8 @@ def run(loaded: Loaded, command: str) -> None:
             begun = time.perf_counter()
             parts.zoo = []  # the one that was checked must not be in memory beside the one that is used
             parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
+            if recipe.student.weights == assemble.SELECTED and recipe.student.model:
+                new_student(parts)  # the one that was checked may have an untrained teacher's
             spent = {"teachers": time.perf_counter() - begun}
             carry_out(parts, phases, spent, deadline)
             spent["before"] = begun - started

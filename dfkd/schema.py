@@ -171,7 +171,11 @@ class StudentSpec:
     """The small network that is distilled."""
 
     model: str = key("", "model string")
-    weights: str = key("", "checkpoint to start from; empty: random")
+    weights: str = key(
+        "",
+        "checkpoint to start from; teacher: the layers and channels of its teacher that it has itself, spread evenly "
+        "(weight selection, Xu et al. 2024); empty: random",
+    )
     kwargs: dict[str, Any] = key({}, "further arguments of the model")
 
 

@@ -1,0 +1,130 @@
+"""Weight selection: a student that begins as a part of its teacher computes what that part computes."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomise
+from runs_fixture import Runs
+from torch import Tensor, nn
+
+from dfkd.assemble import teacher_folder
+from dfkd.compress.files import load_compressed
+from dfkd.errors import UserError
+from dfkd.models import build_model, load_model
+from dfkd.models.selection import select_weights
+from dfkd.recipe import load_recipe
+
+
+def network(name: str, seed: int, **kwargs: Any) -> nn.Module:
+    """A network of random weights and statistics, in double precision."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return randomise(build_model(name, classes=5, kwargs=kwargs), seed).double().eval()
+
+
+def outputs(*networks: nn.Module) -> list[Tensor]:
+    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        return [network(images) for network in networks]
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "skipped"),
+    [
+        ("dfkd:resnet20", "dfkd:resnet56", {"layer1": (1, 2, 3, 5, 6, 7), "layer3": (1, 2, 3, 5, 6, 7)}),
+        ("dfkd:wrn_16_1", "dfkd:wrn_40_1", {"block1.layer": (1, 2, 3, 4), "block3.layer": (1, 2, 3, 4)}),
+        ("timm:resnet18", "timm:resnet34", {"layer2": (1, 2), "layer3": (1, 2, 3, 4), "layer4": (1,)}),
+    ],
+)
+def test_a_shallow_student_is_its_teacher_without_the_blocks_between(
+    small: str, large: str, skipped: dict[str, tuple[int, ...]]
+) -> None:
+    student, teacher = network(small, seed=0), network(large, seed=1)
+    assert select_weights(student, teacher) == 1
+    rows = dict(teacher.named_modules())
+    with torch.no_grad():  # what the student has no room for adds nothing to the residual stream
+        for name, row in rows.items():
+            own = dict(student.named_modules()).get(name)
+            if isinstance(row, nn.Sequential) and isinstance(own, nn.Sequential) and len(own) < len(row):
+                kept = {round(k * (len(row) - 1) / (len(own) - 1)) for k in range(len(own))}
+                left = [k for k in range(len(row)) if k not in kept]
+                assert tuple(left) == skipped.get(name, tuple(left))
+                for k in left:
+                    last = [m for m in row[k].modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)][-1]
+                    last.weight.zero_()
+                    if last.bias is not None:
+                        last.bias.zero_()
+    ours, theirs = outputs(student, teacher)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["tiny_residual", "tiny_plain", "resnet20"])
+@pytest.mark.parametrize("width", [12, 8])
+def test_a_narrow_student_is_its_teacher_without_the_channels_between(name: str, width: int) -> None:
+    large = 2 * width if width == 8 else 16  # of 16 channels twelve are not evenly spaced
+    student, teacher = network(f"dfkd:{name}", 0, width=width), network(f"dfkd:{name}", 1, width=large)
+    assert select_weights(student, teacher) == 1
+    with torch.no_grad():
+        for module in teacher.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.shape[1] % large == 0:
+                many = module.weight.shape[1]
+                few = many * width // large
+                dead = torch.ones(many, dtype=torch.bool)
+                dead[torch.arange(few) * many // few] = False
+                module.weight[:, dead] = 0
+    ours, theirs = outputs(student, teacher)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_what_the_teacher_has_not_stays() -> None:
+    student, teacher = network("dfkd:tiny_plain", 0, width=8, depth=2), network("dfkd:tiny_plain", 1, width=8, depth=1)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    share = select_weights(student, teacher)
+    same = {name for name, tensor in student.state_dict().items() if torch.equal(tensor, before[name])}
+    assert 0 < share < 1
+    assert "features.3.weight" in same  # the second convolution of the first stage: a pool in the teacher
+    assert not {"features.0.weight", "linear.weight"} & same
+
+
+def test_kernels_of_another_size_stay() -> None:
+    student, teacher = nn.Sequential(nn.Conv2d(2, 4, 3)), nn.Sequential(nn.Conv2d(2, 8, 5))
+    before = student[0].weight.clone()
+    assert select_weights(student, teacher) == 4 / (4 + 2 * 4 * 9)  # the biases alone
+    assert torch.equal(student[0].weight, before)
+    assert torch.equal(student[0].bias, teacher[0].bias[::2])
+
+
+def test_a_copy_and_a_stranger_are_refused() -> None:
+    with pytest.raises(UserError, match="the student would be its teacher"):
+        select_weights(network("dfkd:resnet20", 0), network("dfkd:resnet20", 1))
+    with pytest.raises(UserError, match="no layer of the student is in its teacher too"):
+        select_weights(network("dfkd:wrn_16_1", 0), nn.Sequential(nn.Linear(3, 5)))
+
+
+def test_a_run_begins_with_the_trained_teacher(runs: Runs) -> None:
+    given = (
+        "student.weights=teacher",
+        "zoo.main=residual",
+        "student.model=dfkd:tiny_residual",
+        "student.kwargs.width=4",
+    )
+    still = ("distill.lr=0", "synthesis.steps=2", "distill.steps=2")
+    called = runs.run("selected", *given, *still)
+    assert (called.code, called.err) == (0, "")
+    assert "the student began with weights of teacher residual (100 % of its own)" in called.out
+    student = dict(load_compressed(runs.folder / "selected" / "student").model.named_parameters())
+    recipe = load_recipe(runs.arguments("selected", *given, *still)).recipe
+    teacher = dict(load_model(teacher_folder(recipe, "residual", recipe.teachers["residual"]))[0].named_parameters())
+    assert student.keys() == teacher.keys()
+    torch.testing.assert_close(student["features.0.weight"], teacher["features.0.weight"][::2])
+    torch.testing.assert_close(student["linear.weight"], teacher["linear.weight"][:, ::2])
+    selected = json.loads((runs.folder / "selected" / "results.json").read_text())["student"]["selected"]
+    assert selected == {"teacher": "residual", "share": 1}
+
+
+def test_a_run_refuses_a_copy_before_anything_is_trained(runs: Runs) -> None:
+    given = ("student.weights=teacher", "zoo.main=plain", "student.kwargs.width=4")
+    assert "choose a smaller student.model" in runs.run("copy", *given).refused()
+    assert not (runs.folder / "copy").exists()
