@@ -11,7 +11,7 @@ from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, map_pairs
+from dfkd.compress.fit import Fit, Hints, map_pairs, selected_hints, stage_pairs
 from dfkd.cuda_graphs import recorder
 from dfkd.data import opened
 from dfkd.errors import UserError
@@ -112,7 +112,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     recipe, distill = parts.recipe, parts.recipe.distill
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
-    hints = attention_hints(recipe, parts.student, assemble.main_teachers(recipe, parts.zoo)[0])
+    hints = make_hints(parts)
     graphs = recorder(recipe.runtime.cuda_graphs, parts.shard)
     source = distill.source if plan.name == "distill" else "generator"
     before = len(opened())
@@ -170,12 +170,20 @@ def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classi
     return True
 
 
-def attention_hints(recipe: Recipe, student: Classifier, teacher: Teacher) -> Hints | None:
-    """What distill.attention makes the student learn besides the logits; None where it has no weight."""
-    if not recipe.distill.attention:
+def make_hints(parts: Parts) -> Hints | None:
+    """What the student learns of its (first main) teacher's layers: attention, where it has weight; else, where it
+    began with a selection of the teacher's weights, the last maps of every size."""
+    recipe, student, distill = parts.recipe, parts.student, parts.recipe.distill
+    if student is None:
         return None
-    pairs = map_pairs(student, teacher, assemble.blank(recipe, teacher.mean.device))
-    return Hints(student, teacher, pairs, recipe.distill.attention, attention, inputs=True)
+    teacher = assemble.main_teachers(recipe, parts.zoo)[0]
+    image = assemble.blank(recipe, teacher.mean.device)
+    if distill.attention:
+        return Hints(student, teacher, map_pairs(student, teacher, image), distill.attention, attention, inputs=True)
+    if distill.hints and distill.input is None and "selected" in parts.student_about:
+        pairs = stage_pairs(student, teacher, image)
+        return Hints(student, teacher, pairs, distill.hints, selected_hints) if pairs else None
+    return None
 
 
 def make_loop(

@@ -21,7 +21,7 @@ from dfkd.folder import may_run, open_folder, owner
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
 from dfkd.norms import check_triton, triton_norms
-from dfkd.phases import attention_hints, make_fit, make_loop, make_synthesizer, plans
+from dfkd.phases import make_fit, make_hints, make_loop, make_synthesizer, plans
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
 from dfkd.results import finish
@@ -59,8 +59,7 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
         if synthesis.inner > 1:
             parts.worker = generator
             parts.generator, parts.description = assemble.make_pool(recipe, description, shard)
-    if parts.student is not None:
-        attention_hints(recipe, parts.student, assemble.main_teachers(recipe, zoo)[0])  # raises where there is no pair
+    make_hints(parts)  # raises where there is no pair
     make_mix(recipe.synthesis.mix.kind)
     check_layers(parts)
     return parts

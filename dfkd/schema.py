@@ -197,6 +197,12 @@ class Distill:
         "weight of the teachers' features, what their last linear layers are given (0, or where one has none: logits)",
         0,
     )
+    hints: float = key(
+        100.0,
+        "weight of the teacher's last maps of every size, where the student began with its weights "
+        "(student.weights=teacher) and attention has no weight",
+        0,
+    )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
     replay: int = key(200, "batches kept of what the generator drew, with their targets; 0: fresh images only", 0)

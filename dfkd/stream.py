@@ -156,6 +156,9 @@ class SyntheticStream(IterableDataset):
         # Without a teacher it does not pay; teachers that take turns on the device are not where they were.
         stay = all(teacher.pager is None for teacher in self.teachers)
         self.graphs = graphs if self.teachers and stay else DIRECT
+        # What Fit watches of a teacher in its forwards, and what was found in the newest: of the fresh images.
+        self.watched = unwatched
+        self.maps: list[Tensor] = []
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -186,7 +189,8 @@ class SyntheticStream(IterableDataset):
             images, labels = self.source(self.shard, self.fresh, position)
             draws = self._random_draws(images, position)
             finish = partial(self._finished, tuple(draws))
-            images, targets = self.graphs.call(("stream", *draws), None, finish, images, labels, *draws.values())
+            given = (images, labels, *draws.values())
+            images, targets, *self.maps = self.graphs.call(("stream", *draws), None, finish, *given)
         if self.replay is None:
             return images, targets
         self.replay.push(images, targets)
@@ -205,10 +209,9 @@ class SyntheticStream(IterableDataset):
                 drawn["boxes"] = params["box"]
         return {name: to_device(x, images.device) for name, x in drawn.items()}
 
-    def _finished(
-        self, names: tuple[str, ...], images: Tensor, labels: Tensor, *drawn: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Images of the source as they are streamed, and their targets; drawn are `_random_draws` of these names."""
+    def _finished(self, names: tuple[str, ...], images: Tensor, labels: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
+        """Images of the source as they are streamed, their targets, and what is watched of the teacher; drawn are
+        `_random_draws` of these names."""
         draws = dict(zip(names, drawn))
         if "moves" in draws:
             images = moved(images, draws["moves"], Moves(round(self.shift * images.shape[-1]), self.flip))
@@ -221,7 +224,14 @@ class SyntheticStream(IterableDataset):
         images = images.contiguous(memory_format=self.memory_format)
         if not self.teachers:
             return images, labels
-        return images, (logits_and_features if self.widths else zoo_logits)(self.teachers, images)
+        with self.watched() as maps:
+            targets = (logits_and_features if self.widths else zoo_logits)(self.teachers, images)
+        return images, targets, *maps
+
+
+def unwatched() -> AbstractContextManager[Sequence[Tensor]]:
+    """Collect nothing."""
+    return nullcontext(())
 
 
 def feature_widths(networks: Sequence[nn.Module]) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit
+from dfkd.compress.fit import Fit, Hints, selected_hints, stage_pairs
 from dfkd.cuda_graphs import DIRECT, Calls, Graphs, recorder
 from dfkd.draws import Moves
 from dfkd.mixing import make_mix
@@ -43,7 +43,7 @@ class Trained:
         torch.manual_seed(0)
         shard = Shard(device)
         names = ("plain", "residual", "inverted")
-        moves = dict(zip(names, options.pop("moves", (Moves(),) * 3)))
+        moves, weight = dict(zip(names, options.pop("moves", (Moves(),) * 3))), options.pop("hints", 0.0)
         like: dict[str, Any] = {"kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]}
         specs = {n: {"model": f"dfkd:tiny_{n}", "moves": moves[n], **like} for n in names}
         zoo = load_zoo(specs, classes=10, channels=1, size=16, device=device, channels_last=True)
@@ -68,7 +68,9 @@ class Trained:
         stream = SyntheticStream(
             self.generator, batch_size=32, teacher=zoo, replay=4, shift=0.1, mix=0.5, features=True, **own
         )
-        self.fit = Fit(self.student, stream, steps=100, graphs=graphs)
+        pairs = stage_pairs(self.student, zoo[0], torch.zeros(1, 1, 16, 16, device=device))
+        hints = Hints(self.student, zoo[0], pairs, weight, selected_hints) if weight else None
+        self.fit = Fit(self.student, stream, steps=100, hints=hints, graphs=graphs)
         for part in (self.synthesizer, stream, self.fit):
             part.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -146,6 +148,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"learn_weights": True},
     {"penalise": True},
     {"jitter": 2, "flip": True},
+    {"hints": 10.0},
     {"moves": (Moves(), Moves(2, flip=True), Moves(4, black=True))},
 ]
 

@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.compress.fit import Batches, Fit, Hints, cosine, fit, hold_zeros, map_pairs, no_decay_split
+from dfkd.compress.fit import (
+    Batches,
+    Fit,
+    Hints,
+    cosine,
+    fit,
+    hold_zeros,
+    map_pairs,
+    no_decay_split,
+    selected_hints,
+    stage_pairs,
+)
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, attention
 from dfkd.models import build_model
@@ -420,6 +431,32 @@ def test_networks_without_a_common_size_are_refused_with_a_remedy() -> None:
         map_pairs(flat, teacher, torch.zeros(1, 1, 8, 8))
 
 
+def test_stages_are_paired_at_the_last_output_of_every_size() -> None:
+    image = torch.zeros(1, 3, 16, 16)
+    shallow, deep, wide = (build_model(f"dfkd:{name}", classes=3) for name in ("resnet20", "resnet56", "wrn_16_1"))
+    assert stage_pairs(shallow, deep, image) == [(f"layer{k}", f"layer{k}") for k in (1, 2, 3)]
+    assert stage_pairs(wide, build_model("dfkd:wrn_40_2", classes=3), image) == [
+        ("block2.layer.0.relu1", "block2.layer.0.relu1"),  # activated where the next group begins
+        ("block3.layer.0.relu1", "block3.layer.0.relu1"),
+        ("relu", "relu"),
+    ]
+    assert stage_pairs(tiny("tiny_plain", depth=2), tiny("tiny_plain", depth=3), torch.zeros(1, 1, 8, 8)) == [
+        ("features.5", "features.8"),
+        ("features.12", "features.18"),
+        ("features", "features"),
+    ]
+    assert stage_pairs(tiny("tiny_plain", width=16), tiny("tiny_plain"), torch.zeros(1, 1, 8, 8)) == []
+
+
+def test_hints_of_a_narrow_student_are_of_the_channels_it_began_with() -> None:
+    rng = torch.Generator().manual_seed(0)
+    ours = [torch.rand(2, c, 3, 3, generator=rng, dtype=torch.float64) for c in (3, 4, 4)]
+    theirs = [torch.rand(2, c, 3, 3, generator=rng, dtype=torch.float64) for c in (4, 4, 8)]
+    chosen = [theirs[0][:, [0, 1, 2]], theirs[1], theirs[2][:, [0, 2, 4, 6]]]
+    errors = [(a - b).pow(2).sum() / b.pow(2).sum() for a, b in zip(ours, chosen)]
+    assert float(selected_hints(ours, theirs)) == pytest.approx(float(sum(errors)) / 3, rel=1e-5)
+
+
 def attended(maps: Tensor) -> Tensor:
     """Attention of maps [B, C, H, W] as rows [B, H W] of length 1."""
     rows = maps.pow(2).mean(1).flatten(1)
@@ -476,9 +513,8 @@ def test_attention_falls_where_it_is_learnt(
             training.step(step)
         with no_host_read(*student.parameters(), *teacher.parameters()):
             training.step(40)
-        ours, theirs = zip(*hints.pairs)
         with torch.no_grad(), hints.watch_student() as found, hints.watch_teacher() as wanted:
             student.eval()(images)
             teacher(images)
-        ends[weight] = float(attention([found[name] for name in ours], [wanted[name] for name in theirs]))
+        ends[weight] = float(attention(found, wanted))
     assert ends[1000.0] < 0.7 * ends[0.0]

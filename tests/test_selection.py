@@ -103,25 +103,36 @@ def test_a_copy_and_a_stranger_are_refused() -> None:
         select_weights(network("dfkd:wrn_16_1", 0), nn.Sequential(nn.Linear(3, 5)))
 
 
+NARROW = ("zoo.main=residual", "student.model=dfkd:tiny_residual", "student.kwargs.width=4")
+SHORT = ("synthesis.steps=2", "distill.steps=2", "runtime.log_every=1")
+
+
 def test_a_run_begins_with_the_trained_teacher(runs: Runs) -> None:
-    given = (
-        "student.weights=teacher",
-        "zoo.main=residual",
-        "student.model=dfkd:tiny_residual",
-        "student.kwargs.width=4",
-    )
-    still = ("distill.lr=0", "synthesis.steps=2", "distill.steps=2")
-    called = runs.run("selected", *given, *still)
+    given = ("student.weights=teacher", *NARROW, *SHORT, "distill.lr=0")
+    called = runs.run("selected", *given)
     assert (called.code, called.err) == (0, "")
     assert "the student began with weights of teacher residual (100 % of its own)" in called.out
     student = dict(load_compressed(runs.folder / "selected" / "student").model.named_parameters())
-    recipe = load_recipe(runs.arguments("selected", *given, *still)).recipe
+    recipe = load_recipe(runs.arguments("selected", *given)).recipe
     teacher = dict(load_model(teacher_folder(recipe, "residual", recipe.teachers["residual"]))[0].named_parameters())
     assert student.keys() == teacher.keys()
     torch.testing.assert_close(student["features.0.weight"], teacher["features.0.weight"][::2])
     torch.testing.assert_close(student["linear.weight"], teacher["linear.weight"][:, ::2])
     selected = json.loads((runs.folder / "selected" / "results.json").read_text())["student"]["selected"]
     assert selected == {"teacher": "residual", "share": 1}
+
+
+def test_a_student_that_began_so_learns_its_teachers_maps_and_no_other_does(runs: Runs) -> None:
+    losses: dict[str, list[float]] = {}
+    for weights in ("teacher", ""):
+        for hints in (100, 0):
+            name = f"{weights or 'random'}-{hints}"
+            given = (f"student.weights={weights}", f"distill.hints={hints}", *NARROW, *SHORT)
+            assert runs.run(name, *given).code == 0
+            entries = map(json.loads, (runs.folder / name / "metrics.jsonl").read_text().splitlines())
+            losses[name] = [entry["loss"] for entry in entries if entry["phase"] == "student"]
+    assert losses["teacher-100"][0] > losses["teacher-0"][0] + 1
+    assert losses["random-100"] == losses["random-0"]
 
 
 def test_a_run_refuses_a_copy_before_anything_is_trained(runs: Runs) -> None:

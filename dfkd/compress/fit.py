@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,10 +15,11 @@ from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, feature_error, hints
+from dfkd.models.selection import spaced
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew
 from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
-from dfkd.stream import SyntheticStream, feature_widths
+from dfkd.stream import SyntheticStream, feature_widths, unwatched
 from dfkd.teachers import Teacher, batch_norms, features_of, shares_of, tap_features
 
 
@@ -51,6 +52,8 @@ class Batches:
         self.teachers: list[Teacher] = []
         self.shard = Shard(torch.device("cpu"))
         self.iterator: Iterator[Tensor] = iter(())
+        self.watched = unwatched
+        self.maps: Sequence[Tensor] = []
 
     @torch.no_grad()
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +65,8 @@ class Batches:
         if images is None:
             raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
         images = images.to(self.teachers[0].mean.device)
-        return images, self.teachers[0](images)
+        with self.watched() as self.maps:
+            return images, self.teachers[0](images)
 
 
 @dataclass
@@ -77,28 +81,39 @@ class Hints:
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] = hints
     inputs: bool = False
 
-    def watch_student(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """Collect what the student's layers give in the forwards of its scope, by name."""
-        return watch(self.student, [name for name, _ in self.pairs], self.inputs)
+    def watch_student(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect what the student's layers give in a forward within its scope, pair by pair."""
+        return in_order(self.student, [name for name, _ in self.pairs], self.inputs)
 
-    def watch_teacher(self) -> AbstractContextManager[dict[str, Tensor]]:
-        """Collect what the teacher's layers give in the forwards of its scope, by name."""
-        return watch(self.teacher, [name for _, name in self.pairs], self.inputs)
+    def watch_teacher(self) -> AbstractContextManager[list[Tensor]]:
+        """Collect what the teacher's layers give in a forward within its scope, pair by pair."""
+        return in_order(self.teacher, [name for _, name in self.pairs], self.inputs)
 
-    def term(self, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> Tensor:
+    def term(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
         """The weighted loss of what was collected from the student and from the teacher, a float32 scalar; of the rows
         that the teacher saw, which are the first: a replayed image comes with no more than its targets."""
-        wanted = [theirs[name] for _, name in self.pairs]
-        return self.weight * self.loss([ours[name][: len(x)] for (name, _), x in zip(self.pairs, wanted)], wanted)
+        return self.weight * self.loss([own[: len(its)] for own, its in zip(ours, theirs)], theirs)
+
+
+@contextmanager
+def in_order(network: nn.Module, names: Sequence[str], inputs: bool) -> Iterator[list[Tensor]]:
+    """What `watch` collects, in the order of the names; there as the scope ends."""
+    found: list[Tensor] = []
+    with watch(network, names, inputs) as seen:
+        yield found
+    found += [seen[name] for name in names]
 
 
 @torch.no_grad()
-def last_maps(model: nn.Module, image: Tensor) -> dict[tuple[int, ...], str]:
-    """Per size (H, W) above 1 the last batch norm that one forward of image [1, C, H, W] gives a map of that size."""
-    with eval_mode(model), watch(model, batch_norms(model), inputs=True) as seen:
+def last_maps(model: nn.Module, image: Tensor, inputs: bool) -> dict[tuple[int, ...], tuple[str, int]]:
+    """Per size (H, W) above 1 the last module that one forward of image [1, C, H, W] gets a map of that size from, and
+    its channels; or with `inputs` the last batch norm that it gives one."""
+    names = batch_norms(model) if inputs else [name for name, _ in model.named_modules() if name]
+    with eval_mode(model), watch(model, names, inputs) as seen:
         model(image)
+    maps = {name: x.shape for name, x in seen.items() if isinstance(x, Tensor) and x.dim() == 4}
     # In order of execution: the last of a size stays.
-    return {tuple(x.shape[2:]): name for name, x in seen.items() if x.dim() == 4 and min(x.shape[2:]) > 1}
+    return {tuple(shape[2:]): (name, shape[1]) for name, shape in maps.items() if min(shape[2:]) > 1}
 
 
 def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
@@ -108,8 +123,8 @@ def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tup
     The input, since a ReLU that works in place overwrites the output; in a WideResNet, as in ZSKT, it is the output of
     a group of blocks. Raises UserError where there is no common size.
     """
-    ours, theirs = last_maps(student, image), last_maps(teacher, image)
-    pairs = [(name, theirs[size]) for size, name in ours.items() if size in theirs]
+    ours, theirs = last_maps(student, image, inputs=True), last_maps(teacher, image, inputs=True)
+    pairs = [(name, theirs[size][0]) for size, (name, _) in ours.items() if size in theirs]
     if not pairs:
         found = [", ".join("x".join(map(str, size)) for size in sizes) or "none" for sizes in (ours, theirs)]
         raise UserError(
@@ -117,6 +132,20 @@ def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tup
             f"the teacher {found[1]}; set distill.attention=0"
         )
     return pairs
+
+
+def stage_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
+    """The modules (student's, teacher's) whose outputs selected_hints compares: at every size that both have, the last
+    of each for an image [1, C, H, W], where the teacher's has as many channels or more."""
+    ours, theirs = last_maps(student, image, inputs=False), last_maps(teacher, image, inputs=False)
+    return [(name, theirs[size][0]) for size, (name, few) in ours.items() if size in theirs and theirs[size][1] >= few]
+
+
+def selected_hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """`hints` of a student that began as a selection of its teacher's weights (models/selection.py): of maps
+    [B, C, H, W] with more channels those count with which it began."""
+    chosen = [its.index_select(1, spaced(own.shape[1], its.shape[1], its.device)) for own, its in zip(student, teacher)]
+    return hints(student, chosen)
 
 
 def hold_zeros(model: nn.Module) -> None:
@@ -156,10 +185,7 @@ class Fit:
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
         self.graphs = graphs
-        if hints is not None:  # a layer that is watched must run
-            self.graphs = DIRECT
-            if isinstance(stream, SyntheticStream):
-                stream.graphs = DIRECT
+        stream.watched = unwatched if hints is None else hints.watch_teacher
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.warmup, self.temperature = warmup, temperature
         if loss not in STUDENT_LOSSES:
@@ -185,35 +211,31 @@ class Fit:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
-        wanted = self.hints
-        with wanted.watch_teacher() if wanted else nullcontext() as theirs:
-            images, targets = self.stream.batch(step)
+        images, targets = self.stream.batch(step)
         reseed(images.device, self.stream.seed, "student", self.stream.shard.rank, step)  # the same after a resume
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * cosine(step, self.steps, self.warmup)
-        judged = partial(self._loss_and_agreement, theirs)
-        loss, agree = self.graphs.learn(("student",), self.learners, judged, images, targets)
+        given = (images, targets, *self.stream.maps)
+        loss, agree = self.graphs.learn(("student",), self.learners, self._loss_and_agreement, *given)
         if self.clip:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
         self.optimizer.step()
         return {"loss": loss, "agreement": agree}
 
-    def _loss_and_agreement(
-        self, theirs: dict[str, Tensor] | None, images: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The student's loss, and how often it names its teacher's class."""
-        wanted = self.hints
+    def _loss_and_agreement(self, images: Tensor, targets: Tensor, *theirs: Tensor) -> tuple[Tensor, Tensor]:
+        """The student's loss, and how often it names its teacher's class; theirs is what hints watch of the teacher."""
+        watched = self.hints.watch_student() if self.hints is not None else nullcontext([])
         norms = learning_norms(self.student.modules())
         tap = tap_features(self.student) if self.projector is not None else nullcontext([])
-        with self.autocast(), norms, tap as seen, wanted.watch_student() if wanted else nullcontext() as ours:
+        with self.autocast(), norms, tap as seen, watched as ours:
             logits = self.prepared(images)
             projected = self.project(features_of(self.student, seen, logits)) if self.projector is not None else None
         targets, features = targets.split([logits.shape[1], sum(self.stream.widths)], 1)
         loss = self.loss(logits, targets, self.temperature)
         if projected is not None:
             loss = loss + feature_error(projected, features, self.stream.widths, self.weights)
-        if wanted is not None and ours is not None and theirs is not None:
-            loss = loss + wanted.term(ours, theirs)
+        if self.hints is not None:
+            loss = loss + self.hints.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
 
     def state_dict(self) -> dict[str, Any]:
