@@ -11,7 +11,7 @@ from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, map_pairs, selected_hints, stage_pairs
+from dfkd.compress.fit import Fit, Hints, map_pairs, stage_pairs
 from dfkd.cuda_graphs import recorder
 from dfkd.data import opened
 from dfkd.errors import UserError
@@ -172,7 +172,7 @@ def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classi
 
 def make_hints(parts: Parts) -> Hints | None:
     """What the student learns of its (first main) teacher's layers: attention, where it has weight; else, where it
-    began with a selection of the teacher's weights, the last maps of every size."""
+    began with the teacher's weights, the last maps of every size, if it has as many channels there."""
     recipe, student, distill = parts.recipe, parts.student, parts.recipe.distill
     if student is None:
         return None
@@ -182,7 +182,7 @@ def make_hints(parts: Parts) -> Hints | None:
         return Hints(student, teacher, map_pairs(student, teacher, image), distill.attention, attention, inputs=True)
     if distill.hints and distill.input is None and "selected" in parts.student_about:
         pairs = stage_pairs(student, teacher, image)
-        return Hints(student, teacher, pairs, distill.hints, selected_hints) if pairs else None
+        return Hints(student, teacher, pairs, distill.hints) if pairs else None
     return None
 
 

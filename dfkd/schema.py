@@ -200,7 +200,7 @@ class Distill:
     hints: float = key(
         100.0,
         "weight of the teacher's last maps of every size, where the student began with its weights "
-        "(student.weights=teacher) and attention has no weight",
+        "(student.weights=teacher), has as many channels there, and attention has no weight",
         0,
     )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, selected_hints, stage_pairs
+from dfkd.compress.fit import Fit, Hints, map_pairs
 from dfkd.cuda_graphs import DIRECT, Calls, Graphs, recorder
 from dfkd.draws import Moves
+from dfkd.losses import attention
 from dfkd.mixing import make_mix
 from dfkd.models import build_model
 from dfkd.pretrain import train_teacher
@@ -68,8 +69,8 @@ class Trained:
         stream = SyntheticStream(
             self.generator, batch_size=32, teacher=zoo, replay=4, shift=0.1, mix=0.5, features=True, **own
         )
-        pairs = stage_pairs(self.student, zoo[0], torch.zeros(1, 1, 16, 16, device=device))
-        hints = Hints(self.student, zoo[0], pairs, weight, selected_hints) if weight else None
+        pairs = map_pairs(self.student, zoo[0], torch.zeros(1, 1, 16, 16, device=device))
+        hints = Hints(self.student, zoo[0], pairs, weight, attention, inputs=True) if weight else None
         self.fit = Fit(self.student, stream, steps=100, hints=hints, graphs=graphs)
         for part in (self.synthesizer, stream, self.fit):
             part.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
@@ -148,7 +149,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"learn_weights": True},
     {"penalise": True},
     {"jitter": 2, "flip": True},
-    {"hints": 10.0},
+    {"hints": 300.0},
     {"moves": (Moves(), Moves(2, flip=True), Moves(4, black=True))},
 ]
 

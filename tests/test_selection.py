@@ -123,12 +123,13 @@ def test_a_run_begins_with_the_trained_teacher(runs: Runs) -> None:
 
 
 def test_a_student_that_began_so_learns_its_teachers_maps_and_no_other_does(runs: Runs) -> None:
+    shallow = ("zoo.main=residual", "student.model=dfkd:tiny_residual", "student.kwargs.width=8", *SHORT)
+    deep = ("teachers.residual.kwargs.depth=2",)
     losses: dict[str, list[float]] = {}
     for weights in ("teacher", ""):
         for hints in (100, 0):
             name = f"{weights or 'random'}-{hints}"
-            given = (f"student.weights={weights}", f"distill.hints={hints}", *NARROW, *SHORT)
-            assert runs.run(name, *given).code == 0
+            assert runs.run(name, f"student.weights={weights}", f"distill.hints={hints}", *shallow, *deep).code == 0
             entries = map(json.loads, (runs.folder / name / "metrics.jsonl").read_text().splitlines())
             losses[name] = [entry["loss"] for entry in entries if entry["phase"] == "student"]
     assert losses["teacher-100"][0] > losses["teacher-0"][0] + 1

@@ -15,7 +15,6 @@ from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, feature_error, hints
-from dfkd.models.selection import spaced
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew
 from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
@@ -135,17 +134,10 @@ def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tup
 
 
 def stage_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """The modules (student's, teacher's) whose outputs selected_hints compares: at every size that both have, the last
-    of each for an image [1, C, H, W], where the teacher's has as many channels or more."""
+    """The modules (student's, teacher's) whose outputs are to be alike: at every size that both have, the last of each
+    for an image [1, C, H, W], where they have as many channels."""
     ours, theirs = last_maps(student, image, inputs=False), last_maps(teacher, image, inputs=False)
-    return [(name, theirs[size][0]) for size, (name, few) in ours.items() if size in theirs and theirs[size][1] >= few]
-
-
-def selected_hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """`hints` of a student that began as a selection of its teacher's weights (models/selection.py): of maps
-    [B, C, H, W] with more channels those count with which it began."""
-    chosen = [its.index_select(1, spaced(own.shape[1], its.shape[1], its.device)) for own, its in zip(student, teacher)]
-    return hints(student, chosen)
+    return [(name, theirs[size][0]) for size, (name, c) in ours.items() if size in theirs and theirs[size][1] == c]
 
 
 def hold_zeros(model: nn.Module) -> None:

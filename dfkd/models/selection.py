@@ -25,7 +25,7 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
             if source is None or not _holds(source, tensor):
                 continue
             for axis, (few, many) in enumerate(zip(tensor.shape, source.shape)):
-                source = source.index_select(axis, spaced(few, many, source.device))
+                source = source.index_select(axis, torch.arange(few, device=source.device) * many // few)
             tensor.copy_(source)
             written += tensor.numel()
     size, whole = (sum(x.numel() for x in (*each.parameters(), *each.buffers())) for each in (student, teacher))
@@ -40,11 +40,6 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
             "or leave student.weights empty"
         )
     return written / size
-
-
-def spaced(few: int, many: int, device: torch.device) -> Tensor:
-    """Which of `many` channels are selected, evenly spaced: [few] int64."""
-    return torch.arange(few, device=device) * many // few
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
