@@ -129,12 +129,11 @@ ADVERSARIES = {**STUDENT_LOSSES, "js": js}
 
 def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean over layers of mean |student - teacher|^2 / mean |teacher|^2, features [B, ...]. The Knowledge Within
-    (Haroush et al. 2020), section 4.2; dividing by the teacher's power, so that no layer counts more, is ours."""
-    terms = []
-    for ours, theirs in zip(student, teacher):
-        ours, theirs = full_precision(ours), full_precision(theirs)
-        terms.append((ours - theirs).square().mean() / theirs.square().mean().clamp_min(1e-12))
-    return torch.stack(terms).mean()
+    (Haroush et al. 2020), section 4.2; dividing by the teacher's power over the global batch, so that no layer counts
+    more, is ours."""
+    ours, theirs = ([full_precision(x) for x in features] for features in (student, teacher))
+    powers = all_reduce_mean(torch.stack([x.square().mean() for x in theirs])).clamp_min(1e-12)
+    return (torch.stack([(own - its).square().mean() for own, its in zip(ours, theirs)]) / powers).mean()
 
 
 def feature_error(student: Tensor, teacher: Tensor, widths: Sequence[int], weights: Tensor) -> Tensor:

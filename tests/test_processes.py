@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dfkd.collectives import all_reduce_mean, sync_batchnorm
-from dfkd.compress.fit import Fit
+from dfkd.compress.fit import Fit, Hints
 from dfkd.mixing import make_mix
 from dfkd.models import build_model
 from dfkd.runtime import Shard, make_accelerator, shut_down
@@ -85,7 +85,9 @@ def training(
         shard=shard,
         features=True,
     )
-    fitting = Fit(student, stream, steps=STEPS, lr=student_lr, warmup=2, accelerator=accelerator)
+    stages = [("features.2", "model.features.2"), ("features.9", "model.features.6")]
+    learnt = Hints(student, teachers[0], stages, 0.5)
+    fitting = Fit(student, stream, steps=STEPS, lr=student_lr, warmup=2, hints=learnt, accelerator=accelerator)
     terms, gradients = [], {}
     for step in range(steps):
         found = {**synthesizer.step(step), **{f"student {k}": v for k, v in fitting.step(step).items()}}
