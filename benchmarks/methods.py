@@ -28,7 +28,8 @@ from equal_time import Method, compare, cores
 from dfkd.errors import UserError
 from dfkd.recipe import FOLDER, load_recipe
 
-ON_GPU = {"base": "cifar10_zoo"}  # ResNet-56, the main one of that zoo, and its student ResNet-20
+# ResNet-56, the main one of that zoo, and its student ResNet-20, which begins at random with every method.
+ON_GPU = {"base": "cifar10_zoo", "student.weights": "", "distill.lr": "0.3"}
 PREFERRED = "residual"  # the teacher that is left where the zoo has no main one
 ZOO = ":zoo"
 TOLERATED = 0.2  # share by which a run's seconds may miss the budget before its row says so

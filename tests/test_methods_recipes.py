@@ -55,7 +55,7 @@ def test_there_are_methods() -> None:
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"dfkd"}))
 def test_a_published_method_does_not_follow_the_defaults(method: str) -> None:
-    loaded, keys = own(method), ["distill.mix"]
+    loaded, keys = own(method), ["distill.mix", "distill.features", "student.weights"]
     if method not in NOISE:
         keys += ["synthesis.losses.adversary", "synthesis.redraw"]
         keys += ["synthesis.fade"] if loaded.recipe.synthesis.losses.adversary else []
