@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from dfkd.errors import UserError
 
+LEAST = 0.5  # share of a student that must come of its teacher: less is no head start, and an accident of names
+
 
 @torch.no_grad()
 def select_weights(student: nn.Module, teacher: nn.Module) -> float:
@@ -15,7 +17,7 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
 
     Xu et al. 2024 (Initializing Models with Larger Ones), section 3: layers by their names, channels evenly spaced. Of
     a row of blocks they take the first; here they are spread from the first to the last, which is better
-    (docs/results.md). Raises UserError where nothing suits, and where everything does: then the student is the teacher.
+    (docs/results.md). Raises UserError where less than LEAST suits, and where the student would be the teacher.
     """
     written = 0
     for own, theirs in _counterparts(student, teacher):
@@ -29,10 +31,10 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
             tensor.copy_(source)
             written += tensor.numel()
     size, whole = (sum(x.numel() for x in (*each.parameters(), *each.buffers())) for each in (student, teacher))
-    if not written:
+    if written < LEAST * size:
         raise UserError(
-            "no layer of the student is in its teacher too, by the same name and no smaller; choose a smaller network "
-            "of the teacher's kind as student.model, or leave student.weights empty"
+            f"{written / size:.0%} of the student is in its teacher too, by the same names and no smaller; choose a "
+            "smaller network of the teacher's kind as student.model, or leave student.weights empty"
         )
     if written == size == whole:
         raise UserError(
