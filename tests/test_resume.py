@@ -28,10 +28,14 @@ INVERSION = (
     *("generator.arch=pixels", "synthesis.latent_lr=0.1", "synthesis.redraw=0", "synthesis.losses.diversity=0"),
     *("synthesis.adversary_loss=js", "synthesis.adversary_mask=false", *ROUNDS),
 )
+SELECTED = (
+    *("zoo.main=residual", "teachers.residual.model=dfkd:resnet32", "student.model=dfkd:resnet20"),
+    *("student.kwargs={width: 8}", "student.weights=teacher"),
+)
 # How many processes, what is computed in, other keys: every one has its own uninterrupted run to compare with.
 SETTINGS: dict[str, tuple[int, str, tuple[str, ...]]] = {
     "fp32": (1, "fp32", ()),
-    "bf16": (1, "bf16", ()),
+    "bf16": (1, "bf16", SELECTED),
     "two": (2, "fp32", ()),
     "inversion": (1, "bf16", INVERSION),
     "pooled two": (2, "fp32", POOLED),
