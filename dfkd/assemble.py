@@ -24,11 +24,10 @@ from dfkd.models.checkpoints import read_description
 from dfkd.models.selection import select_weights
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import Deadline, Shard, eval_mode, resolve_precision, rng
-from dfkd.schema import Recipe, StudentSpec, TeacherSpec
+from dfkd.schema import SELECTED, Recipe, StudentSpec, TeacherSpec
 from dfkd.teachers import Teacher, load_zoo
 from generators import GENERATORS, ImageGenerator, PoolGenerator, build_generator, load_generator
 
-SELECTED = "teacher"  # student.weights: a selection of the teacher's
 TRAINABLE = tuple(name for name, kind in GENERATORS.items() if kind is not PoolGenerator)
 Say = Callable[[str], None]
 Network = TypeVar("Network", bound=nn.Module)
@@ -278,6 +277,9 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     student = Classifier(model, name="student", mean=mean, std=std).to(device)
     if recipe.runtime.channels_last:
         student.to(memory_format=torch.channels_last)
+    about = describe(recipe, spec.model, spec.kwargs, student)
+    if selects:
+        about["selected"] = {"teacher": like.name, "share": select_weights(model, like.model)}
     size = recipe.image.size
     try:
         with torch.no_grad():
@@ -291,9 +293,6 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
         raise UserError(
             f"the student gives {tuple(logits.shape[1:])} outputs where classes={recipe.classes}; make them agree"
         )
-    about = describe(recipe, spec.model, spec.kwargs, student)
-    if selects:
-        about["selected"] = {"teacher": like.name, "share": select_weights(model, like.model)}
     return student, about
 
 

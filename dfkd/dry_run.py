@@ -7,7 +7,7 @@ from torch import nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
-from dfkd.phases import learns_features, plans
+from dfkd.phases import learns_features, make_hints, plans, say_beginning
 from dfkd.recipe import Loaded
 from dfkd.run import build
 from dfkd.runtime import make_accelerator, say, shut_down
@@ -34,6 +34,7 @@ def dry_run(loaded: Loaded) -> None:
     say(f"  generator: {about.get('made_by', about['arch'])}, {assemble.parameters(worker):,} parameters{kept}")
     if parts.student is not None:
         say(f"  student: {recipe.student.model}, {assemble.parameters(parts.student):,} parameters")
+        say_beginning(parts, make_hints(parts))
     for phase in phases:
         if phase.name in TASKS:
             keys = settings(recipe, phase.name)

@@ -14,7 +14,7 @@ from dfkd.checkpoints import write_atomically
 from dfkd.errors import UserError
 from dfkd.recipe import Loaded
 from dfkd.runtime import say
-from dfkd.schema import Recipe
+from dfkd.schema import SELECTED, Recipe
 
 # Keys that change how a run goes, not what comes out: they may differ when it is resumed.
 FREE_KEYS = ("overwrite", "output", "trust_code", "description", "zoo.memory_gb")
@@ -43,7 +43,7 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
     """Raise UserError where overwrite=true would remove anything but a run of ours, or what this run needs."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
         raise UserError(f"{folder} holds no run (no config.yaml) and is not removed; choose another output=...")
-    weights = [recipe.student.weights, *(spec.weights for spec in recipe.teachers.values())]
+    weights = {recipe.student.weights, *(spec.weights for spec in recipe.teachers.values())} - {SELECTED}
     given = [recipe.distill.input, *(getattr(recipe, task).input for task in ("qat", "ptq", "prune", "udfc"))]
     folders = [name for name in given if name and name not in ("main", "student", *recipe.tasks)]
     needed = [

@@ -113,6 +113,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     if parts.student is None:
         raise UserError("there is no student to train: set student.model")
     hints = make_hints(parts)
+    say_beginning(parts, hints)
     graphs = recorder(recipe.runtime.cuda_graphs, parts.shard)
     source = distill.source if plan.name == "distill" else "generator"
     before = len(opened())
@@ -172,7 +173,7 @@ def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classi
 
 def make_hints(parts: Parts) -> Hints | None:
     """What the student learns of its (first main) teacher's layers: attention, where it has weight; else, where it
-    began with the teacher's weights, the last maps of every size, if it has as many channels there."""
+    began with the teacher's weights, what the last block of every row of blocks gives."""
     recipe, student, distill = parts.recipe, parts.student, parts.recipe.distill
     if student is None:
         return None
@@ -184,6 +185,17 @@ def make_hints(parts: Parts) -> Hints | None:
         pairs = stage_pairs(student, teacher, image)
         return Hints(student, teacher, pairs, distill.hints) if pairs else None
     return None
+
+
+def say_beginning(parts: Parts, hints: Hints | None) -> None:
+    """Say what a student that begins with its teacher's weights has of them, and what it learns of its layers."""
+    if selected := parts.student_about.get("selected"):
+        share, layers = (
+            f"{100 * selected['share']:.3g} %",
+            ", ".join(name for _, name in hints.pairs) if hints else "none",
+        )
+        teacher = selected["teacher"]
+        say(f"student: {share} of it are weights of teacher {teacher}, of whose layers it learns: {layers}")
 
 
 def make_loop(

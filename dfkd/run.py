@@ -26,7 +26,7 @@ from dfkd.recipe import Loaded
 from dfkd.report import closing_table
 from dfkd.results import finish
 from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelerator, say, shut_down
-from dfkd.schema import Recipe
+from dfkd.schema import SELECTED, Recipe
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TASKS, check_layers, check_tasks, finished, run_task, task_input
 from dfkd.terms import check_losses
@@ -86,7 +86,7 @@ def run(loaded: Loaded, command: str) -> None:
             begun = time.perf_counter()
             parts.zoo = []  # the one that was checked must not be in memory beside the one that is used
             parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
-            if recipe.student.weights == assemble.SELECTED and recipe.student.model:
+            if recipe.student.weights == SELECTED and recipe.student.model:
                 new_student(parts)  # the one that was checked may have an untrained teacher's
             spent = {"teachers": time.perf_counter() - begun}
             carry_out(parts, phases, spent, deadline)

@@ -8,6 +8,7 @@ Dataset = Literal["digits", "mnist", "fashionmnist", "svhn", "cifar10", "cifar10
 Task = Literal["generator", "distill", "qat", "ptq", "prune", "udfc"]
 Source = Literal["generator", "noise", "real"]
 INPUT = "what is compressed: main (zoo.main, else the first teacher), student, an earlier task, or a folder of a model"
+SELECTED = "teacher"  # student.weights: a selection of the teacher's
 SOURCE = "images: generator, or as a control noise or real (training images where there are some)"
 
 
@@ -173,8 +174,8 @@ class StudentSpec:
     model: str = key("", "model string")
     weights: str = key(
         "",
-        "checkpoint to start from; teacher: the layers and channels of its teacher that it has itself, spread evenly "
-        "(weight selection, Xu et al. 2024); empty: random",
+        "checkpoint to start from (./teacher for a file of that name); teacher: the layers and channels of its teacher "
+        "that it has itself (weight selection, Xu et al. 2024); empty: random",
     )
     kwargs: dict[str, Any] = key({}, "further arguments of the model")
 
@@ -199,8 +200,8 @@ class Distill:
     )
     hints: float = key(
         100.0,
-        "weight of the teacher's last maps of every size, where the student began with its weights "
-        "(student.weights=teacher), has as many channels there, and attention has no weight",
+        "weight of what the teacher's last block of each row of blocks gives, where the student began with its weights "
+        "(student.weights=teacher), has as many channels there, and attention has no weight; not of distill.input",
         0,
     )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)

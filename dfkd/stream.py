@@ -23,6 +23,7 @@ from dfkd.teachers import Teacher, logits_and_features, zoo_logits
 from generators import ImageGenerator
 
 Source = Callable[[Shard, int, tuple[int | str, ...]], tuple[Tensor, Tensor]]
+Watch = Callable[[], AbstractContextManager[Sequence[Tensor]]]  # collects tensors of a forward within its scope
 
 
 def from_generator(generator: ImageGenerator, graphs: Calls = DIRECT) -> Source:
@@ -156,9 +157,6 @@ class SyntheticStream(IterableDataset):
         # Without a teacher it does not pay; teachers that take turns on the device are not where they were.
         stay = all(teacher.pager is None for teacher in self.teachers)
         self.graphs = graphs if self.teachers and stay else DIRECT
-        # What Fit watches of a teacher in its forwards, and what was found in the newest: of the fresh images.
-        self.watched = unwatched
-        self.maps: list[Tensor] = []
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
@@ -177,9 +175,14 @@ class SyntheticStream(IterableDataset):
         """Make the next iteration draw other batches."""
         self.epoch = epoch
 
-    @torch.no_grad()
     def batch(self, index: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
         """Batch `index` of an epoch: images and targets. Raises UserError past the end of a counted stream."""
+        images, targets, *_ = self.watched_batch(index, epoch)
+        return images, targets
+
+    @torch.no_grad()
+    def watched_batch(self, index: int, epoch: int = 0, watch: Watch | None = None) -> tuple[Tensor, ...]:
+        """`batch`, and behind it what `watch` collects while the teachers look at the fresh images."""
         if self.num_batches is not None and index >= self.num_batches:
             raise UserError(
                 f"batch {index} is past the end of a stream of {self.num_batches}; give a larger num_batches"
@@ -188,15 +191,15 @@ class SyntheticStream(IterableDataset):
         with self.autocast():
             images, labels = self.source(self.shard, self.fresh, position)
             draws = self._random_draws(images, position)
-            finish = partial(self._finished, tuple(draws))
-            given = (images, labels, *draws.values())
-            images, targets, *self.maps = self.graphs.call(("stream", *draws), None, finish, *given)
+            finish = partial(self._finished, tuple(draws), watch)
+            given, key = (images, labels, *draws.values()), ("stream", *draws, *(["watched"] if watch else []))
+            images, targets, *seen = self.graphs.call(key, None, finish, *given)
         if self.replay is None:
-            return images, targets
+            return images, targets, *seen
         self.replay.push(images, targets)
         old, old_targets = self.replay.draw(self.shard, self.batch_size - self.fresh, *position)
         images = torch.cat([images, old]).contiguous(memory_format=self.memory_format)
-        return images, torch.cat([targets, old_targets])
+        return images, torch.cat([targets, old_targets]), *seen
 
     def _random_draws(self, images: Tensor, position: tuple[int | str, ...]) -> dict[str, Tensor]:
         """What is drawn for images besides: where they move to, and the boxes of a batch that is mixed."""
@@ -209,8 +212,10 @@ class SyntheticStream(IterableDataset):
                 drawn["boxes"] = params["box"]
         return {name: to_device(x, images.device) for name, x in drawn.items()}
 
-    def _finished(self, names: tuple[str, ...], images: Tensor, labels: Tensor, *drawn: Tensor) -> tuple[Tensor, ...]:
-        """Images of the source as they are streamed, their targets, and what is watched of the teacher; drawn are
+    def _finished(
+        self, names: tuple[str, ...], watch: Watch | None, images: Tensor, labels: Tensor, *drawn: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Images of the source as they are streamed, their targets, and what is watched of the teachers; drawn are
         `_random_draws` of these names."""
         draws = dict(zip(names, drawn))
         if "moves" in draws:
@@ -224,14 +229,9 @@ class SyntheticStream(IterableDataset):
         images = images.contiguous(memory_format=self.memory_format)
         if not self.teachers:
             return images, labels
-        with self.watched() as maps:
+        with watch() if watch else nullcontext([]) as seen:
             targets = (logits_and_features if self.widths else zoo_logits)(self.teachers, images)
-        return images, targets, *maps
-
-
-def unwatched() -> AbstractContextManager[Sequence[Tensor]]:
-    """Collect nothing."""
-    return nullcontext(())
+        return images, targets, *seen
 
 
 def feature_widths(networks: Sequence[nn.Module]) -> list[int]:

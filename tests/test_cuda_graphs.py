@@ -44,12 +44,14 @@ class Trained:
         torch.manual_seed(0)
         shard = Shard(device)
         names = ("plain", "residual", "inverted")
-        moves, weight = dict(zip(names, options.pop("moves", (Moves(),) * 3))), options.pop("hints", 0.0)
+        moves, hints = dict(zip(names, options.pop("moves", (Moves(),) * 3))), options.pop("hints", "")
         like: dict[str, Any] = {"kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]}
         specs = {n: {"model": f"dfkd:tiny_{n}", "moves": moves[n], **like} for n in names}
         zoo = load_zoo(specs, classes=10, channels=1, size=16, device=device, channels_last=True)
         self.generator = ConvGenerator(latent=16, classes=10, channels=1, size=16, width=8, prototypes=2).to(device)
-        network = build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 4})
+        network = build_model(
+            "dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 8 if hints == "outputs" else 4}
+        )
         network.linear = nn.Sequential(nn.Dropout(0.2), network.linear)
         self.student = Classifier(network).to(device)
         self.synthesizer = Synthesizer(
@@ -70,8 +72,12 @@ class Trained:
             self.generator, batch_size=32, teacher=zoo, replay=4, shift=0.1, mix=0.5, features=True, **own
         )
         pairs = map_pairs(self.student, zoo[0], torch.zeros(1, 1, 16, 16, device=device))
-        hints = Hints(self.student, zoo[0], pairs, weight, attention, inputs=True) if weight else None
-        self.fit = Fit(self.student, stream, steps=100, hints=hints, graphs=graphs)
+        kinds = {
+            "": None,
+            "attention": Hints(self.student, zoo[0], pairs, 300.0, attention, inputs=True),
+            "outputs": Hints(self.student, zoo[0], [("model.features.5", "model.features.5")], 10.0),
+        }
+        self.fit = Fit(self.student, stream, steps=100, hints=kinds[hints], graphs=graphs)
         for part in (self.synthesizer, stream, self.fit):
             part.autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -149,7 +155,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"learn_weights": True},
     {"penalise": True},
     {"jitter": 2, "flip": True},
-    {"hints": 300.0},
+    {"hints": "attention"},
+    {"hints": "outputs"},
     {"moves": (Moves(), Moves(2, flip=True), Moves(4, black=True))},
 ]
 

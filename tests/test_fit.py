@@ -312,7 +312,7 @@ def batches(count: int = 3, **teacher: Any) -> Batches:
 
 def test_any_iterable_of_images_is_gone_through_again_and_again() -> None:
     stream = batches(3, mean=[0.5], std=[0.25])
-    pairs = [stream.batch(step) for step in range(7)]
+    pairs = [stream.watched_batch(step) for step in range(7)]
     given = [each for each, _ in stream.images]
     assert all(torch.equal(x, given[k % 3]) for k, (x, _) in enumerate(pairs))
     reference = network(seed=3).eval()
@@ -326,7 +326,7 @@ def test_an_iterable_that_ends_for_good_is_refused(images: Any) -> None:
     stream = Batches(images)
     stream.teachers = [Teacher(network())]
     with pytest.raises(UserError, match="gave no batch; give an iterable that can be gone through more than once"):
-        [stream.batch(step) for step in range(2)]
+        [stream.watched_batch(step) for step in range(2)]
 
 
 def test_weights_that_are_zero_are_held_and_all_others_learn() -> None:
@@ -430,21 +430,22 @@ def test_networks_without_a_common_size_are_refused_with_a_remedy() -> None:
         map_pairs(flat, teacher, torch.zeros(1, 1, 8, 8))
 
 
-def test_stages_are_paired_at_the_last_output_of_every_size() -> None:
-    image = torch.zeros(1, 3, 16, 16)
-    shallow, deep, wide = (build_model(f"dfkd:{name}", classes=3) for name in ("resnet20", "resnet56", "wrn_16_1"))
-    assert stage_pairs(shallow, deep, image) == [(f"layer{k}", f"layer{k}") for k in (1, 2, 3)]
-    assert stage_pairs(wide, build_model("dfkd:wrn_40_1", classes=3), image) == [
-        ("block2.layer.0.relu1", "block2.layer.0.relu1"),  # activated where the next group begins
-        ("block3.layer.0.relu1", "block3.layer.0.relu1"),
-        ("relu", "relu"),
+def test_stages_are_paired_at_the_last_blocks_of_their_rows() -> None:
+    def pairs(student: str, teacher: str) -> list[tuple[str, str]]:
+        networks = (build_model(name, classes=3) for name in (student, teacher))
+        return stage_pairs(*networks, torch.zeros(1, 3, 32, 32))
+
+    assert pairs("dfkd:resnet20", "dfkd:resnet56") == [(f"layer{k}.2", f"layer{k}.8") for k in (1, 2, 3)]
+    assert pairs("dfkd:wrn_16_1", "dfkd:wrn_40_1") == [(f"block{k}.layer.1", f"block{k}.layer.5") for k in (1, 2, 3)]
+    assert pairs("dfkd:wrn_16_1", "dfkd:wrn_40_2") == []  # half as many channels
+    bottlenecks = [
+        ("layer1.1", "layer1.2"),
+        ("layer2.1", "layer2.3"),
+        ("layer3.1", "layer3.5"),
+        ("layer4.1", "layer4.2"),
     ]
-    assert stage_pairs(tiny("tiny_plain", depth=2), tiny("tiny_plain", depth=3), torch.zeros(1, 1, 8, 8)) == [
-        ("features.5", "features.8"),
-        ("features.12", "features.18"),
-        ("features", "features"),
-    ]
-    assert stage_pairs(tiny("tiny_plain", width=4), tiny("tiny_plain"), torch.zeros(1, 1, 8, 8)) == []
+    assert pairs("timm:resnet26", "timm:resnet50") == bottlenecks
+    assert pairs("dfkd:vgg11", "dfkd:vgg13") == []  # no blocks
 
 
 def attended(maps: Tensor) -> Tensor:

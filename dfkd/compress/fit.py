@@ -15,10 +15,11 @@ from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, feature_error, hints
+from dfkd.models.selection import last_blocks
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew
 from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
-from dfkd.stream import SyntheticStream, feature_widths, unwatched
+from dfkd.stream import SyntheticStream, Watch, feature_widths
 from dfkd.teachers import Teacher, batch_norms, features_of, shares_of, tap_features
 
 
@@ -43,6 +44,7 @@ class Batches:
     """Any iterable of images as a stream: begun again at its end, its targets the logits of `teachers[0]`."""
 
     replay: None = None
+    graphs: Calls = DIRECT
     seed = 0
     widths: Sequence[int] = ()
 
@@ -51,12 +53,10 @@ class Batches:
         self.teachers: list[Teacher] = []
         self.shard = Shard(torch.device("cpu"))
         self.iterator: Iterator[Tensor] = iter(())
-        self.watched = unwatched
-        self.maps: Sequence[Tensor] = []
 
     @torch.no_grad()
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """The next batch; `step` counts them."""
+    def watched_batch(self, step: int, epoch: int = 0, watch: Watch | None = None) -> tuple[Tensor, ...]:
+        """The next batch, and what `watch` collects of the teacher's forward; `step` counts them."""
         images = next(self.iterator, None)
         if images is None:
             self.iterator = images_of(self.images)
@@ -64,8 +64,9 @@ class Batches:
         if images is None:
             raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
         images = images.to(self.teachers[0].mean.device)
-        with self.watched() as self.maps:
-            return images, self.teachers[0](images)
+        with watch() if watch else nullcontext([]) as seen:
+            targets = self.teachers[0](images)
+        return images, targets, *seen
 
 
 @dataclass
@@ -82,21 +83,21 @@ class Hints:
 
     def watch_student(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the student's layers give in a forward within its scope, pair by pair."""
-        return in_order(self.student, [name for name, _ in self.pairs], self.inputs)
+        return collected(self.student, [name for name, _ in self.pairs], self.inputs)
 
     def watch_teacher(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the teacher's layers give in a forward within its scope, pair by pair."""
-        return in_order(self.teacher, [name for _, name in self.pairs], self.inputs)
+        return collected(self.teacher, [name for _, name in self.pairs], self.inputs)
 
     def term(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
         """The weighted loss of what was collected from the student and from the teacher, a float32 scalar; of the rows
         that the teacher saw, which are the first: a replayed image comes with no more than its targets."""
-        return self.weight * self.loss([own[: len(its)] for own, its in zip(ours, theirs)], theirs)
+        return self.weight * self.loss([x[: len(y)] for x, y in zip(ours, theirs)], theirs)
 
 
 @contextmanager
-def in_order(network: nn.Module, names: Sequence[str], inputs: bool) -> Iterator[list[Tensor]]:
-    """What `watch` collects, in the order of the names; there as the scope ends."""
+def collected(network: nn.Module, names: Sequence[str], inputs: bool) -> Iterator[list[Tensor]]:
+    """Collect as `watch` does, into a list in the order of the names, which is filled as the scope ends."""
     found: list[Tensor] = []
     with watch(network, names, inputs) as seen:
         yield found
@@ -104,15 +105,12 @@ def in_order(network: nn.Module, names: Sequence[str], inputs: bool) -> Iterator
 
 
 @torch.no_grad()
-def last_maps(model: nn.Module, image: Tensor, inputs: bool) -> dict[tuple[int, ...], tuple[str, int]]:
-    """Per size (H, W) above 1 the last module that one forward of image [1, C, H, W] gets a map of that size from, and
-    its channels; or with `inputs` the last batch norm that it gives one."""
-    names = batch_norms(model) if inputs else [name for name, _ in model.named_modules() if name]
-    with eval_mode(model), watch(model, names, inputs) as seen:
+def last_maps(model: nn.Module, image: Tensor) -> dict[tuple[int, ...], str]:
+    """Per size (H, W) above 1 the last batch norm that one forward of image [1, C, H, W] gives a map of that size."""
+    with eval_mode(model), watch(model, batch_norms(model), inputs=True) as seen:
         model(image)
-    maps = {name: x.shape for name, x in seen.items() if isinstance(x, Tensor) and x.dim() == 4}
     # In order of execution: the last of a size stays.
-    return {tuple(shape[2:]): (name, shape[1]) for name, shape in maps.items() if min(shape[2:]) > 1}
+    return {tuple(x.shape[2:]): name for name, x in seen.items() if x.dim() == 4 and min(x.shape[2:]) > 1}
 
 
 def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
@@ -122,8 +120,8 @@ def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tup
     The input, since a ReLU that works in place overwrites the output; in a WideResNet, as in ZSKT, it is the output of
     a group of blocks. Raises UserError where there is no common size.
     """
-    ours, theirs = last_maps(student, image, inputs=True), last_maps(teacher, image, inputs=True)
-    pairs = [(name, theirs[size][0]) for size, (name, _) in ours.items() if size in theirs]
+    ours, theirs = last_maps(student, image), last_maps(teacher, image)
+    pairs = [(name, theirs[size]) for size, name in ours.items() if size in theirs]
     if not pairs:
         found = [", ".join("x".join(map(str, size)) for size in sizes) or "none" for sizes in (ours, theirs)]
         raise UserError(
@@ -133,11 +131,17 @@ def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tup
     return pairs
 
 
+@torch.no_grad()
 def stage_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """The modules (student's, teacher's) whose outputs are to be alike: at every size that both have, the last of each
-    for an image [1, C, H, W], where they have as many channels."""
-    ours, theirs = last_maps(student, image, inputs=False), last_maps(teacher, image, inputs=False)
-    return [(name, theirs[size][0]) for size, (name, c) in ours.items() if size in theirs and theirs[size][1] == c]
+    """The blocks (student's, teacher's) whose outputs a student that began with its teacher's weights learns: the last
+    of every row of blocks, where both give the image [1, C, H, W] an output of one shape."""
+    pairs = last_blocks(student, teacher)
+    seen = []
+    for k, network in enumerate((student, teacher)):
+        with eval_mode(network), watch(network, [pair[k] for pair in pairs]) as outputs:
+            network(image)
+        seen.append({name: x.shape for name, x in outputs.items() if isinstance(x, Tensor)})
+    return [(ours, theirs) for ours, theirs in pairs if ours in seen[0] and seen[0][ours] == seen[1].get(theirs)]
 
 
 def hold_zeros(model: nn.Module) -> None:
@@ -177,7 +181,6 @@ class Fit:
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
         self.graphs = graphs
-        stream.watched = unwatched if hints is None else hints.watch_teacher
         self.prepared = accelerator.prepare(student) if accelerator else student
         self.warmup, self.temperature = warmup, temperature
         if loss not in STUDENT_LOSSES:
@@ -203,11 +206,11 @@ class Fit:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
-        images, targets = self.stream.batch(step)
+        given = self.stream.watched_batch(step, watch=self.hints.watch_teacher if self.hints is not None else None)
+        images = given[0]
         reseed(images.device, self.stream.seed, "student", self.stream.shard.rank, step)  # the same after a resume
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * cosine(step, self.steps, self.warmup)
-        given = (images, targets, *self.stream.maps)
         loss, agree = self.graphs.learn(("student",), self.learners, self._loss_and_agreement, *given)
         if self.clip:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)

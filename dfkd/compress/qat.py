@@ -24,6 +24,7 @@ from dfkd.compress.graph import (
 from dfkd.compress.quantize import Bits, activation_quantizers, name_quantizers, prepare, quantized_layers, round_biases
 from dfkd.compress.reconstruct import reconstruct
 from dfkd.compress.result import Compressed
+from dfkd.cuda_graphs import DIRECT
 from dfkd.errors import UserError
 from dfkd.runtime import full_precision
 from dfkd.stream import Replay, SyntheticStream
@@ -126,6 +127,7 @@ class Training:
         self.student = with_network(model, network)
         batches = copy.copy(stream) if isinstance(stream, SyntheticStream) else Batches(stream)
         batches.teachers, batches.widths = [as_teacher(model, reference)], []
+        batches.graphs = DIRECT  # those of the stream hold its own teachers
         if batches.replay is not None:
             batches.replay = Replay(batches.replay.slots)  # whose targets are this teacher's
         self.fit = Fit(

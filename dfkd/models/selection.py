@@ -12,42 +12,56 @@ LEAST = 0.5  # share of a student that must come of its teacher: less is no head
 
 @torch.no_grad()
 def select_weights(student: nn.Module, teacher: nn.Module) -> float:
-    """Overwrite a student's parameters and buffers with a selection of its teacher's; the share of its numbers, 0 to
-    1, that has been overwritten. What the teacher has not, or smaller, stays as it is.
+    """Overwrite a student's weights and statistics with a selection of its teacher's; the share of its numbers, 0 to 1,
+    that has been overwritten. What the teacher lacks, or has smaller, stays as it was.
 
     Xu et al. 2024 (Initializing Models with Larger Ones), section 3: layers by their names, channels evenly spaced. Of
     a row of blocks they take the first; here they are spread from the first to the last, which is better
-    (docs/results.md). Raises UserError where less than LEAST suits, and where the student would be the teacher.
+    (docs/results.md). Channels correspond in plain and residual networks; in one of fewer channels not behind a
+    concatenation or a flattening. Raises UserError where less than LEAST of the numbers, or of the layers, suits, and
+    where the student would be the teacher.
     """
-    written = 0
-    for own, theirs in _counterparts(student, teacher):
-        sources = dict(_tensors(theirs))
-        for name, tensor in _tensors(own):
-            source = sources.get(name)
-            if source is None or not _holds(source, tensor):
-                continue
-            for axis, (few, many) in enumerate(zip(tensor.shape, source.shape)):
-                source = source.index_select(axis, torch.arange(few, device=source.device) * many // few)
-            tensor.copy_(source)
-            written += tensor.numel()
-    size, whole = (sum(x.numel() for x in (*each.parameters(), *each.buffers())) for each in (student, teacher))
-    if written < LEAST * size:
+    own, theirs, counterparts = student.state_dict(), teacher.state_dict(), dict(_counterparts(student, teacher))
+    wanted = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}  # others are counts, indices
+    written = []
+    for name, tensor in wanted.items():
+        path, _, leaf = name.rpartition(".")
+        other = counterparts.get(path)
+        if other is None or not _alike(student.get_submodule(path), teacher.get_submodule(other)):
+            continue
+        source = theirs.get(f"{other}.{leaf}".lstrip("."))
+        if source is None or not _holds(source, tensor):
+            continue
+        for axis, (few, many) in enumerate(zip(tensor.shape, source.shape)):
+            source = source.index_select(axis, torch.arange(few, device=source.device) * many // few)
+        tensor.copy_(source)
+        written.append(tensor)
+    share = sum(tensor.numel() for tensor in written) / sum(tensor.numel() for tensor in wanted.values())
+    layers = sum(tensor.dim() > 1 for tensor in written) / sum(tensor.dim() > 1 for tensor in wanted.values())
+    if (least := min(share, layers)) < LEAST:
         raise UserError(
-            f"{written / size:.0%} of the student is in its teacher too, by the same names and no smaller; choose a "
-            "smaller network of the teacher's kind as student.model, or leave student.weights empty"
+            f"{least:.0%} of the student are in its teacher too, by the same names and no smaller; choose a smaller "
+            "network of the teacher's kind as student.model, or leave student.weights empty"
         )
-    if written == size == whole:
+    if [(name, x.shape) for name, x in own.items()] == [(name, x.shape) for name, x in theirs.items()]:
         raise UserError(
             "the student would be its teacher, with the same layers in the same sizes; choose a smaller student.model, "
             "or leave student.weights empty"
         )
-    return written / size
+    return share
 
 
-def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and buffers of a module's own, without its children's, by name."""
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
+def last_blocks(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
+    """The last blocks (student's, teacher's) of all rows of blocks that both networks have."""
+    counterparts = dict(_counterparts(student, teacher))
+    rows = [name for name, module in student.named_modules() if name in counterparts and _is_row(module)]
+    ends = [f"{name}.{list(student.get_submodule(name)._modules)[-1]}" for name in rows]
+    return [(name, counterparts[name]) for name in ends if name in counterparts]
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers are of one class, or one's is made of the other's."""
+    return isinstance(one, type(other)) or isinstance(other, type(one))
 
 
 def _holds(large: Tensor, small: Tensor) -> bool:
@@ -56,21 +70,24 @@ def _holds(large: Tensor, small: Tensor) -> bool:
     return large.dim() == small.dim() and longer and (large.dim() < 4 or large.shape[2:] == small.shape[2:])
 
 
-def _counterparts(student: nn.Module, teacher: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """The modules of a student, each with the teacher's that stands for it: of the same name, or in a row of blocks of
-    which the teacher has more, as far from its ends."""
-    yield student, teacher
+def _counterparts(student: nn.Module, teacher: nn.Module, path: str = "", other: str = "") -> Iterator[tuple[str, str]]:
+    """The names of a student's modules, each with that of the teacher's that stands for it: of the same name, or in a
+    row of blocks of which the teacher has more, as far from its ends."""
+    yield path, other
     own, theirs = dict(student.named_children()), dict(teacher.named_children())
     names = {name: name for name in own}
     if len(own) < len(theirs) and _is_row(student) and _is_row(teacher):
         row, last = list(theirs), max(1, len(own) - 1)
         names = {name: row[round(k * (len(row) - 1) / last)] for k, name in enumerate(own)}
     for name, child in own.items():
-        if names[name] in theirs:
-            yield from _counterparts(child, theirs[names[name]])
+        if (wanted := names[name]) in theirs:
+            yield from _counterparts(
+                child, theirs[wanted], f"{path}.{name}".lstrip("."), f"{other}.{wanted}".lstrip(".")
+            )
 
 
 def _is_row(module: nn.Module) -> bool:
     """Whether a module is a row of blocks of one kind, which have layers of their own."""
     blocks = list(module.children())
-    return len({type(block) for block in blocks}) == 1 and any(True for _ in blocks[0].children())
+    containers = isinstance(blocks[0], nn.Sequential | nn.ModuleList) if blocks else True
+    return len({type(block) for block in blocks}) == 1 and not containers and any(True for _ in blocks[0].children())
