@@ -181,7 +181,7 @@ def make_hints(parts: Parts) -> Hints | None:
     image = assemble.blank(recipe, teacher.mean.device)
     if distill.attention:
         return Hints(student, teacher, map_pairs(student, teacher, image), distill.attention, attention, inputs=True)
-    if distill.hints and distill.input is None and "selected" in parts.student_about:
+    if distill.hints and "selected" in parts.student_about:
         pairs = stage_pairs(student, teacher, image)
         return Hints(student, teacher, pairs, distill.hints) if pairs else None
     return None
@@ -190,12 +190,9 @@ def make_hints(parts: Parts) -> Hints | None:
 def say_beginning(parts: Parts, hints: Hints | None) -> None:
     """Say what a student that begins with its teacher's weights has of them, and what it learns of its layers."""
     if selected := parts.student_about.get("selected"):
-        share, layers = (
-            f"{100 * selected['share']:.3g} %",
-            ", ".join(name for _, name in hints.pairs) if hints else "none",
-        )
-        teacher = selected["teacher"]
-        say(f"student: {share} of it are weights of teacher {teacher}, of whose layers it learns: {layers}")
+        layers = ", ".join(name for _, name in hints.pairs) if hints else "none"
+        begins = f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}"
+        say(f"{begins}, of whose layers it learns: {layers}")
 
 
 def make_loop(

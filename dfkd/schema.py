@@ -201,7 +201,7 @@ class Distill:
     hints: float = key(
         100.0,
         "weight of what the teacher's last block of each row of blocks gives, where the student began with its weights "
-        "(student.weights=teacher), has as many channels there, and attention has no weight; not of distill.input",
+        "(student.weights=teacher), has as many channels there, and attention has no weight",
         0,
     )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)

@@ -182,7 +182,8 @@ class SyntheticStream(IterableDataset):
 
     @torch.no_grad()
     def watched_batch(self, index: int, epoch: int = 0, watch: Watch | None = None) -> tuple[Tensor, ...]:
-        """`batch`, and behind it what `watch` collects while the teachers look at the fresh images."""
+        """`batch`, and behind it what `watch` collects while the teachers look at the fresh images: with CUDA graphs
+        that of the first call, so a stream with graphs has one watcher."""
         if self.num_batches is not None and index >= self.num_batches:
             raise UserError(
                 f"batch {index} is past the end of a stream of {self.num_batches}; give a larger num_batches"

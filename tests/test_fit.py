@@ -446,6 +446,26 @@ def test_stages_are_paired_at_the_last_blocks_of_their_rows() -> None:
     ]
     assert pairs("timm:resnet26", "timm:resnet50") == bottlenecks
     assert pairs("dfkd:vgg11", "dfkd:vgg13") == []  # no blocks
+    assert pairs("timm:convnext_atto", "timm:convnext_atto") == [  # not the row of stages besides
+        (f"stages.{k}.blocks.{last}", f"stages.{k}.blocks.{last}") for k, last in enumerate((1, 1, 5, 1))
+    ]
+
+
+def test_a_row_of_one_block_is_paired_with_the_end_of_a_longer_one_and_a_wrapper_is_no_row() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    def wrapped(count: int) -> nn.Module:
+        return Teacher(nn.Sequential(nn.Sequential(*(Block() for _ in range(count)))))
+
+    image = torch.zeros(1, 1, 4, 4)
+    assert stage_pairs(wrapped(1), wrapped(3), image) == [("model.0.0", "model.0.2")]
+    assert stage_pairs(wrapped(1), wrapped(1), image) == []
 
 
 def attended(maps: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
 
     Xu et al. 2024 (Initializing Models with Larger Ones), section 3: layers by their names, channels evenly spaced. Of
     a row of blocks they take the first; here they are spread from the first to the last, which is better
-    (docs/results.md). Channels correspond in plain and residual networks; in one of fewer channels not behind a
-    concatenation or a flattening. Raises UserError where less than LEAST of the numbers, or of the layers, suits, and
-    where the student would be the teacher.
+    (docs/results.md). Channels correspond in plain and residual networks, but not behind a concatenation (DenseNet),
+    nor, where there are fewer, behind a flattening or between attention heads. Raises UserError where less than LEAST
+    of the numbers, or of the layers, suits, and where the student would be the teacher.
     """
     own, theirs, counterparts = student.state_dict(), teacher.state_dict(), dict(_counterparts(student, teacher))
     wanted = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}  # others are counts, indices
@@ -36,12 +36,13 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
             source = source.index_select(axis, torch.arange(few, device=source.device) * many // few)
         tensor.copy_(source)
         written.append(tensor)
-    share = sum(tensor.numel() for tensor in written) / sum(tensor.numel() for tensor in wanted.values())
-    layers = sum(tensor.dim() > 1 for tensor in written) / sum(tensor.dim() > 1 for tensor in wanted.values())
-    if (least := min(share, layers)) < LEAST:
+    numbers, layers = sum(x.numel() for x in wanted.values()), sum(x.dim() > 1 for x in wanted.values())
+    share, of_layers = sum(x.numel() for x in written) / max(1, numbers), sum(x.dim() > 1 for x in written)
+    if share < LEAST or of_layers < LEAST * layers:
         raise UserError(
-            f"{least:.0%} of the student are in its teacher too, by the same names and no smaller; choose a smaller "
-            "network of the teacher's kind as student.model, or leave student.weights empty"
+            f"{of_layers} of the student's {layers} layers, {share:.0%} of its numbers, are in its teacher too, by the "
+            "same names and no smaller; choose a smaller network of the teacher's kind as student.model, or leave "
+            "student.weights empty"
         )
     if [(name, x.shape) for name, x in own.items()] == [(name, x.shape) for name, x in theirs.items()]:
         raise UserError(
@@ -52,11 +53,20 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
 
 
 def last_blocks(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]:
-    """The last blocks (student's, teacher's) of all rows of blocks that both networks have."""
-    counterparts = dict(_counterparts(student, teacher))
-    rows = [name for name, module in student.named_modules() if name in counterparts and _is_row(module)]
-    ends = [f"{name}.{list(student.get_submodule(name)._modules)[-1]}" for name in rows]
-    return [(name, counterparts[name]) for name in ends if name in counterparts]
+    """The last blocks (student's, teacher's) of the rows of blocks that both networks have, the teacher's of several;
+    of rows within rows the inner ones."""
+    ends = {}
+    for path, other in _counterparts(student, teacher):
+        row, like = student.get_submodule(path), teacher.get_submodule(other)
+        if _is_row(row) and _is_row(like) and len(list(like.children())) > 1:
+            pair = [f"{name}.{list(dict(each.named_children()))[-1]}" for name, each in ((path, row), (other, like))]
+            ends[path] = (pair[0].lstrip("."), pair[1].lstrip("."))
+    return [pair for path, pair in ends.items() if not any(each != path and _within(each, path) for each in ends)]
+
+
+def _within(path: str, other: str) -> bool:
+    """Whether the module of one name lies within that of another."""
+    return not other or path.startswith(f"{other}.")
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:
@@ -75,15 +85,14 @@ def _counterparts(student: nn.Module, teacher: nn.Module, path: str = "", other:
     row of blocks of which the teacher has more, as far from its ends."""
     yield path, other
     own, theirs = dict(student.named_children()), dict(teacher.named_children())
-    names = {name: name for name in own}
+    stands_in = {name: name for name in own}
     if len(own) < len(theirs) and _is_row(student) and _is_row(teacher):
         row, last = list(theirs), max(1, len(own) - 1)
-        names = {name: row[round(k * (len(row) - 1) / last)] for k, name in enumerate(own)}
+        stands_in = {name: row[round(k * (len(row) - 1) / last)] for k, name in enumerate(own)}
     for name, child in own.items():
-        if (wanted := names[name]) in theirs:
-            yield from _counterparts(
-                child, theirs[wanted], f"{path}.{name}".lstrip("."), f"{other}.{wanted}".lstrip(".")
-            )
+        if (its := stands_in[name]) in theirs:
+            paths = f"{path}.{name}".lstrip("."), f"{other}.{its}".lstrip(".")
+            yield from _counterparts(child, theirs[its], *paths)
 
 
 def _is_row(module: nn.Module) -> bool:
