@@ -193,8 +193,8 @@ class SyntheticStream(IterableDataset):
             images, labels = self.source(self.shard, self.fresh, position)
             draws = self._random_draws(images, position)
             finish = partial(self._finished, tuple(draws), watch)
-            given, key = (images, labels, *draws.values()), ("stream", *draws, *(["watched"] if watch else []))
-            images, targets, *seen = self.graphs.call(key, None, finish, *given)
+            key = ("stream", *draws, *(["watched"] if watch else []))
+            images, targets, *seen = self.graphs.call(key, None, finish, images, labels, *draws.values())
         if self.replay is None:
             return images, targets, *seen
         self.replay.push(images, targets)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import randomise
+from networks_fixture import images
 from runs_fixture import Runs
 from torch import Tensor, nn
 
@@ -25,9 +26,9 @@ def network(name: str, seed: int, **kwargs: Any) -> nn.Module:
 
 
 def outputs(*networks: nn.Module) -> list[Tensor]:
-    images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = images(4, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
-        return [network(images) for network in networks]
+        return [network(given) for network in networks]
 
 
 @pytest.mark.parametrize(
@@ -113,9 +114,8 @@ def test_a_copy_and_a_stranger_are_refused() -> None:
         select_weights(network("dfkd:wrn_16_1", 0), nn.Sequential(nn.Linear(3, 5)))
     with pytest.raises(UserError, match="choose a smaller network of the teacher's kind"):  # other blocks of some names
         select_weights(network("dfkd:tiny_residual", 0), network("dfkd:tiny_residual", 1, depth=2))
-    with pytest.raises(
-        UserError, match="4 of the student's 11 layers, 93% of its numbers"
-    ):  # a large head does not make up for its convolutions
+    # A large head does not make up for convolutions.
+    with pytest.raises(UserError, match="4 of the student's 11 layers, 93% of its numbers"):
         select_weights(network("torchvision:vgg11", 0), network("torchvision:vgg13", 1))
 
 

@@ -29,7 +29,7 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
         other = counterparts.get(path)
         if other is None or not _alike(student.get_submodule(path), teacher.get_submodule(other)):
             continue
-        source = theirs.get(f"{other}.{leaf}".lstrip("."))
+        source = theirs.get(_below(other, leaf))
         if source is None or not _holds(source, tensor):
             continue
         for axis, (few, many) in enumerate(zip(tensor.shape, source.shape)):
@@ -58,10 +58,14 @@ def last_blocks(student: nn.Module, teacher: nn.Module) -> list[tuple[str, str]]
     ends = {}
     for path, other in _counterparts(student, teacher):
         row, like = student.get_submodule(path), teacher.get_submodule(other)
-        if _is_row(row) and _is_row(like) and len(list(like.children())) > 1:
-            pair = [f"{name}.{list(dict(each.named_children()))[-1]}" for name, each in ((path, row), (other, like))]
-            ends[path] = (pair[0].lstrip("."), pair[1].lstrip("."))
+        if _is_row(row) and _is_row(like) and len(theirs := dict(like.named_children())) > 1:
+            ends[path] = _below(path, list(dict(row.named_children()))[-1]), _below(other, list(theirs)[-1])
     return [pair for path, pair in ends.items() if not any(each != path and _within(each, path) for each in ends)]
+
+
+def _below(path: str, name: str) -> str:
+    """The name of what a module calls by a name; the network's own path is empty."""
+    return f"{path}.{name}" if path else name
 
 
 def _within(path: str, other: str) -> bool:
@@ -91,8 +95,7 @@ def _counterparts(student: nn.Module, teacher: nn.Module, path: str = "", other:
         stands_in = {name: row[round(k * (len(row) - 1) / last)] for k, name in enumerate(own)}
     for name, child in own.items():
         if (its := stands_in[name]) in theirs:
-            paths = f"{path}.{name}".lstrip("."), f"{other}.{its}".lstrip(".")
-            yield from _counterparts(child, theirs[its], *paths)
+            yield from _counterparts(child, theirs[its], _below(path, name), _below(other, its))
 
 
 def _is_row(module: nn.Module) -> bool:
