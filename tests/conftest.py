@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dfkd.models import build_model
+from dfkd.runtime import Shard
+from dfkd.stream import SyntheticStream
 from dfkd.teachers import Teacher, batch_norms
 from generators import ConvGenerator
 
@@ -95,6 +97,19 @@ def make_generator() -> Callable[..., ConvGenerator]:
             for norm in norms:
                 norm.momentum = 0.1
             return generator
+
+    return make
+
+
+@pytest.fixture
+def make_stream(
+    make_generator: Callable[..., ConvGenerator], make_teacher: Callable[..., Teacher]
+) -> Callable[..., SyntheticStream]:
+    """Streams of 16 images of an untrained generator with an untrained teacher."""
+
+    def make(**options: Any) -> SyntheticStream:
+        defaults = {"batch_size": 16, "teacher": make_teacher(), "shard": Shard(torch.device("cpu"))}
+        return SyntheticStream(make_generator().eval(), **{**defaults, **options})
 
     return make
 

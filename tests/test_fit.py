@@ -7,57 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from fit_fixture import MakeTeacher, batches, network, written_out
 from torch import Tensor, nn
 
-from dfkd.compress.fit import (
-    Batches,
-    Fit,
-    Hints,
-    cosine,
-    fit,
-    hold_zeros,
-    map_pairs,
-    no_decay_split,
-    stage_pairs,
-)
+from dfkd.compress.fit import Batches, Fit, cosine, fit, hold_zeros, no_decay_split
 from dfkd.errors import UserError
-from dfkd.losses import STUDENT_LOSSES, attention
+from dfkd.losses import STUDENT_LOSSES
 from dfkd.models import build_model
-from dfkd.runtime import Shard
 from dfkd.stream import SyntheticStream
 from dfkd.teachers import Teacher
-from generators import ConvGenerator
-
-MakeTeacher = Callable[..., Teacher]
-MakeGenerator = Callable[..., ConvGenerator]
-
-
-def network(seed: int = 7) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3)
-    )
-
-
-@pytest.fixture
-def make_stream(make_generator: MakeGenerator, make_teacher: MakeTeacher) -> Callable[..., SyntheticStream]:
-    def make(**options: Any) -> SyntheticStream:
-        defaults = {"batch_size": 16, "teacher": make_teacher(), "shard": Shard(torch.device("cpu"))}
-        return SyntheticStream(make_generator().eval(), **{**defaults, **options})
-
-    return make
-
-
-def written_out(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    if kind == "kl":
-        divergence = nn.KLDivLoss(reduction="batchmean", log_target=True)
-        student, teacher = (student / temperature).log_softmax(1), (teacher / temperature).log_softmax(1)
-        return divergence(student, teacher) * temperature**2
-    if kind == "mae":
-        return (student - teacher).abs().mean()
-    student, teacher = (x - x.mean(1, keepdim=True) for x in (student, teacher))
-    return (student - teacher).abs().mean() / teacher.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("kind", sorted(STUDENT_LOSSES))
@@ -302,14 +260,6 @@ def test_a_student_asks_for_no_batch_past_the_end(make_stream: Callable[..., Syn
         fit(network(), make_stream(num_batches=2), steps=3)
 
 
-def batches(count: int = 3, **teacher: Any) -> Batches:
-    """`count` batches of 8 images as a stream of (images, labels)."""
-    rng = torch.Generator().manual_seed(5)
-    stream = Batches([(torch.rand(8, 1, 8, 8, generator=rng), torch.zeros(8)) for _ in range(count)])
-    stream.teachers = [Teacher(network(seed=3), **teacher)]
-    return stream
-
-
 def test_any_iterable_of_images_is_gone_through_again_and_again() -> None:
     stream = batches(3, mean=[0.5], std=[0.25])
     pairs = [stream.watched_batch(step) for step in range(7)]
@@ -357,175 +307,3 @@ def test_statistics_are_held_where_asked(hold: bool) -> None:
     training.run()
     assert torch.equal(norm.running_mean, mean) == torch.equal(norm.running_var, var) == hold
     assert not torch.equal(norm.weight, scale)
-
-
-def test_hints_add_the_layers_errors_to_the_loss_and_the_gradient() -> None:
-    stream, student = batches(1), network()
-    reference = stream.teachers[0].model
-    pairs = [("1", "1"), ("4", "4")]
-    twin, wanted = copy.deepcopy(student).double().train(), copy.deepcopy(reference).double()
-    training = Fit(student, stream, steps=1, lr=0.0, hold_norms=True, hints=Hints(student, reference, pairs, 0.3))
-    terms = training.step(0)
-    x = stream.images[0][0].double()  # type: ignore[index]
-    twin[1].eval()
-    term = 0.0
-    for depth in (2, 5):
-        ours, theirs = twin[:depth](x), wanted[:depth](x)
-        term = term + (ours - theirs).pow(2).sum() / theirs.pow(2).sum() / 2
-    loss = written_out("kl", twin(x), wanted(x), 20.0) + 0.3 * term
-    loss.backward()
-    assert float(terms["loss"]) == pytest.approx(float(loss.detach()), rel=1e-4)
-    for (name, ours), theirs in zip(student.named_parameters(), twin.parameters()):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-6), name
-    assert not student[1]._forward_hooks
-    assert not reference[1]._forward_hooks
-
-
-def tiny(model: str, **kwargs: int) -> nn.Module:
-    """One of the project's tiny networks for grey images and three classes, in training mode."""
-    return build_model(f"dfkd:{model}", classes=3, channels=1, kwargs={"width": 8, "depth": 1, **kwargs}).train()
-
-
-def test_attention_is_paired_at_the_last_batch_norm_of_every_size() -> None:
-    student, teacher = tiny("tiny_plain", depth=2), tiny("tiny_residual")
-    image = torch.zeros(1, 1, 16, 16)
-    before = copy.deepcopy(teacher.state_dict())
-    assert map_pairs(student, teacher, image) == [
-        ("features.4", "features.3.bn2"),  # 16x16: two conv-bn-relu; a stem and a block without a projection
-        ("features.11", "features.4.shortcut.1"),  # a projection is executed after the block's last batch norm
-        ("features.18", "features.5.shortcut.1"),
-    ]
-    assert all(module.training for module in (*student.modules(), *teacher.modules()))
-    assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-
-
-def test_attention_goes_by_sizes_and_leaves_out_maps_of_one_pixel() -> None:
-    teacher = build_model("dfkd:wrn_16_1", classes=3, channels=1)
-    # In a WideResNet the input of the next group's first batch norm is the last group's output, as in ZSKT.
-    assert map_pairs(tiny("tiny_plain"), teacher, torch.zeros(1, 1, 8, 8)) == [
-        ("features.1", "block2.layer.0.bn1"),
-        ("features.5", "block3.layer.0.bn1"),
-        ("features.9", "bn1"),
-    ]
-    small = map_pairs(tiny("tiny_plain"), tiny("tiny_residual"), torch.zeros(1, 1, 4, 4))
-    assert [ours for ours, _ in small] == ["features.1", "features.5"]  # the third stage's maps are 1x1
-    resized = Teacher(tiny("tiny_residual"), input_size=4)
-    assert [pair[0] for pair in map_pairs(tiny("tiny_plain"), resized, torch.zeros(1, 1, 8, 8))] == [
-        "features.5",
-        "features.9",
-    ]
-
-
-def test_networks_without_a_common_size_are_refused_with_a_remedy() -> None:
-    teacher = Teacher(tiny("tiny_residual"), input_size=18)
-    with pytest.raises(
-        UserError, match=r"student has 8x8, 4x4, 2x2 and the teacher 18x18, .*; set distill.attention=0"
-    ):
-        map_pairs(tiny("tiny_plain"), teacher, torch.zeros(1, 1, 8, 8))
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
-    with pytest.raises(UserError, match="the student has none and"):
-        map_pairs(flat, teacher, torch.zeros(1, 1, 8, 8))
-
-
-def test_stages_are_paired_at_the_last_blocks_of_their_rows() -> None:
-    def pairs(student: str, teacher: str) -> list[tuple[str, str]]:
-        networks = (build_model(name, classes=3) for name in (student, teacher))
-        return stage_pairs(*networks, torch.zeros(1, 3, 32, 32))
-
-    assert pairs("dfkd:resnet20", "dfkd:resnet56") == [(f"layer{k}.2", f"layer{k}.8") for k in (1, 2, 3)]
-    assert pairs("dfkd:wrn_16_1", "dfkd:wrn_40_1") == [(f"block{k}.layer.1", f"block{k}.layer.5") for k in (1, 2, 3)]
-    assert pairs("dfkd:wrn_16_1", "dfkd:wrn_40_2") == []  # half as many channels
-    bottlenecks = [
-        ("layer1.1", "layer1.2"),
-        ("layer2.1", "layer2.3"),
-        ("layer3.1", "layer3.5"),
-        ("layer4.1", "layer4.2"),
-    ]
-    assert pairs("timm:resnet26", "timm:resnet50") == bottlenecks
-    assert pairs("dfkd:vgg11", "dfkd:vgg13") == []  # no blocks
-    assert pairs("timm:convnext_atto", "timm:convnext_atto") == [  # not the row of stages besides
-        (f"stages.{k}.blocks.{last}", f"stages.{k}.blocks.{last}") for k, last in enumerate((1, 1, 5, 1))
-    ]
-
-
-def test_a_row_of_one_block_is_paired_with_the_end_of_a_longer_one_and_a_wrapper_is_no_row() -> None:
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Conv2d(1, 1, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(x)
-
-    def wrapped(count: int) -> nn.Module:
-        return Teacher(nn.Sequential(nn.Sequential(*(Block() for _ in range(count)))))
-
-    image = torch.zeros(1, 1, 4, 4)
-    assert stage_pairs(wrapped(1), wrapped(3), image) == [("model.0.0", "model.0.2")]
-    assert stage_pairs(wrapped(1), wrapped(1), image) == []
-
-
-def attended(maps: Tensor) -> Tensor:
-    """Attention of maps [B, C, H, W] as rows [B, H W] of length 1."""
-    rows = maps.pow(2).mean(1).flatten(1)
-    return rows / rows.norm(dim=1, keepdim=True)
-
-
-@pytest.mark.parametrize("replay", [0, 4])  # a replayed image comes with its logits alone
-def test_attention_adds_the_maps_differences_to_the_loss_and_reaches_the_student_alone(
-    make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream], replay: int
-) -> None:
-    teacher = make_teacher(model="dfkd:tiny_residual", mean=[0.4], std=[0.3])
-    stream, student = make_stream(teacher=teacher, replay=replay), tiny("tiny_plain")
-    twin, reference = copy.deepcopy(student).double(), copy.deepcopy(teacher.model).double()
-    images, targets = make_stream(teacher=teacher, replay=replay).batch(0)
-    shown = len(images) // 2 if replay else len(images)
-    pairs = map_pairs(student, teacher, images[:1])
-    hints = Hints(student, teacher, pairs, 300.0, attention, inputs=True)
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    value = Fit(student, stream, steps=1, lr=0.0, hints=hints).step(0)["loss"]
-
-    x, y = images.double(), (images.double() - 0.4) / 0.3
-    loss, term = written_out("kl", twin(x), targets.double(), 20.0), torch.zeros(())
-    # What conv-bn-relu stages and residual blocks with a projection are made of, by hand.
-    for depth, conv in ((0, 0), (4, 4), (8, 8)):
-        ours = twin.features[conv](twin.features[:depth](x))
-        block = reference.features[3 + depth // 4]
-        given = reference.features[: 3 + depth // 4](y)
-        last = block.conv2(block.relu1(block.bn1(block.conv1(given)))) if depth == 0 else block.shortcut[0](given)
-        term = term + F.mse_loss(attended(ours)[:shown], attended(last)[:shown])
-    assert 0.05 < 300 * float(term.detach()) / float(loss.detach()) < 50
-    (loss + 300 * term).backward()
-    assert float(value) == pytest.approx(float((loss + 300 * term).detach()), rel=1e-4)
-    for (name, ours), theirs in zip(student.named_parameters(), twin.parameters()):
-        assert ours.grad is not None
-        assert theirs.grad is not None
-        assert torch.allclose(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-5), name
-    assert all(p.grad is None for p in teacher.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
-    assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
-
-
-def test_attention_falls_where_it_is_learnt(
-    make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream], no_host_read: Any
-) -> None:
-    teacher = make_teacher(model="dfkd:tiny_residual")
-    ends = {}
-    for weight in (0.0, 1000.0):
-        torch.manual_seed(3)
-        student, stream = tiny("tiny_plain"), make_stream(teacher=teacher)
-        images, _ = stream.batch(0)
-        hints = Hints(student, teacher, map_pairs(student, teacher, images[:1]), weight, attention, inputs=True)
-        training = Fit(student, stream, steps=41, lr=0.02, hints=hints)
-        for step in range(40):
-            training.step(step)
-        with no_host_read(*student.parameters(), *teacher.parameters()):
-            training.step(40)
-        with torch.no_grad(), hints.watch_student() as found, hints.watch_teacher() as wanted:
-            student.eval()(images)
-            teacher(images)
-        ends[weight] = float(attention(found, wanted))
-    assert ends[1000.0] < 0.7 * ends[0.0]
