@@ -11,7 +11,7 @@ from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, map_pairs, stage_pairs
+from dfkd.compress.fit import Fit, Hints, map_pairs, stage_hints
 from dfkd.cuda_graphs import recorder
 from dfkd.data import opened
 from dfkd.errors import UserError
@@ -181,10 +181,7 @@ def make_hints(parts: Parts) -> Hints | None:
     image = assemble.blank(recipe, teacher.mean.device)
     if distill.attention:
         return Hints(student, teacher, map_pairs(student, teacher, image), distill.attention, attention, inputs=True)
-    if distill.hints and "selected" in parts.student_about:
-        pairs = stage_pairs(student, teacher, image)
-        return Hints(student, teacher, pairs, distill.hints) if pairs else None
-    return None
+    return stage_hints(student, teacher, image, distill.hints) if "selected" in parts.student_about else None
 
 
 def say_beginning(parts: Parts, hints: Hints | None) -> None:

@@ -272,10 +272,19 @@ class Prune:
     )
     ignore: list[str] = key([], "name patterns of layers that are not pruned")
     images: int = key(1024, "images for the repair", 16)
-    steps: int = key(0, "updates of fine-tuning by distillation from the model before; 0: none", 0)
+    steps: int = key(
+        1000,
+        "updates of fine-tuning by distillation from the model before, on images moved and mixed as distill's; 0: none",
+        0,
+    )
     batch_size: int = key(128, "images per process and update of fine-tuning", 2)
-    lr: float = key(1e-3, "peak learning rate of fine-tuning (SGD, momentum 0.9, cosine)", 0)
+    lr: float = key(0.03, "peak learning rate of fine-tuning (SGD, momentum 0.9, cosine)", 0)
     temperature: float = key(3.0, "temperature of KL to the model before, in fine-tuning", 0.1)
+    hints: float = key(
+        100.0,
+        "weight in fine-tuning of what the last block of each row of blocks gave before, where it keeps its channels",
+        0,
+    )
 
 
 @dataclass

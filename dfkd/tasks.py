@@ -19,7 +19,7 @@ from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
 from dfkd.compress.files import load_compressed, save_compressed
-from dfkd.compress.fit import Fit, hold_zeros
+from dfkd.compress.fit import Fit, hold_zeros, stage_hints
 from dfkd.compress.graph import images_of, network_of, trace, with_network
 from dfkd.compress.prune import dependency_graph, prune
 from dfkd.compress.qat import Training, as_teacher, quantize
@@ -176,18 +176,18 @@ def calibration(parts: Parts, source: Source) -> SyntheticStream:
 
 
 def training_stream(
-    parts: Parts, source: Source, teacher: Teacher | None, batch_size: int, replay: int = 0
+    parts: Parts, source: Source, teacher: Teacher | None, batch_size: int, **options: Any
 ) -> SyntheticStream:
-    """Images for training, this process's share of them, with the logits of a teacher."""
+    """Images for training, this process's share of them, with the logits of a teacher; options of SyntheticStream."""
     return SyntheticStream(
         source,
         batch_size=batch_size,
         teacher=teacher,
         seed=parts.recipe.seed,
-        replay=replay,
         shard=parts.shard,
         autocast=autocast_of(parts.accelerator),
         channels_last=parts.recipe.runtime.channels_last,
+        **options,
     )
 
 
@@ -221,7 +221,7 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
     keys = parts.recipe.qat
     training = Training(
         model,
-        training_stream(parts, source, None, keys.batch_size, keys.replay),  # Training gives it its teacher
+        training_stream(parts, source, None, keys.batch_size, replay=keys.replay),  # Training gives it its teacher
         (keys.weights, keys.activations),
         calibration=calibration(parts, source),
         images=keys.images,
@@ -240,7 +240,7 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
 
 
 def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
-    keys = parts.recipe.prune
+    keys, augment = parts.recipe.prune, parts.recipe.distill
     pruned = prune(
         model,
         calibration(parts, source),
@@ -254,16 +254,18 @@ def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Com
     if keys.steps:
         hold_zeros(pruned.model.requires_grad_(True))
         teacher = as_teacher(model, copy.deepcopy(model.model))
-        stream = training_stream(parts, source, teacher, keys.batch_size)
+        moves: dict[str, Any] = {"shift": augment.shift, "flip": augment.flip, "mix": augment.mix}
+        image = assemble.blank(parts.recipe, parts.shard.device)
         train(
             Fit(
                 pruned.model,
-                stream,
+                training_stream(parts, source, teacher, keys.batch_size, **moves),
                 steps=keys.steps,
                 lr=keys.lr,
                 temperature=keys.temperature,
                 hold_norms=True,
                 clip=5.0,
+                hints=stage_hints(pruned.model, teacher, image, keys.hints),
                 accelerator=parts.accelerator,
             )
         )

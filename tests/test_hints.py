@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from fit_fixture import MakeTeacher, batches, network, written_out
 from torch import Tensor, nn
 
-from dfkd.compress.fit import Fit, Hints, map_pairs, stage_pairs
+from dfkd.compress.fit import Fit, Hints, map_pairs, stage_hints, stage_pairs
+from dfkd.compress.prune import prune
 from dfkd.errors import UserError
 from dfkd.losses import attention
 from dfkd.models import build_model
@@ -125,6 +126,27 @@ def test_a_row_of_one_block_is_paired_with_the_end_of_a_longer_one_and_a_wrapper
     image = torch.zeros(1, 1, 4, 4)
     assert stage_pairs(wrapped(1), wrapped(3), image) == [("model.0.0", "model.0.2")]
     assert stage_pairs(wrapped(1), wrapped(1), image) == []
+
+
+def test_a_pruned_network_learns_the_blocks_whose_channels_it_keeps() -> None:
+    whole = build_model("dfkd:resnet20", classes=3).eval()
+    images = torch.rand(16, 3, 32, 32)
+    inner = prune(whole, [images], 0.5, repair="none", images=16, inner_only=True).model
+    hints = stage_hints(inner, whole, images[:1], 0.3)
+    assert hints is not None
+    assert hints.pairs == [(f"layer{k}.2", f"layer{k}.2") for k in (1, 2, 3)]
+    found: list[list[Tensor]] = []
+    for net in (inner.double(), whole.double()):
+        maps, x = [], net.bn1(net.conv1(images.double())).relu()
+        for stage in (net.layer1, net.layer2, net.layer3):
+            maps.append((x := stage(x)).detach())
+        found.append(maps)
+    term = sum(float((ours - theirs).norm() / theirs.norm()) ** 2 / 3 for ours, theirs in zip(*found))
+    with torch.no_grad(), hints.watch_student() as ours, hints.watch_teacher() as theirs:
+        inner(images.double())
+        whole(images.double())
+    assert float(hints.term(ours, theirs)) == pytest.approx(0.3 * term, rel=1e-5)
+    assert stage_hints(inner, whole, images[:1].double(), 0.0) is None
 
 
 def attended(maps: Tensor) -> Tensor:

@@ -371,6 +371,7 @@ def test_a_run_whose_teachers_take_turns_on_the_device_is_the_same_run(runs: Run
         "zoo.sample=2",
         "tasks=[distill, prune]",
         "prune.images=32",
+        "prune.steps=2",
         "export.input=none",
         *SHORT,
     )  # what is pruned is one of the zoo

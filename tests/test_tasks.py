@@ -22,7 +22,7 @@ SHORT = (
     "prune.images=64",
     "export.images=64",
 )
-SHORT += ("ptq.steps=4", "qat.batch_size=16", "qat.warm_start=2", "prune.batch_size=16")
+SHORT += ("ptq.steps=4", "qat.batch_size=16", "qat.warm_start=2", "prune.batch_size=16", "prune.steps=4")
 FIGURES = {"before", "naive", "after", "interval", "intervals", "n", "source", "input", "cost", "agreement", "layers"}
 
 
@@ -42,7 +42,7 @@ def accuracy_of(folder: Path) -> float:
 
 def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs) -> None:
     chosen = "tasks=[distill,prune,qat,ptq,udfc]"
-    pipeline = ("qat.input=prune", "ptq.input=student", "prune.steps=4", "udfc.bits=4")
+    pipeline = ("qat.input=prune", "ptq.input=student", "udfc.bits=4")
     assert runs.run("all", chosen, *pipeline, *SHORT).code == 0
     found = results(runs.folder / "all")["tasks"]
     assert list(found) == ["prune", "qat", "ptq", "udfc"]
@@ -77,11 +77,28 @@ def test_prune_then_distil_then_quantise(runs: Runs) -> None:
 
 
 def test_zeros_stay_zeros_through_fine_tuning(runs: Runs) -> None:
-    chosen = ("tasks=[generator,prune]", "prune.kind=weights", "prune.ratio=0.6", "prune.steps=4")
+    chosen = ("tasks=[generator,prune]", "prune.kind=weights", "prune.ratio=0.6")
     assert runs.run("zeros", *chosen, *SHORT).code == 0
     found = results(runs.folder / "zeros")["tasks"]["prune"]
     assert found["cost"]["after"]["sparsity"] == pytest.approx(60, abs=0.5)
     assert found["cost"]["before"]["sparsity"] == 0
+
+
+def test_a_pruned_network_is_fine_tuned_on_images_moved_and_mixed_as_a_students(runs: Runs) -> None:
+    assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
+    given = [key for key in SHORT if not key.startswith("prune.steps")]
+    given += [f"generator.checkpoint={runs.folder / 'made' / 'generator'}", "tasks=[prune]", "export.input=none"]
+    still, augmented = ("distill.shift=0", "distill.mix=0"), ("distill.shift=0.25", "distill.mix=1")
+
+    def weights(name: str, *keys: str) -> bytes:
+        assert runs.run(name, *given, *keys).code == 0
+        return (runs.folder / name / "prune" / "model.safetensors").read_bytes()
+
+    repaired = weights("repaired", *still, "prune.steps=0")
+    assert weights("repaired too", *augmented, "prune.steps=0") == repaired
+    assert (
+        len({repaired, weights("still", *still, "prune.steps=2"), weights("moved", *augmented, "prune.steps=2")}) == 3
+    )
 
 
 def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> None:

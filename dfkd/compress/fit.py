@@ -133,7 +133,7 @@ def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tup
 
 @torch.no_grad()
 def stage_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """The blocks (student's, teacher's) whose outputs a student that began with its teacher's weights learns: the last
+    """The blocks (student's, teacher's) whose outputs a student with its teacher's weights, or some, learns: the last
     of every row of blocks, where both give the image [1, C, H, W] an output of one shape."""
     pairs = last_blocks(student, teacher)
     seen = []
@@ -142,6 +142,12 @@ def stage_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[t
             network(image)
         seen.append({name: x.shape for name, x in outputs.items() if isinstance(x, Tensor)})
     return [(ours, theirs) for ours, theirs in pairs if ours in seen[0] and seen[0][ours] == seen[1].get(theirs)]
+
+
+def stage_hints(student: nn.Module, teacher: nn.Module, image: Tensor, weight: float) -> Hints | None:
+    """Hints between `stage_pairs`, with a weight; None where it is 0 or there are none."""
+    pairs = stage_pairs(student, teacher, image) if weight else []
+    return Hints(student, teacher, pairs, weight) if pairs else None
 
 
 def hold_zeros(model: nn.Module) -> None:
