@@ -23,7 +23,7 @@ from dfkd.runtime import Deadline, autocast_of, eval_mode, say
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, held_out, task_source
+from dfkd.tasks import TASKS, TRAINED, held_out, settings, task_source
 from dfkd.teachers import NO_FEATURES, Teacher, features_of, tap_features, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
@@ -44,7 +44,7 @@ def plans(recipe: Recipe) -> list[Plan]:
                     f"task {task} needs a generator (if only to measure agreement): put generator or distill before "
                     "it, or give generator.checkpoint"
                 )
-            phases.append(Plan(task, 0, 0, {"qat": recipe.qat.steps, "prune": recipe.prune.steps}.get(task, 0)))
+            phases.append(Plan(task, 0, 0, settings(recipe, task).steps if task in TRAINED else 0))
         elif task == "generator":
             phases.append(Plan("generator", synthesis, per if adversary else 0, 0))
             live = False
@@ -187,7 +187,7 @@ def make_hints(parts: Parts) -> Hints | None:
 def say_beginning(parts: Parts, hints: Hints | None) -> None:
     """Say what a student that begins with its teacher's weights has of them, and what it learns of its layers."""
     if selected := parts.student_about.get("selected"):
-        layers = ", ".join(name for _, name in hints.pairs) if hints else "none"
+        layers = ", ".join(hints.layers) if hints else "none"
         begins = f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}"
         say(f"{begins}, of whose layers it learns: {layers}")
 

@@ -208,10 +208,13 @@ class Distill:
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
     replay: int = key(200, "batches kept of what the generator drew, with their targets; 0: fresh images only", 0)
     fresh: float = key(0.5, "replay above 0: share of a batch that is drawn anew", 0.05, 1)
-    shift: float = key(0.125, "augmentation: random shift as a share of the image size", 0, 0.5)
-    flip: bool = key(False, "augmentation: random horizontal flip")
+    shift: float = key(0.125, "augmentation (of qat and prune too): random shift as a share of the image size", 0, 0.5)
+    flip: bool = key(False, "augmentation (of qat and prune too): random horizontal flip")
     mix: float = key(
-        0.5, "augmentation: share of batches whose fresh images are mixed before the teacher answers", 0, 1
+        0.5,
+        "augmentation (of qat and prune too): share of batches whose fresh images are mixed before the teacher answers",
+        0,
+        1,
     )
     input: str | None = key(None, "an earlier task (prune) or a folder whose model is trained on; null: student.model")
     source: Source = key("generator", SOURCE)
@@ -238,7 +241,7 @@ class Qat(FewBits):
     warm_start: int = key(150, "updates per block of reconstruction (as ptq does) to start from; 0: from nearest", 0)
     steps: int = key(1000, "updates", 1)
     batch_size: int = key(128, "images per process and update", 2)
-    lr: float = key(1e-3, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
+    lr: float = key(0.01, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
     weight_decay: float = key(1e-4, "weight decay", 0)
     temperature: float = key(3.0, "temperature of KL to the float model", 0.1)
     hints: float = key(1.0, "weight of the intermediate-feature loss (The Knowledge Within)", 0)
@@ -258,7 +261,7 @@ class Ptq(FewBits):
 
 @dataclass
 class Prune:
-    """Pruning, repaired on streamed images."""
+    """Pruning, repaired and fine-tuned on streamed images."""
 
     input: str = key("main", INPUT)
     source: Source = key("generator", SOURCE)
@@ -274,7 +277,7 @@ class Prune:
     images: int = key(1024, "images for the repair", 16)
     steps: int = key(
         1000,
-        "updates of fine-tuning by distillation from the model before, on images moved and mixed as distill's; 0: none",
+        "updates of fine-tuning by distillation from the model before; 0: none",
         0,
     )
     batch_size: int = key(128, "images per process and update of fine-tuning", 2)

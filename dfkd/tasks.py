@@ -30,7 +30,7 @@ from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx, require_onnx
 from dfkd.models.checkpoints import read_description
-from dfkd.runtime import Shard, autocast_of
+from dfkd.runtime import Shard, autocast_of, say
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator, from_images, from_noise
 from dfkd.teachers import Teacher
@@ -41,6 +41,7 @@ HELD_OUT, HELD_OUT_BATCH = 2048, 256  # images
 CALIBRATION_EPOCH = 1_000_004  # nor is it trained on: it sets ranges and repairs
 CALIBRATION_BATCH = 128
 QUANTISED = "give the float model it was made from"
+TRAINED = ("qat", "prune")  # tasks with updates of their own
 DONE = "task.json"  # written last: with it a task is finished
 
 
@@ -175,10 +176,17 @@ def calibration(parts: Parts, source: Source) -> SyntheticStream:
     )
 
 
+def augmentation(recipe: Recipe) -> dict[str, Any]:
+    """How images are moved and mixed before a network learns from them: as a student's."""
+    distill = recipe.distill
+    return {"shift": distill.shift, "flip": distill.flip, "mix": distill.mix}
+
+
 def training_stream(
     parts: Parts, source: Source, teacher: Teacher | None, batch_size: int, **options: Any
 ) -> SyntheticStream:
-    """Images for training, this process's share of them, with the logits of a teacher; options of SyntheticStream."""
+    """Images for training, moved and mixed, this process's share of them, with the logits of a teacher; options of
+    SyntheticStream."""
     return SyntheticStream(
         source,
         batch_size=batch_size,
@@ -187,6 +195,7 @@ def training_stream(
         shard=parts.shard,
         autocast=autocast_of(parts.accelerator),
         channels_last=parts.recipe.runtime.channels_last,
+        **augmentation(parts.recipe),
         **options,
     )
 
@@ -240,7 +249,7 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
 
 
 def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
-    keys, augment = parts.recipe.prune, parts.recipe.distill
+    keys = parts.recipe.prune
     pruned = prune(
         model,
         calibration(parts, source),
@@ -254,18 +263,18 @@ def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Com
     if keys.steps:
         hold_zeros(pruned.model.requires_grad_(True))
         teacher = as_teacher(model, copy.deepcopy(model.model))
-        moves: dict[str, Any] = {"shift": augment.shift, "flip": augment.flip, "mix": augment.mix}
-        image = assemble.blank(parts.recipe, parts.shard.device)
+        hints = stage_hints(pruned.model, teacher, assemble.blank(parts.recipe, parts.shard.device), keys.hints)
+        say(f"what was pruned learns, of the layers before: {', '.join(hints.layers) if hints else 'none'}")
         train(
             Fit(
                 pruned.model,
-                training_stream(parts, source, teacher, keys.batch_size, **moves),
+                training_stream(parts, source, teacher, keys.batch_size),
                 steps=keys.steps,
                 lr=keys.lr,
                 temperature=keys.temperature,
                 hold_norms=True,
                 clip=5.0,
-                hints=stage_hints(pruned.model, teacher, image, keys.hints),
+                hints=hints,
                 accelerator=parts.accelerator,
             )
         )
@@ -326,7 +335,8 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         "opened": assemble.made_from(about) + opened()[opened_before:],
     }
     if parts.shard.rank == 0:
-        history = {**about.get("compressed_by", {}), task: dataclasses.asdict(keys)}
+        made = dataclasses.asdict(keys) | (augmentation(parts.recipe) if task in TRAINED else {})
+        history = {**about.get("compressed_by", {}), task: made}
         description = {**about, "structure": structure, "compressed_by": history, "opened": figures["opened"]}
         save_compressed(folder, done.model, description)
         if parts.recipe.export.input in ("tasks", task):

@@ -26,7 +26,7 @@ teachers:
 zoo: {sample: 1}
 synthesis: {steps: 4, redraw: 0, learn_weights: false}
 ptq: {steps: 2, images: 32}
-prune: {images: 32}
+prune: {images: 32, steps: 0}
 """
 SOURCES = ["generator plain", "generator m=2", "images m=2 unmixed", "noise", "real"]
 IMAGES = 48

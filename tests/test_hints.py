@@ -146,7 +146,18 @@ def test_a_pruned_network_learns_the_blocks_whose_channels_it_keeps() -> None:
         inner(images.double())
         whole(images.double())
     assert float(hints.term(ours, theirs)) == pytest.approx(0.3 * term, rel=1e-5)
-    assert stage_hints(inner, whole, images[:1].double(), 0.0) is None
+    assert stage_hints(inner, whole, images[:1], 0.0) is None
+
+
+def test_blocks_that_lost_channels_are_not_compared() -> None:
+    whole = build_model("dfkd:resnet18", classes=3).eval()
+    image = torch.rand(16, 3, 8, 8)
+    thinner, last_kept = (
+        prune(whole, [image], 0.5, repair="none", images=16, ignore=ignore).model for ignore in ([], ["layer4.*"])
+    )
+    assert stage_pairs(whole, whole, image[:1]) == [(f"layer{k}.1", f"layer{k}.1") for k in (1, 2, 3, 4)]
+    assert stage_hints(thinner, whole, image[:1], 1.0) is None
+    assert stage_pairs(last_kept, whole, image[:1]) == [("layer4.1", "layer4.1")]
 
 
 def attended(maps: Tensor) -> Tensor:

@@ -3,16 +3,27 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from runs_fixture import Runs, start, wait_for
+from runs_fixture import Runs, reset_accelerate, start, wait_for
 
 from dfkd.compress.files import load_compressed
+from dfkd.compress.fit import Fit
 from dfkd.compress.graph import network_of
 from dfkd.compress.quantize import quantized_layers
+from dfkd.compress.result import Compressed
 from dfkd.data import load_images
+from dfkd.models import build_model
+from dfkd.recipe import load_recipe
+from dfkd.run import build
+from dfkd.runtime import make_accelerator
+from dfkd.stream import from_images
+from dfkd.tasks import TASKS
+from dfkd.teachers import Teacher
 
 SHORT = (
     "synthesis.steps=4",
@@ -84,21 +95,52 @@ def test_zeros_stay_zeros_through_fine_tuning(runs: Runs) -> None:
     assert found["cost"]["before"]["sparsity"] == 0
 
 
-def test_a_pruned_network_is_fine_tuned_on_images_moved_and_mixed_as_a_students(runs: Runs) -> None:
-    assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
-    given = [key for key in SHORT if not key.startswith("prune.steps")]
-    given += [f"generator.checkpoint={runs.folder / 'made' / 'generator'}", "tasks=[prune]", "export.input=none"]
-    still, augmented = ("distill.shift=0", "distill.mix=0"), ("distill.shift=0.25", "distill.mix=1")
+@pytest.fixture
+def compressed(runs: Runs) -> Iterator[Callable[..., tuple[Compressed, list[Fit]]]]:
+    """A ResNet-20 after a task whose updates are left out, by keys, and what would have trained it."""
+    images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = Teacher(build_model("dfkd:resnet20", classes=10, channels=1).eval(), mean=[0.3], std=[0.33])
 
-    def weights(name: str, *keys: str) -> bytes:
-        assert runs.run(name, *given, *keys).code == 0
-        return (runs.folder / name / "prune" / "model.safetensors").read_bytes()
+    def call(task: str, *keys: str) -> tuple[Compressed, list[Fit]]:
+        reset_accelerate()
+        given = [key for key in SHORT if not key.startswith("prune.steps")]
+        recipe = load_recipe(runs.arguments("here", "tasks=[generator]", *given, *keys)).recipe
+        parts = build(recipe, *make_accelerator("fp32"))
+        fits: list[Fit] = []
+        done = TASKS[task](parts, model, from_images(images, torch.zeros(64, dtype=torch.long)), fits.append)
+        return done, fits
 
-    repaired = weights("repaired", *still, "prune.steps=0")
-    assert weights("repaired too", *augmented, "prune.steps=0") == repaired
-    assert (
-        len({repaired, weights("still", *still, "prune.steps=2"), weights("moved", *augmented, "prune.steps=2")}) == 3
+    yield call
+    reset_accelerate()
+
+
+@pytest.mark.parametrize("task", ["prune", "qat"])
+def test_compressed_networks_learn_from_images_moved_and_mixed_as_a_students(compressed: Any, task: str) -> None:
+    for shift, flip, mix in ((0.25, False, 1.0), (0.0, True, 0.0)):
+        keys = (f"distill.shift={shift}", f"distill.flip={flip}", f"distill.mix={mix}", "prune.repair=none")
+        _, (fit,) = compressed(task, *keys)
+        stream = fit.stream
+        assert (stream.shift, stream.flip) == (shift, flip)
+        assert stream.mix is None if mix == 0 else stream.mix.p_batch == mix
+
+
+def test_what_was_pruned_is_repaired_on_images_as_they_are(compressed: Any) -> None:
+    still, moved = (
+        compressed("prune", "prune.steps=0", f"distill.shift={shift}", f"distill.mix={mix}")
+        for shift, mix in ((0, 0), (0.25, 1))
     )
+    assert still[1] == moved[1] == []
+    assert all((a == b).all() for a, b in zip(still[0].model.parameters(), moved[0].model.parameters(), strict=True))
+
+
+def test_what_was_pruned_learns_the_blocks_that_keep_their_channels(compressed: Any, capfd: Any) -> None:
+    _, (fit,) = compressed("prune", "prune.hints=0.3", "prune.repair=none")
+    ends = [f"model.layer{k}.2" for k in (1, 2, 3)]
+    assert fit.hints.pairs == list(zip(ends, ends))
+    assert fit.hints.weight == 0.3
+    assert f"of the layers before: {', '.join(ends)}" in capfd.readouterr().out
+    assert compressed("prune", "prune.hints=0", "prune.repair=none")[1][0].hints is None
+    assert "of the layers before: none" in capfd.readouterr().out
 
 
 def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> None:

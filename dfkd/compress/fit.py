@@ -81,13 +81,18 @@ class Hints:
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] = hints
     inputs: bool = False
 
+    @property
+    def layers(self) -> list[str]:
+        """The teacher's layers."""
+        return [name for _, name in self.pairs]
+
     def watch_student(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the student's layers give in a forward within its scope, pair by pair."""
         return collected(self.student, [name for name, _ in self.pairs], self.inputs)
 
     def watch_teacher(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the teacher's layers give in a forward within its scope, pair by pair."""
-        return collected(self.teacher, [name for _, name in self.pairs], self.inputs)
+        return collected(self.teacher, self.layers, self.inputs)
 
     def term(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
         """The weighted loss of what was collected from the student and from the teacher, a float32 scalar; of the rows
@@ -133,8 +138,8 @@ def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tup
 
 @torch.no_grad()
 def stage_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """The blocks (student's, teacher's) whose outputs a student with its teacher's weights, or some, learns: the last
-    of every row of blocks, where both give the image [1, C, H, W] an output of one shape."""
+    """The blocks (student's, teacher's) whose outputs a student that has weights of its teacher is to give too: the
+    last of every row of blocks, where both give the image [1, C, H, W] an output of one shape."""
     pairs = last_blocks(student, teacher)
     seen = []
     for k, network in enumerate((student, teacher)):

@@ -104,7 +104,7 @@ class Training:
         ignore: Sequence[str] = (),
         warm_start: int = 150,
         steps: int = 1000,
-        lr: float = 1e-3,
+        lr: float = 1e-2,
         weight_decay: float = 1e-4,
         warmup: int = 50,
         temperature: float = 3.0,
