@@ -23,8 +23,8 @@ from dfkd.runtime import Deadline, autocast_of, eval_mode, say
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, TRAINED, held_out, settings, task_source
-from dfkd.teachers import NO_FEATURES, Teacher, features_of, tap_features, zoo_logits
+from dfkd.tasks import TASKS, TRAINED, have_features, held_out, settings, task_source
+from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
 
@@ -154,21 +154,11 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     )
 
 
-@torch.no_grad()
 def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classifier) -> bool:
     """Whether distill.features has weight and every network has features; says so of one that has none."""
-    if not recipe.distill.features:
-        return False
-    for network in (*teachers, student):
-        with eval_mode(network), tap_features(network) as seen:
-            logits = network(assemble.blank(recipe, network.mean.device))
-        try:
-            features_of(network, seen, logits)
-        except UserError:
-            who = "student" if network is student else f"teacher {network.name}"
-            say(f"{who} {NO_FEATURES}, so the student learns logits alone, as with distill.features=0")
-            return False
-    return True
+    networks: dict[str, Classifier] = {f"teacher {teacher.name}": teacher for teacher in teachers}
+    image = assemble.blank(recipe, student.mean.device)
+    return recipe.distill.features > 0 and have_features({**networks, "student": student}, image, "distill.features")
 
 
 def make_hints(parts: Parts) -> Hints | None:

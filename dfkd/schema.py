@@ -283,6 +283,11 @@ class Prune:
     batch_size: int = key(128, "images per process and update of fine-tuning", 2)
     lr: float = key(0.03, "peak learning rate of fine-tuning (SGD, momentum 0.9, cosine)", 0)
     temperature: float = key(3.0, "temperature of KL to the model before, in fine-tuning", 0.1)
+    features: float = key(
+        10.0,
+        "weight in fine-tuning of what the last linear layer was given before (0, or where there is none: logits)",
+        0,
+    )
     hints: float = key(
         100.0,
         "weight in fine-tuning of what the last block of each row of blocks gave before, where it keeps its channels",

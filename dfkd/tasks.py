@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx, require_onnx
 from dfkd.models.checkpoints import read_description
-from dfkd.runtime import Shard, autocast_of, say
+from dfkd.runtime import Shard, autocast_of, eval_mode, say
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator, from_images, from_noise
-from dfkd.teachers import Teacher
+from dfkd.teachers import NO_FEATURES, Teacher, features_of, tap_features
 from dfkd.verify import verify
 
 HELD_OUT_EPOCH = 1_000_003  # an epoch that nothing ever trains on
@@ -200,6 +200,21 @@ def training_stream(
     )
 
 
+@torch.no_grad()
+def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) -> bool:
+    """Whether all networks have features for an image [1, C, H, W]; says of the first that has none, and the key that
+    would leave them out."""
+    for name, network in networks.items():
+        with eval_mode(network), tap_features(network) as seen:
+            logits = network(image)
+        try:
+            features_of(network, seen, logits)
+        except UserError:
+            say(f"{name} {NO_FEATURES}, so logits alone are learned, as with {key}=0")
+            return False
+    return True
+
+
 Train = Callable[[Fit], None]  # runs a Fit to its end, with logging and checkpoints
 
 
@@ -263,18 +278,22 @@ def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Com
     if keys.steps:
         hold_zeros(pruned.model.requires_grad_(True))
         teacher = as_teacher(model, copy.deepcopy(model.model))
-        hints = stage_hints(pruned.model, teacher, assemble.blank(parts.recipe, parts.shard.device), keys.hints)
+        image = assemble.blank(parts.recipe, parts.shard.device)
+        hints = stage_hints(pruned.model, teacher, image, keys.hints)
+        networks = {"the network before": teacher, "what was pruned": pruned.model}
+        features = keys.features > 0 and have_features(networks, image, "prune.features")
         say(f"what was pruned learns, of the layers before: {', '.join(hints.layers) if hints else 'none'}")
         train(
             Fit(
                 pruned.model,
-                training_stream(parts, source, teacher, keys.batch_size),
+                training_stream(parts, source, teacher, keys.batch_size, features=features),
                 steps=keys.steps,
                 lr=keys.lr,
                 temperature=keys.temperature,
                 hold_norms=True,
                 clip=5.0,
                 hints=hints,
+                features=keys.features,
                 accelerator=parts.accelerator,
             )
         )

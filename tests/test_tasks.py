@@ -133,13 +133,15 @@ def test_what_was_pruned_is_repaired_on_images_as_they_are(compressed: Any) -> N
     assert all((a == b).all() for a, b in zip(still[0].model.parameters(), moved[0].model.parameters(), strict=True))
 
 
-def test_what_was_pruned_learns_the_blocks_that_keep_their_channels(compressed: Any, capfd: Any) -> None:
+def test_what_was_pruned_learns_features_and_the_blocks_that_keep_their_channels(compressed: Any, capfd: Any) -> None:
     _, (fit,) = compressed("prune", "prune.hints=0.3", "prune.repair=none")
     ends = [f"model.layer{k}.2" for k in (1, 2, 3)]
     assert fit.hints.pairs == list(zip(ends, ends))
     assert fit.hints.weight == 0.3
     assert f"of the layers before: {', '.join(ends)}" in capfd.readouterr().out
-    assert compressed("prune", "prune.hints=0", "prune.repair=none")[1][0].hints is None
+    assert fit.projector.weight.shape == (64, 64)
+    _, (fit,) = compressed("prune", "prune.hints=0", "prune.features=0", "prune.repair=none")
+    assert fit.hints is fit.projector is None
     assert "of the layers before: none" in capfd.readouterr().out
 
 
