@@ -23,7 +23,7 @@ from dfkd.runtime import Deadline, autocast_of, eval_mode, say
 from dfkd.schema import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, TRAINED, have_features, held_out, settings, task_source
+from dfkd.tasks import TASKS, TRAINED, augmentation, have_features, held_out, settings, task_source
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
@@ -128,9 +128,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
         seed=recipe.seed,
         replay=distill.replay,
         fresh=distill.fresh,
-        shift=distill.shift,
-        flip=distill.flip,
-        mix=distill.mix,
+        **augmentation(recipe),
         shard=parts.shard,
         autocast=autocast_of(parts.accelerator),
         channels_last=recipe.runtime.channels_last,
@@ -156,9 +154,9 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
 
 def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classifier) -> bool:
     """Whether distill.features has weight and every network has features; says so of one that has none."""
-    networks: dict[str, Classifier] = {f"teacher {teacher.name}": teacher for teacher in teachers}
+    networks = {**{f"teacher {teacher.name}": teacher for teacher in teachers}, "student": student}
     image = assemble.blank(recipe, student.mean.device)
-    return recipe.distill.features > 0 and have_features({**networks, "student": student}, image, "distill.features")
+    return recipe.distill.features > 0 and have_features(networks, image, "distill.features")
 
 
 def make_hints(parts: Parts) -> Hints | None:

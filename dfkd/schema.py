@@ -239,7 +239,7 @@ class Qat(FewBits):
 
     images: int = key(512, "images for the first ranges and the warm start", 2)
     warm_start: int = key(150, "updates per block of reconstruction (as ptq does) to start from; 0: from nearest", 0)
-    steps: int = key(1000, "updates", 1)
+    steps: int = key(1000, "updates, images moved and mixed by distill.shift, .flip and .mix", 1)
     batch_size: int = key(128, "images per process and update", 2)
     lr: float = key(0.01, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
     weight_decay: float = key(1e-4, "weight decay", 0)
@@ -254,7 +254,7 @@ class Ptq(FewBits):
 
     method: Literal["nearest", "layer", "block"] = key("block", "nearest; layer: AdaRound; block: BRECQ")
     images: int = key(512, "images drawn once", 32)
-    steps: int = key(400, "updates per layer or block", 1)
+    steps: int = key(1000, "updates per layer or block", 1)
     drop: float = key(0.5, "share of activations left float at random while learning (QDrop, Wei et al. 2022)", 0, 1)
     fisher: bool = key(False, "weigh a block's error by the squared gradient of KL at its output (BRECQ eq. 10)")
 
@@ -277,7 +277,7 @@ class Prune:
     images: int = key(1024, "images for the repair", 16)
     steps: int = key(
         1000,
-        "updates of fine-tuning by distillation from the model before; 0: none",
+        "updates of fine-tuning by distillation from the model before, images moved and mixed as distill's; 0: none",
         0,
     )
     batch_size: int = key(128, "images per process and update of fine-tuning", 2)
@@ -285,7 +285,7 @@ class Prune:
     temperature: float = key(3.0, "temperature of KL to the model before, in fine-tuning", 0.1)
     features: float = key(
         10.0,
-        "weight in fine-tuning of what the last linear layer was given before (0, or where there is none: logits)",
+        "weight in fine-tuning of what the last linear layer was given before (0, or without one: not learned)",
         0,
     )
     hints: float = key(

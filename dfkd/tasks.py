@@ -41,7 +41,7 @@ HELD_OUT, HELD_OUT_BATCH = 2048, 256  # images
 CALIBRATION_EPOCH = 1_000_004  # nor is it trained on: it sets ranges and repairs
 CALIBRATION_BATCH = 128
 QUANTISED = "give the float model it was made from"
-TRAINED = ("qat", "prune")  # tasks with updates of their own
+TRAINED = ("qat", "prune")  # tasks that train a network whole, in the loop with checkpoints
 DONE = "task.json"  # written last: with it a task is finished
 
 
@@ -210,7 +210,7 @@ def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) ->
         try:
             features_of(network, seen, logits)
         except UserError:
-            say(f"{name} {NO_FEATURES}, so logits alone are learned, as with {key}=0")
+            say(f"{name} {NO_FEATURES}, so none are learned, as with {key}=0")
             return False
     return True
 
@@ -354,7 +354,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         "opened": assemble.made_from(about) + opened()[opened_before:],
     }
     if parts.shard.rank == 0:
-        made = dataclasses.asdict(keys) | (augmentation(parts.recipe) if task in TRAINED else {})
+        made = dataclasses.asdict(keys) | (augmentation(parts.recipe) if task in TRAINED and keys.steps else {})
         history = {**about.get("compressed_by", {}), task: made}
         description = {**about, "structure": structure, "compressed_by": history, "opened": figures["opened"]}
         save_compressed(folder, done.model, description)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from runs_fixture import Runs, reset_accelerate, start, wait_for
+from torch import nn
 
 from dfkd.compress.files import load_compressed
 from dfkd.compress.fit import Fit
@@ -18,6 +19,7 @@ from dfkd.compress.quantize import quantized_layers
 from dfkd.compress.result import Compressed
 from dfkd.data import load_images
 from dfkd.models import build_model
+from dfkd.models.checkpoints import read_description
 from dfkd.recipe import load_recipe
 from dfkd.run import build
 from dfkd.runtime import make_accelerator
@@ -69,6 +71,11 @@ def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs)
     assert found["prune"]["cost"]["after"]["macs"] < found["prune"]["cost"]["before"]["macs"]
     assert found["qat"]["cost"]["after"]["bytes"] < found["qat"]["cost"]["before"]["bytes"] / 3
     assert found["udfc"]["source"] == "no data"
+    made = {name: read_description(runs.folder / "all" / name)["compressed_by"] for name in ("qat", "ptq")}
+    assert list(made["qat"]) == ["prune", "qat"]
+    assert all(each["mix"] == 0.5 and each["flip"] for each in made["qat"].values())
+    assert made["qat"]["prune"]["ratio"] == 0.5
+    assert "mix" not in made["ptq"]["ptq"]
     page = (runs.folder / "all" / "report.html").read_text()
     assert "Compression" in page
     assert "sqnr_db" in page
@@ -97,11 +104,13 @@ def test_zeros_stay_zeros_through_fine_tuning(runs: Runs) -> None:
 
 @pytest.fixture
 def compressed(runs: Runs) -> Iterator[Callable[..., tuple[Compressed, list[Fit]]]]:
-    """A ResNet-20 after a task whose updates are left out, by keys, and what would have trained it."""
+    """A ResNet-20, or another network, after a task whose updates are left out, and what would have trained it."""
     images = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    model = Teacher(build_model("dfkd:resnet20", classes=10, channels=1).eval(), mean=[0.3], std=[0.33])
 
-    def call(task: str, *keys: str) -> tuple[Compressed, list[Fit]]:
+    def call(task: str, *keys: str, network: nn.Module | None = None) -> tuple[Compressed, list[Fit]]:
+        torch.manual_seed(0)
+        network = network or build_model("dfkd:resnet20", classes=10, channels=1)
+        model = Teacher(network.eval(), mean=[0.3], std=[0.33])
         reset_accelerate()
         given = [key for key in SHORT if not key.startswith("prune.steps")]
         recipe = load_recipe(runs.arguments("here", "tasks=[generator]", *given, *keys)).recipe
@@ -134,15 +143,21 @@ def test_what_was_pruned_is_repaired_on_images_as_they_are(compressed: Any) -> N
 
 
 def test_what_was_pruned_learns_features_and_the_blocks_that_keep_their_channels(compressed: Any, capfd: Any) -> None:
-    _, (fit,) = compressed("prune", "prune.hints=0.3", "prune.repair=none")
+    _, (fit,) = compressed("prune", "prune.hints=0.3", "prune.features=7", "prune.repair=none")
     ends = [f"model.layer{k}.2" for k in (1, 2, 3)]
     assert fit.hints.pairs == list(zip(ends, ends))
     assert fit.hints.weight == 0.3
     assert f"of the layers before: {', '.join(ends)}" in capfd.readouterr().out
     assert fit.projector.weight.shape == (64, 64)
+    assert float(fit.weights.sum()) == pytest.approx(7)
+    assert not fit.student.training  # its batch norms hold
+    assert fit.clip == 5
     _, (fit,) = compressed("prune", "prune.hints=0", "prune.features=0", "prune.repair=none")
     assert fit.hints is fit.projector is None
     assert "of the layers before: none" in capfd.readouterr().out
+    headless = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 10, 6), nn.Flatten())
+    assert compressed("prune", "prune.repair=none", network=headless)[1][0].projector is None
+    assert "the network before has no features" in capfd.readouterr().out
 
 
 def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> None:

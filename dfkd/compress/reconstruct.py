@@ -162,7 +162,7 @@ class Learner:
     the values stays float (QDrop, Wei et al. 2022).
     """
 
-    steps: int = 400
+    steps: int = 1000
     batch_size: int = 32
     lr: float = 5e-2
     lr_scale: float = 1e-3
