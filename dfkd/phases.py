@@ -21,10 +21,9 @@ from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
 from dfkd.runtime import Deadline, autocast_of, eval_mode, say
 from dfkd.schema import Recipe
-from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, TRAINED, augmentation, have_features, held_out, settings, task_source
-from dfkd.teachers import Teacher, zoo_logits
+from dfkd.tasks import TASKS, TRAINED, held_out, settings, task_source, training_stream
+from dfkd.teachers import Teacher, have_features, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
 
@@ -121,17 +120,13 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     about = parts.student_about
     parts.student_about = {**about, "source": source, "opened": assemble.made_from(about) + opened()[before:]}
     teachers = assemble.main_teachers(recipe, parts.zoo)
-    stream = SyntheticStream(
+    stream = training_stream(
+        parts,
         control or parts.generator,
-        batch_size=distill.batch_size,
-        teacher=teachers,
-        seed=recipe.seed,
+        teachers,
+        distill.batch_size,
         replay=distill.replay,
         fresh=distill.fresh,
-        **augmentation(recipe),
-        shard=parts.shard,
-        autocast=autocast_of(parts.accelerator),
-        channels_last=recipe.runtime.channels_last,
         graphs=graphs,
         features=learns_features(recipe, teachers, parts.student),
     )

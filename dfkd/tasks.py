@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,12 @@ from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx, require_onnx
 from dfkd.models.checkpoints import read_description
-from dfkd.runtime import Shard, autocast_of, eval_mode, say
+from dfkd.runtime import Shard, autocast_of, say
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator, from_images, from_noise
-from dfkd.teachers import NO_FEATURES, Teacher, features_of, tap_features
+from dfkd.teachers import Teacher, have_features
 from dfkd.verify import verify
+from generators import ImageGenerator
 
 HELD_OUT_EPOCH = 1_000_003  # an epoch that nothing ever trains on
 HELD_OUT, HELD_OUT_BATCH = 2048, 256  # images
@@ -183,10 +184,14 @@ def augmentation(recipe: Recipe) -> dict[str, Any]:
 
 
 def training_stream(
-    parts: Parts, source: Source, teacher: Teacher | None, batch_size: int, **options: Any
+    parts: Parts,
+    source: ImageGenerator | Source,
+    teacher: Teacher | Sequence[Teacher] | None,
+    batch_size: int,
+    **options: Any,
 ) -> SyntheticStream:
-    """Images for training, moved and mixed, this process's share of them, with the logits of a teacher; options of
-    SyntheticStream."""
+    """Images that a student or what is compressed trains on, moved and mixed, this process's share of them, with the
+    logits of a teacher or of several; options of SyntheticStream."""
     return SyntheticStream(
         source,
         batch_size=batch_size,
@@ -198,21 +203,6 @@ def training_stream(
         **augmentation(parts.recipe),
         **options,
     )
-
-
-@torch.no_grad()
-def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) -> bool:
-    """Whether all networks have features for an image [1, C, H, W]; says of the first that has none, and the key that
-    would leave them out."""
-    for name, network in networks.items():
-        with eval_mode(network), tap_features(network) as seen:
-            logits = network(image)
-        try:
-            features_of(network, seen, logits)
-        except UserError:
-            say(f"{name} {NO_FEATURES}, so none are learned, as with {key}=0")
-            return False
-    return True
 
 
 Train = Callable[[Fit], None]  # runs a Fit to its end, with logging and checkpoints

@@ -15,7 +15,7 @@ from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.norms import Moments, frozen_norms
 from dfkd.paging import Pager, in_turn
-from dfkd.runtime import full_precision, rng
+from dfkd.runtime import eval_mode, full_precision, rng, say
 
 NO_FEATURES = "has no features: no linear layer at its end makes the logits of one vector an image"
 MAP_LAYERS = 6  # neighbouring layers say much the same, and a deep teacher should not cost more than a shallow one
@@ -142,6 +142,21 @@ def features_of(network: nn.Module, seen: Sequence[Tensor], logits: Tensor) -> T
             f"{getattr(network, 'name', 'the network')} {NO_FEATURES}; set distill.features=0, in Python features=False"
         )
     return seen[0]
+
+
+@torch.no_grad()
+def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) -> bool:
+    """Whether all networks have features for an image [1, C, H, W]; says of the first that has none, and the key that
+    would leave them out."""
+    for name, network in networks.items():
+        with eval_mode(network), tap_features(network) as seen:
+            logits = network(image)
+        try:
+            features_of(network, seen, logits)
+        except UserError:
+            say(f"{name} {NO_FEATURES}, so none are learned, as with {key}=0")
+            return False
+    return True
 
 
 def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:
