@@ -246,9 +246,9 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     """The zoo's weighted mean logits [B, K], each teacher's first standardised to unit spread and then scaled back by
     the mean spread, so that no teacher counts more for shouting louder."""
     if len(zoo) == 1:
-        return _logits(zoo[0], images)
+        return zoo[0](images)
     shares = shares_of(zoo)
-    logits = [_logits(teacher, images) for teacher in in_turn(zoo)]
+    logits = [teacher(images) for teacher in in_turn(zoo)]
     spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
     spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread
@@ -268,8 +268,3 @@ def logits_and_features(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
         logits = zoo_logits(zoo, images)
     features = [features_of(teacher, seen, logits) for teacher, seen in zip(zoo, taps)]
     return torch.cat([logits, *features], 1)
-
-
-def _logits(teacher: Teacher, images: Tensor) -> Tensor:
-    with frozen_norms(batch_norms(teacher.model).values()):
-        return teacher(images)
