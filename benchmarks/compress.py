@@ -16,11 +16,12 @@ from typing import Any
 
 from dfkd.assemble import load_recipe_zoo
 from dfkd.compress.fit import Fit
+from dfkd.inputs import task_input, task_source
 from dfkd.recipe import load_recipe
 from dfkd.results import describe_device
 from dfkd.run import build
 from dfkd.runtime import make_accelerator
-from dfkd.tasks import TASKS, compare, task_input, task_source
+from dfkd.tasks import TASKS, compare
 
 PTQ = {f"W{w}A{a} PTQ": ("ptq", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}
 QAT = {f"W{w}A{a} QAT": ("qat", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}

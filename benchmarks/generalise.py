@@ -29,6 +29,7 @@ from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 from dfkd.assemble import Parts, load_recipe_zoo, reload_generator, teacher_folder
 from dfkd.compress.fit import Fit
 from dfkd.errors import UserError
+from dfkd.inputs import task_input, task_source
 from dfkd.quality import quality
 from dfkd.recipe import load_recipe
 from dfkd.results import describe_device
@@ -36,7 +37,7 @@ from dfkd.run import build, run
 from dfkd.runtime import Shard, make_accelerator, say
 from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator
-from dfkd.tasks import HELD_OUT_EPOCH, TASKS, measure, task_input, task_source
+from dfkd.tasks import HELD_OUT_EPOCH, TASKS, measure
 from dfkd.teachers import Teacher
 from generators import GeneratorError
 

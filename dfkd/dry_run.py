@@ -7,13 +7,13 @@ from torch import nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
+from dfkd.inputs import COMPRESSIONS, settings
 from dfkd.phases import learns_features, make_hints, plans, say_beginning
 from dfkd.recipe import Loaded
 from dfkd.run import build
 from dfkd.runtime import make_accelerator, say, shut_down
 from dfkd.schema import Recipe
 from dfkd.stream import feature_widths
-from dfkd.tasks import TASKS, settings
 from dfkd.teachers import batch_norms
 
 
@@ -36,7 +36,7 @@ def dry_run(loaded: Loaded) -> None:
         say(f"  student: {recipe.student.model}, {assemble.parameters(parts.student):,} parameters")
         say_beginning(parts, make_hints(parts))
     for phase in phases:
-        if phase.name in TASKS:
+        if phase.name in COMPRESSIONS:
             keys = settings(recipe, phase.name)
             text = ", ".join(
                 f"{key} {value}" for key, value in dataclasses.asdict(keys).items() if value not in ([], {}, None)
@@ -70,7 +70,7 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     replayed = recipe.distill.replay * recipe.distill.batch_size * recipe.distill.fresh
     weights += replayed * recipe.classes
     teachers = assemble.main_teachers(recipe, parts.zoo)
-    learner = parts.student if any(plan.students for plan in plans(recipe) if plan.name not in TASKS) else None
+    learner = parts.student if any(plan.students for plan in plans(recipe) if plan.name not in COMPRESSIONS) else None
     if learner is not None and learns_features(recipe, teachers, learner):
         width = sum(feature_widths(teachers))
         weights += (replayed + 3 * feature_widths([learner])[0]) * width  # in the ring, and the projector

@@ -16,13 +16,14 @@ from dfkd.cuda_graphs import recorder
 from dfkd.data import opened
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, agreement
+from dfkd.inputs import COMPRESSIONS, settings, task_source
 from dfkd.losses import attention
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
 from dfkd.runtime import Deadline, autocast_of, eval_mode, say
 from dfkd.schema import Recipe
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, TRAINED, held_out, settings, task_source, training_stream
+from dfkd.tasks import TRAINED, held_out, training_stream
 from dfkd.teachers import Teacher, have_features, zoo_logits
 from dfkd.training import Loop, Plan
 from generators import PoolGenerator
@@ -37,7 +38,7 @@ def plans(recipe: Recipe) -> list[Plan]:
     phases = []
     live = recipe.generator.checkpoint is None
     for task in recipe.tasks:
-        if task in TASKS:
+        if task in COMPRESSIONS:
             if live:
                 raise UserError(
                     f"task {task} needs a generator (if only to measure agreement): put generator or distill before "
@@ -57,7 +58,7 @@ def plans(recipe: Recipe) -> list[Plan]:
     for phase in phases:
         noise = phase.name == "generator" and recipe.generator.arch == "pixels"  # nothing to train, but to save
         trained = phase.students if phase.name == "distill" else phase.total
-        if not trained and phase.name not in TASKS and not noise:
+        if not trained and phase.name not in COMPRESSIONS and not noise:
             wanted = "distill.steps" if phase.name == "distill" else "synthesis.steps"
             raise UserError(f"task {phase.name} has nothing to train: set {wanted} above 0")
     return phases
@@ -193,7 +194,7 @@ def make_loop(
     return Loop(
         plan,
         parts.generator,
-        parts.zoo if plan.name not in TASKS else [],  # a task's loop has no images of its own to look at
+        parts.zoo if plan.name not in COMPRESSIONS else [],  # a task's loop has no images of its own to look at
         synthesizer,
         fit,
         parts.accelerator,

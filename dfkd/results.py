@@ -16,9 +16,10 @@ from dfkd.checkpoints import write_atomically
 from dfkd.curves import entries
 from dfkd.data import opened
 from dfkd.evaluate import Accuracy, accuracy, agreement
+from dfkd.inputs import COMPRESSIONS, task_input
 from dfkd.report import write_report
 from dfkd.runtime import Shard, autocast_of
-from dfkd.tasks import TASKS, export, held_out, task_input, task_results
+from dfkd.tasks import export, held_out, task_results
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import look
 from dfkd.verdict import generator_notes, last_quarter, verdict
@@ -30,7 +31,7 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
     begun = time.perf_counter()
     recipe, folder, accelerator, shard = parts.recipe, parts.folder, parts.accelerator, parts.shard
     figures, _ = look(parts.generator, parts.zoo, accelerator)
-    tasks = {name: task_results(recipe, name) for name in recipe.tasks if name in TASKS}
+    tasks = {name: task_results(recipe, name) for name in recipe.tasks if name in COMPRESSIONS}
     results: dict[str, Any] = {
         "name": recipe.name,
         "command": command,

@@ -18,6 +18,7 @@ from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.errors import Paused, UserError
 from dfkd.folder import may_run, open_folder, owner
+from dfkd.inputs import COMPRESSIONS, check_layers, check_tasks, task_input
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
 from dfkd.norms import check_triton, triton_norms
@@ -28,7 +29,7 @@ from dfkd.results import finish
 from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelerator, say, shut_down
 from dfkd.schema import SELECTED, Recipe
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TASKS, check_layers, check_tasks, finished, run_task, task_input
+from dfkd.tasks import finished, run_task
 from dfkd.terms import check_losses
 from dfkd.training import Plan
 from generators import save_generator
@@ -127,9 +128,9 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
         for k, plan in enumerate(phases):
             if worked and agreed(deadline.within(0), shard.device):
                 raise Paused(f"task {plan.name} is next")
-            if plan.name not in TASKS and state and k < reached:  # finished before the checkpoint was written
+            if plan.name not in COMPRESSIONS and state and k < reached:  # finished before the checkpoint was written
                 take_up(parts, plan)
-            elif plan.name not in TASKS:
+            elif plan.name not in COMPRESSIONS:
                 prepare_student(parts, plan)
                 synthesizer = make_synthesizer(parts) if plan.synthesis else None
                 fit = make_fit(parts, plan) if plan.students else None

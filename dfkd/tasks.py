@@ -18,21 +18,19 @@ from dfkd.checkpoints import write_atomically
 from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
-from dfkd.compress.files import load_compressed, save_compressed
+from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros, stage_hints
-from dfkd.compress.graph import images_of, network_of, trace, with_network
-from dfkd.compress.prune import dependency_graph, prune
+from dfkd.compress.graph import images_of, network_of, with_network
+from dfkd.compress.prune import prune
 from dfkd.compress.qat import Training, as_teacher, quantize
-from dfkd.compress.quantize import layer_bits, layer_names, matching
 from dfkd.compress.result import Compressed
 from dfkd.data import opened
-from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
-from dfkd.export import export_onnx, require_onnx
-from dfkd.models.checkpoints import read_description
+from dfkd.export import export_onnx
+from dfkd.inputs import bits_by_layer, settings, task_input, task_source
 from dfkd.runtime import Shard, autocast_of, say
-from dfkd.schema import FewBits, Recipe
-from dfkd.stream import Source, SyntheticStream, from_generator, from_images, from_noise
+from dfkd.schema import Recipe
+from dfkd.stream import Source, SyntheticStream
 from dfkd.teachers import Teacher, have_features
 from dfkd.verify import verify
 from generators import ImageGenerator
@@ -41,129 +39,8 @@ HELD_OUT_EPOCH = 1_000_003  # an epoch that nothing ever trains on
 HELD_OUT, HELD_OUT_BATCH = 2048, 256  # images
 CALIBRATION_EPOCH = 1_000_004  # nor is it trained on: it sets ranges and repairs
 CALIBRATION_BATCH = 128
-QUANTISED = "give the float model it was made from"
 TRAINED = ("qat", "prune")  # tasks that train a network whole, in the loop with checkpoints
 DONE = "task.json"  # written last: with it a task is finished
-
-
-def check_tasks(recipe: Recipe) -> None:
-    """Raise UserError where a task's input is no earlier task and no folder, its keys will not do, or a package or the
-    images for it are missing."""
-    earlier: list[str] = ["main"]
-    for task in (task for task in recipe.tasks if task != "generator"):
-        keys = settings(recipe, task)
-        name = keys.input
-        if name is not None and name not in earlier and not _is_folder(recipe, name):
-            raise UserError(
-                f"{task}.input={name} is no earlier task and no folder of a model; before {task} there are "
-                f"{', '.join(earlier)}"
-            )
-        if getattr(keys, "source", None) == "real" and recipe.data.dataset == "none":
-            raise UserError(f"{task}.source=real needs real images: set data.dataset, or {task}.source=noise")
-        if getattr(keys, "source", None) == "real":
-            assemble.check_control(recipe)
-        earlier += ["distill", "student"] if task == "distill" else [task]
-        if task in TASKS:
-            _check_task(recipe, task)
-    files = ["tasks", "none", *(name for name in earlier if name not in ("main", "distill"))]
-    if recipe.export.input not in files:
-        raise UserError(f"export.input={recipe.export.input} is no task of this run; choose from {', '.join(files)}")
-    if recipe.export.input == "student":
-        require_onnx()
-    if "distill" in recipe.tasks and recipe.distill.input is not None:
-        source(recipe, "distill", recipe.distill.input)
-
-
-def _is_folder(recipe: Recipe, name: str) -> bool:
-    """Whether a name is a folder that this run does not make itself."""
-    made = name in recipe.tasks or (name == "student" and ("distill" in recipe.tasks or recipe.overwrite))
-    folder = None if made else input_folder(recipe, name)
-    return folder is not None and folder.is_dir()
-
-
-def _check_task(recipe: Recipe, task: str) -> None:
-    keys = settings(recipe, task)
-    if task == "prune" and keys.kind == "channels" and not keys.inner_only:
-        dependency_graph()
-    if task == "udfc" and not keys.ratio and keys.bits is None:
-        raise UserError("udfc.ratio=0 and udfc.bits=null leave nothing to do; set one of them")
-    if recipe.export.input in ("tasks", task):
-        require_onnx()
-
-
-def source(recipe: Recipe, task: str, name: str) -> str:
-    """Where the layers of a task's input come from: `main`, `student` (fresh of student.model) or a folder; what a task
-    makes has the layers of what it was given. Raises UserError where the input is quantised by then."""
-    given = name
-    while name in recipe.tasks or name == "student":
-        if name in ("qat", "ptq"):
-            raise UserError(f"{task}.input={given} is quantised by then; {QUANTISED}")
-        if name in TASKS:
-            name = settings(recipe, name).input
-        elif "distill" in recipe.tasks and recipe.distill.input is not None:
-            name = recipe.distill.input
-        else:
-            return "student"
-    return name
-
-
-def check_layers(parts: Parts) -> None:
-    """Raise UserError where a task's input is quantised already, cannot be traced, or has no layer that a name pattern
-    of the task means; before anything is trained."""
-    recipe = parts.recipe
-    for task in (task for task in recipe.tasks if task in TASKS):
-        keys = settings(recipe, task)
-        name = source(recipe, task, keys.input)
-        fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
-        graph = trace(network_of(task_input(parts, name)[0] if fresh is None else fresh))
-        if task in ("qat", "ptq"):
-            layer_bits(graph, (keys.weights, keys.activations), **_layers(keys))
-        for pattern in keys.ignore if task in ("prune", "udfc") else ():
-            matching(layer_names(graph), pattern, f"{task}.ignore")
-
-
-def settings(recipe: Recipe, task: str) -> Any:
-    """The group of keys of a task that takes an input."""
-    return getattr(recipe, task)
-
-
-def input_folder(recipe: Recipe, name: str) -> Path | None:
-    """Where an input is on the disk; None for the main teacher, which may not be."""
-    if name == "main":
-        return None
-    made = {"distill": "student", "student": "student", **{task: task for task in TASKS}}
-    if name == "student" or name in recipe.tasks:
-        return Path(recipe.folder) / made[name]
-    return Path(name)
-
-
-def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
-    """The model that a task's `input` names, on the device, and its description."""
-    folder = input_folder(parts.recipe, name)
-    if folder is None:
-        teacher = assemble.main_teachers(parts.recipe, parts.zoo)[0]
-        spec = parts.recipe.teachers[teacher.name]
-        about = assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
-        # A copy: the zoo's own may have to leave the device, and is not to be changed.
-        return as_teacher(teacher, copy.deepcopy(teacher.model)), about
-    about = read_description(folder)
-    if "quantized" in about.get("structure", {}):
-        raise UserError(f"input={name} is quantised already; {QUANTISED}")
-    return load_compressed(folder, parts.recipe.trust_code).to(parts.shard.device), about
-
-
-def task_source(parts: Parts, source: str, model: Classifier) -> Source:
-    """Where a task's images come from."""
-    recipe = parts.recipe
-    if source == "noise":
-        mean, std = assemble.pixel_statistics([model], recipe.image.channels)
-        return from_noise(
-            recipe.image.channels, recipe.image.size, recipe.classes, sum(mean) / len(mean), sum(std) / len(std)
-        )
-    if source == "real":
-        real = assemble.control_images(recipe)
-        return from_images(real.images, real.labels)
-    return from_generator(parts.generator)
 
 
 def calibration(parts: Parts, source: Source) -> SyntheticStream:
@@ -208,11 +85,6 @@ def training_stream(
 Train = Callable[[Fit], None]  # runs a Fit to its end, with logging and checkpoints
 
 
-def _layers(keys: FewBits) -> dict[str, Any]:
-    """Which layers have other bits than the rest."""
-    return {"ends": (keys.ends[0], keys.ends[-1]), "overrides": keys.overrides, "ignore": keys.ignore}
-
-
 def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
     keys = parts.recipe.ptq
     options: dict[str, Any] = {}
@@ -225,7 +97,7 @@ def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         (keys.weights, keys.activations),
         method="nearest" if keys.method == "nearest" else "reconstruct",
         images=keys.images,
-        **_layers(keys),
+        **bits_by_layer(keys),
         autocast=autocast_of(parts.accelerator),
         **options,
     )
@@ -239,7 +111,7 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         (keys.weights, keys.activations),
         calibration=calibration(parts, source),
         images=keys.images,
-        **_layers(keys),
+        **bits_by_layer(keys),
         warm_start=keys.warm_start,
         seed=parts.recipe.seed,
         steps=keys.steps,

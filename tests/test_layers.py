@@ -57,7 +57,7 @@ CORE: dict[str, set[str]] = {
         *("stream", "synthesis", "teachers", "verdict"),
     },
 }
-COMMAND_LINE = {"run", "phases", "dry_run", "assemble", "cli", "tasks", "results", "folder", "judge"}
+COMMAND_LINE = {"run", "phases", "dry_run", "assemble", "cli", "tasks", "results", "folder", "judge", "inputs"}
 PUBLIC = {
     "classifier",
     "compress",

@@ -1,0 +1,147 @@
+"""What the tasks of a run are given, a model and images, and what is refused before anything is trained."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from dfkd import assemble
+from dfkd.assemble import Parts
+from dfkd.classifier import Classifier
+from dfkd.compress.files import load_compressed
+from dfkd.compress.graph import network_of, trace
+from dfkd.compress.prune import dependency_graph
+from dfkd.compress.qat import as_teacher
+from dfkd.compress.quantize import layer_bits, layer_names, matching
+from dfkd.errors import UserError
+from dfkd.export import require_onnx
+from dfkd.models.checkpoints import read_description
+from dfkd.schema import FewBits, Recipe
+from dfkd.stream import Source, from_generator, from_images, from_noise
+
+COMPRESSIONS = ("ptq", "qat", "prune", "udfc")  # the tasks that make a smaller model of their input
+QUANTISED = "give the float model it was made from"
+
+
+def check_tasks(recipe: Recipe) -> None:
+    """Raise UserError where a task's input is no earlier task and no folder, its keys will not do, or a package or the
+    images for it are missing."""
+    earlier: list[str] = ["main"]
+    for task in (task for task in recipe.tasks if task != "generator"):
+        keys = settings(recipe, task)
+        name = keys.input
+        if name is not None and name not in earlier and not _is_folder(recipe, name):
+            raise UserError(
+                f"{task}.input={name} is no earlier task and no folder of a model; before {task} there are "
+                f"{', '.join(earlier)}"
+            )
+        if getattr(keys, "source", None) == "real" and recipe.data.dataset == "none":
+            raise UserError(f"{task}.source=real needs real images: set data.dataset, or {task}.source=noise")
+        if getattr(keys, "source", None) == "real":
+            assemble.check_control(recipe)
+        earlier += ["distill", "student"] if task == "distill" else [task]
+        if task in COMPRESSIONS:
+            _check_task(recipe, task)
+    files = ["tasks", "none", *(name for name in earlier if name not in ("main", "distill"))]
+    if recipe.export.input not in files:
+        raise UserError(f"export.input={recipe.export.input} is no task of this run; choose from {', '.join(files)}")
+    if recipe.export.input == "student":
+        require_onnx()
+    if "distill" in recipe.tasks and recipe.distill.input is not None:
+        source(recipe, "distill", recipe.distill.input)
+
+
+def _is_folder(recipe: Recipe, name: str) -> bool:
+    """Whether a name is a folder that this run does not make itself."""
+    made = name in recipe.tasks or (name == "student" and ("distill" in recipe.tasks or recipe.overwrite))
+    folder = None if made else input_folder(recipe, name)
+    return folder is not None and folder.is_dir()
+
+
+def _check_task(recipe: Recipe, task: str) -> None:
+    keys = settings(recipe, task)
+    if task == "prune" and keys.kind == "channels" and not keys.inner_only:
+        dependency_graph()
+    if task == "udfc" and not keys.ratio and keys.bits is None:
+        raise UserError("udfc.ratio=0 and udfc.bits=null leave nothing to do; set one of them")
+    if recipe.export.input in ("tasks", task):
+        require_onnx()
+
+
+def source(recipe: Recipe, task: str, name: str) -> str:
+    """Where the layers of a task's input come from: `main`, `student` (fresh of student.model) or a folder; what a task
+    makes has the layers of what it was given. Raises UserError where the input is quantised by then."""
+    given = name
+    while name in recipe.tasks or name == "student":
+        if name in ("qat", "ptq"):
+            raise UserError(f"{task}.input={given} is quantised by then; {QUANTISED}")
+        if name in COMPRESSIONS:
+            name = settings(recipe, name).input
+        elif "distill" in recipe.tasks and recipe.distill.input is not None:
+            name = recipe.distill.input
+        else:
+            return "student"
+    return name
+
+
+def check_layers(parts: Parts) -> None:
+    """Raise UserError where a task's input is quantised already, cannot be traced, or has no layer that a name pattern
+    of the task means; before anything is trained."""
+    recipe = parts.recipe
+    for task in (task for task in recipe.tasks if task in COMPRESSIONS):
+        keys = settings(recipe, task)
+        name = source(recipe, task, keys.input)
+        fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
+        graph = trace(network_of(task_input(parts, name)[0] if fresh is None else fresh))
+        if task in ("qat", "ptq"):
+            layer_bits(graph, (keys.weights, keys.activations), **bits_by_layer(keys))
+        for pattern in keys.ignore if task in ("prune", "udfc") else ():
+            matching(layer_names(graph), pattern, f"{task}.ignore")
+
+
+def settings(recipe: Recipe, task: str) -> Any:
+    """The group of keys of a task that takes an input."""
+    return getattr(recipe, task)
+
+
+def input_folder(recipe: Recipe, name: str) -> Path | None:
+    """Where an input is on the disk; None for the main teacher, which may not be."""
+    if name == "main":
+        return None
+    made = {"distill": "student", "student": "student", **{task: task for task in COMPRESSIONS}}
+    if name == "student" or name in recipe.tasks:
+        return Path(recipe.folder) / made[name]
+    return Path(name)
+
+
+def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
+    """The model that a task's `input` names, on the device, and its description."""
+    folder = input_folder(parts.recipe, name)
+    if folder is None:
+        teacher = assemble.main_teachers(parts.recipe, parts.zoo)[0]
+        spec = parts.recipe.teachers[teacher.name]
+        about = assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
+        # A copy: the zoo's own may have to leave the device, and is not to be changed.
+        return as_teacher(teacher, copy.deepcopy(teacher.model)), about
+    about = read_description(folder)
+    if "quantized" in about.get("structure", {}):
+        raise UserError(f"input={name} is quantised already; {QUANTISED}")
+    return load_compressed(folder, parts.recipe.trust_code).to(parts.shard.device), about
+
+
+def task_source(parts: Parts, source: str, model: Classifier) -> Source:
+    """Where a task's images come from."""
+    recipe = parts.recipe
+    if source == "noise":
+        mean, std = assemble.pixel_statistics([model], recipe.image.channels)
+        return from_noise(
+            recipe.image.channels, recipe.image.size, recipe.classes, sum(mean) / len(mean), sum(std) / len(std)
+        )
+    if source == "real":
+        real = assemble.control_images(recipe)
+        return from_images(real.images, real.labels)
+    return from_generator(parts.generator)
+
+
+def bits_by_layer(keys: FewBits) -> dict[str, Any]:
+    """Which layers have other bits than the rest."""
+    return {"ends": (keys.ends[0], keys.ends[-1]), "overrides": keys.overrides, "ignore": keys.ignore}

@@ -1,0 +1,39 @@
+"""What the tasks of a run are given, and what is refused before anything is trained."""
+
+from typing import get_args
+
+import pytest
+from runs_fixture import Runs
+
+from dfkd.inputs import COMPRESSIONS
+from dfkd.schema import Task
+from dfkd.tasks import TASKS
+
+REFUSED = [
+    (("tasks=[generator,ptq]", "ptq.ends=[8,4,2]"), "ptq.ends=[8, 4, 2] is not allowed; it takes [weights, input]"),
+    (("tasks=[generator,qat]", "qat.input=generator"), "qat.input=generator is no earlier task"),
+    (("tasks=[generator,distill,qat]", "distill.input=ptq"), "distill.input=ptq is no earlier task"),
+    (("tasks=[generator,udfc]", "udfc.ratio=0"), "udfc.ratio=0 and udfc.bits=null leave nothing to do"),
+    (("tasks=[distill]", "distill.input=main"), "distill.input=main needs a generator that is there before"),
+    (("tasks=[ptq]",), "task ptq needs a generator"),
+    (("tasks=[generator,qat,prune]", "qat.input=prune"), "qat.input=prune is no earlier task and no folder"),
+    (("tasks=[generator,ptq,qat]", "qat.input=ptq"), "qat.input=ptq is quantised by then"),
+    (("tasks=[generator,ptq]", "ptq.overrides={'stem.*': [8, 8]}"), "'stem.*' matches no layer"),
+    (("tasks=[generator,prune]", "prune.ignore=[nothing]"), "'nothing' matches no layer"),
+    (("tasks=[generator,ptq]", "ptq.weights=9"), "ptq.weights=9 is not allowed; it takes integer from 2 to 8"),
+    (("tasks=[generator,ptq]", "export.input=qat"), "export.input=qat is no task of this run"),
+    (("tasks=[ptq,generator]",), "the generator comes first"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), REFUSED)
+def test_what_will_not_do_is_refused_before_anything_is_trained(
+    runs: Runs, given: tuple[str, ...], message: str
+) -> None:
+    line = runs.run("run", *given).refused()
+    assert message in line
+    assert not (runs.folder / "run").exists()
+
+
+def test_each_compression_can_be_asked_for_and_carried_out() -> None:
+    assert {*get_args(Task)} - {"generator", "distill"} == {*COMPRESSIONS} == {*TASKS}
