@@ -96,6 +96,18 @@ def autocast_of(accelerator: Accelerator | None) -> Autocast:
     return partial(copy.copy, context)
 
 
+def prepare(accelerator: Accelerator | None, network: nn.Module) -> Any:
+    """A network as an accelerator has it in training: over several processes in DDP. Its own forward stays as it was.
+
+    Accelerate puts mixed precision into it for good. It would then compute in it wherever this process calls it, and
+    not once it is loaded from its file: a run in pieces would end with other bits. The steps open it by autocast_of.
+    """
+    prepared = accelerator.prepare(network) if accelerator else network
+    for name in ("forward", "_original_forward"):
+        vars(network).pop(name, None)
+    return prepared
+
+
 def full_precision(x: Tensor) -> Tensor:
     """x in float32, or float64 where it is that: what losses and statistics are computed in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

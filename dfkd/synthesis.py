@@ -23,7 +23,7 @@ from dfkd.mixing import Mixed, mix_batch
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
 from dfkd.renewal import RENEWED, draw_anew, redraw_steps
-from dfkd.runtime import Shard, autocast_of, eval_mode, frozen, full_precision, to_bytes
+from dfkd.runtime import Shard, autocast_of, eval_mode, frozen, full_precision, prepare, to_bytes
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
@@ -101,7 +101,7 @@ class Synthesizer:
         sync_batchnorm(generator)
         self.accelerator, self.autocast = accelerator, autocast_of(accelerator)
         has_weights = next(generator.parameters(), None) is not None
-        self.prepared = accelerator.prepare(generator) if accelerator and has_weights else generator
+        self.prepared = prepare(accelerator, generator) if has_weights else generator
         self.zoo, self.student, self.mix = list(zoo), student, mix
         self.weights = {name: float(weight) for name, weight in losses.items() if weight}
         self.steps, self.batch_size, self.sample = steps, batch_size, sample

@@ -20,7 +20,7 @@ from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
 from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros, stage_hints
-from dfkd.compress.graph import images_of, network_of, with_network
+from dfkd.compress.graph import images_of
 from dfkd.compress.prune import prune
 from dfkd.compress.qat import Training, as_teacher, quantize
 from dfkd.compress.result import Compressed
@@ -159,7 +159,6 @@ def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Com
                 accelerator=parts.accelerator,
             )
         )
-        pruned.model = with_network(model, network_of(pruned.model))  # Accelerate changed the forward of the other
     return pruned
 
 

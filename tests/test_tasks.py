@@ -244,6 +244,18 @@ def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Run
     assert json.loads((runs.folder / "again" / "prune" / "model.json").read_text())["opened"] == [entry]
 
 
+def test_a_generator_draws_alike_in_the_run_that_trained_it_and_from_its_file(runs: Runs) -> None:
+    given = ("runtime.precision=bf16", "ptq.method=nearest", "export.input=none", *SHORT)
+    assert runs.run("live", "tasks=[generator,ptq]", *given).code == 0
+    assert (
+        runs.run("again", "tasks=[ptq]", f"generator.checkpoint={runs.folder / 'live' / 'generator'}", *given).code == 0
+    )
+    files = [(runs.folder / name / "ptq" / "model.safetensors").read_bytes() for name in ("live", "again")]
+    figures = [results(runs.folder / name)["tasks"]["ptq"]["agreement"] for name in ("live", "again")]
+    assert files[0] == files[1]
+    assert figures[0] == figures[1]
+
+
 @pytest.mark.parametrize("trained", TRAINED)
 def test_a_run_killed_while_what_it_compresses_trains_goes_on_exactly(runs: Runs, trained: str) -> None:
     chosen = (f"tasks=[generator,ptq,{trained}]", "export.input=none", *SHORT[:5], "ptq.steps=2")

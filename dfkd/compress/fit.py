@@ -18,7 +18,7 @@ from dfkd.losses import STUDENT_LOSSES, feature_error, hints
 from dfkd.models.selection import last_blocks
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew
-from dfkd.runtime import Shard, autocast_of, eval_mode, reseed
+from dfkd.runtime import Shard, autocast_of, eval_mode, prepare, reseed
 from dfkd.stream import SyntheticStream, Watch, feature_widths
 from dfkd.teachers import Teacher, batch_norms, features_of, shares_of, tap_features
 
@@ -192,7 +192,7 @@ class Fit:
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
         self.graphs = graphs
-        self.prepared = accelerator.prepare(student) if accelerator else student
+        self.prepared = prepare(accelerator, student)
         self.warmup, self.temperature = warmup, temperature
         if loss not in STUDENT_LOSSES:
             raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
@@ -203,7 +203,7 @@ class Fit:
             (own,), like = feature_widths([student]), next(student.parameters())
             self.projector = nn.utils.skip_init(nn.Linear, own, sum(stream.widths), bias=False).to(like)
             draw_anew([self.projector], stream.seed, "projector")
-            self.project = accelerator.prepare(self.projector) if accelerator else self.projector
+            self.project = prepare(accelerator, self.projector)
             self.learners.append(self.projector)
             groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
             shares = shares_of(stream.teachers)

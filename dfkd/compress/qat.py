@@ -162,7 +162,6 @@ class Training:
         for name, value in network.state_dict().items():
             if not torch.isfinite(value).all():
                 raise UserError(f"{name} is NaN or infinite after training with few bits; lower lr, or raise the bits")
-        # In a wrapper of its own: Accelerate has changed the forward of the one that was trained.
         trained, naive = (with_network(self.given, each) for each in (network, self.naive))
         return result(self.given, trained, naive, self.inputs)
 
