@@ -1,12 +1,14 @@
 """`--dry-run`: build and check everything, say what would be done and roughly in how much memory, train nothing."""
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
+from dfkd.folder import may_run
 from dfkd.inputs import COMPRESSIONS, settings
 from dfkd.phases import learns_features, make_hints, plans, say_beginning
 from dfkd.recipe import Loaded
@@ -21,6 +23,7 @@ def dry_run(loaded: Loaded) -> None:
     """Build and check everything, print the plan, train nothing."""
     recipe = loaded.recipe
     accelerator, shard = make_accelerator(recipe.runtime.precision)
+    may_run(loaded, Path(recipe.folder))
     phases = plans(recipe)
     parts = build(recipe, accelerator, shard)
     say(f"{recipe.name}: {shard.world} process(es) on {shard.device}, precision {accelerator.mixed_precision}")

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from dfkd.checkpoints import write_atomically
 from dfkd.errors import UserError
+from dfkd.inputs import COMPRESSIONS
 from dfkd.recipe import Loaded
 from dfkd.runtime import say
 from dfkd.schema import SELECTED, Recipe
@@ -19,15 +20,24 @@ from dfkd.schema import SELECTED, Recipe
 # Keys that change how a run goes, not what comes out: they may differ when it is resumed.
 FREE_KEYS = ("overwrite", "output", "trust_code", "description", "zoo.memory_gb")
 FREE_RUNTIME_KEYS = ("checkpoint_every", "log_every", "grid_every", "evaluations", "minutes", "cuda_graphs")
+QUALITY = "quality"  # what --quality makes there, of a run or of none
+# All that a run makes in its folder: what overwrite=true removes.
+MADE = (
+    *("config.yaml", "generator", "student", *COMPRESSIONS, "checkpoints", "images", "tensorboard", "metrics.jsonl"),
+    *("results.json", "report.html", QUALITY),
+)
+GROUPS = {"data", "image", "teachers", "zoo", "synthesis", "distill", "runtime"}  # a run's config.yaml has them all
 
 
 def may_run(loaded: Loaded, folder: Path) -> bool:
-    """False where the folder holds this very run, finished. Raises UserError where it holds another one."""
+    """False where the folder holds this very run, finished. Raises UserError where it holds another one, or no run."""
     config = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output={folder} is a file; choose another output=... for the run's folder")
     if loaded.recipe.overwrite:
         _may_remove(loaded.recipe, folder)
     elif config.exists():
-        changed = _differences(loaded.recipe, config)
+        changed = _differences(loaded.recipe, _read(config))
         if changed:
             raise UserError(
                 f"{folder} holds a run with other keys ({'; '.join(changed[:3])}); choose output=... for a new run, "
@@ -40,10 +50,15 @@ def may_run(loaded: Loaded, folder: Path) -> bool:
 
 
 def _may_remove(recipe: Recipe, folder: Path) -> None:
-    """Raise UserError where overwrite=true would remove anything but a run of ours, or what this run needs."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.yaml").exists():
+    """Raise UserError where overwrite=true would remove what no run made, or what this run needs."""
+    if (folder / "config.yaml").exists():
+        _read(folder / "config.yaml")
+    elif any((folder / name).exists() for name in MADE if name != QUALITY):
         raise UserError(f"{folder} holds no run (no config.yaml) and is not removed; choose another output=...")
-    weights = {recipe.student.weights, *(spec.weights for spec in recipe.teachers.values())} - {SELECTED}
+    teachers = recipe.teachers.values()
+    weights = {recipe.student.weights, *(spec.weights for spec in teachers)} - {SELECTED}
+    models = (recipe.student.model, *(spec.model for spec in teachers))
+    code = [model.removeprefix("python:").rpartition(":")[0] for model in models]
     given = [recipe.distill.input, *(getattr(recipe, task).input for task in ("qat", "ptq", "prune", "udfc"))]
     folders = [name for name in given if name and name not in ("main", "student", *recipe.tasks)]
     needed = [
@@ -53,18 +68,23 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
         recipe.data.train_root,
         recipe.training.cache,
         *weights,
+        *code,
     ]
+    made = [(folder / name).resolve() for name in MADE]
     for path in filter(None, needed):
-        if Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
+        if Path(path).exists() and any(map(Path(path).resolve().is_relative_to, made)):
             raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")
 
 
 def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> None:
-    """Make the run's folder, empty where the recipe says overwrite, or take it up (collective)."""
+    """Make the run's folder, without what a run made there where the recipe says overwrite, or take it up
+    (collective)."""
     accelerator.wait_for_everyone()  # all have looked into it
     if accelerator.is_main_process:
         if loaded.recipe.overwrite:
-            shutil.rmtree(folder, ignore_errors=True)
+            for name in MADE:
+                shutil.rmtree(folder / name, ignore_errors=True)
+                (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.yaml", loaded.yaml())
     accelerator.wait_for_everyone()
@@ -86,12 +106,20 @@ def _comparable(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in free}
 
 
-def _differences(recipe: Recipe, config: Path) -> list[str]:
+def _read(config: Path) -> dict[str, Any]:
+    """What the config.yaml of a run says. Raises UserError where it is none that a run wrote."""
     try:
-        before = _comparable(OmegaConf.to_container(OmegaConf.load(config)))  # type: ignore[arg-type]
+        found: Any = OmegaConf.to_container(OmegaConf.load(config))
+        reason = "" if found.keys() >= GROUPS else "is something else's"
     except Exception as error:
-        return [f"its config.yaml cannot be read: {' '.join(str(error).split())[:200]}"]
-    now = _comparable(dataclasses.asdict(recipe))
+        reason = f"cannot be read: {' '.join(str(error).split())[:200]}"
+    if reason:
+        raise UserError(f"{config.parent} holds no run: its config.yaml {reason}; choose another output=...")
+    return dict(found)
+
+
+def _differences(recipe: Recipe, config: dict[str, Any]) -> list[str]:
+    before, now = _comparable(config), _comparable(dataclasses.asdict(recipe))
     keys = sorted(set(before) | set(now))
     return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in keys if before.get(key) != now.get(key)]
 

@@ -78,6 +78,7 @@ def run(loaded: Loaded, command: str) -> None:
     started = time.perf_counter()
     deadline = Deadline(recipe.runtime.minutes, started)
     folder = Path(recipe.folder)
+    same = "the same command" + (" without overwrite=true" if recipe.overwrite else "")
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     if may_run(loaded, folder):
         phases = plans(recipe)
@@ -94,11 +95,9 @@ def run(loaded: Loaded, command: str) -> None:
             spent["before"] = begun - started
             finish(parts, spent, command)
         except OSError as error:
-            raise UserError(
-                f"could not write in {folder}: {error}; free some space and run the same command again"
-            ) from None
+            raise UserError(f"could not write in {folder}: {error}; free some space and run {same} again") from None
         except Paused as paused:
-            say(f"stopped for runtime.minutes={recipe.runtime.minutes:g}: {paused}; the same command goes on")
+            say(f"stopped for runtime.minutes={recipe.runtime.minutes:g}: {paused}; {same} goes on")
             shut_down(accelerator)
             return
     if shard.rank == 0:

@@ -1,0 +1,83 @@
+"""A run's folder: taken up, begun anew without what is not a run's, or left alone."""
+
+from pathlib import Path
+
+import pytest
+from runs_fixture import Runs
+
+from dfkd.errors import UserError
+from dfkd.folder import may_run
+from dfkd.recipe import load_recipe
+
+SHORT = ("synthesis.steps=2", "distill.steps=2", "tasks=[distill]")
+
+
+def asked(folder: Path, *given: str, recipe: str = "digits") -> bool:
+    loaded = load_recipe([f"recipe={recipe}", f"output={folder}", *given])
+    return may_run(loaded, Path(loaded.recipe.folder))
+
+
+def test_starting_over_leaves_what_no_run_made(runs: Runs) -> None:
+    assert runs.run("run", *SHORT).code == 0
+    folder = runs.folder / "run"
+    for name in ("notes.txt", "mine/weights.pt", "quality/mine/quality.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    before = (folder / "student" / "model.safetensors").read_bytes()
+    assert runs.run("run", *SHORT, "seed=1", "overwrite=true").code == 0
+    assert (folder / "student" / "model.safetensors").read_bytes() != before
+    assert (folder / "notes.txt").read_text() == (folder / "mine" / "weights.pt").read_text() == "mine"
+    assert not (folder / "quality").exists()  # of the generator before
+
+
+@pytest.mark.parametrize("given", [(), ("overwrite=true",)])
+@pytest.mark.parametrize("content", ["a: 1\n", "not: [yaml\n", "- a list\n", ""])
+def test_a_config_of_something_else_is_no_runs(tmp_path: Path, content: str, given: tuple[str, ...]) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"holds no run: its config\.yaml .*choose another output"):
+        asked(tmp_path, *given)
+
+
+def test_what_a_run_needs_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    (folder / "student").mkdir(parents=True)
+    (folder / "generator").mkdir()
+    loaded = load_recipe(["recipe=digits", f"output={folder}"])
+    (folder / "config.yaml").write_text(loaded.yaml())
+    (folder / "student" / "net.py").write_text("")
+    (folder / "net.pt").write_text("")
+    needed = {
+        "run/student/net.py": ["student.model=python:run/student/net.py:make", "trust_code=true"],
+        "run/generator": ["generator.checkpoint=run/generator"],
+    }
+    for path, keys in needed.items():
+        with pytest.raises(UserError, match=f"overwrite=true would remove {path}, which this run needs"):
+            asked(folder, "overwrite=true", *keys)
+    assert asked(folder, "overwrite=true", recipe="run/config.yaml")  # its own record, which it writes again
+    assert asked(folder, "overwrite=true", "teachers.plain.weights=run/net.pt")  # no run's, so it stays
+
+
+def test_images_measured_before_there_is_a_run_are_in_nobodys_way(tmp_path: Path) -> None:
+    (tmp_path / "quality").mkdir()
+    assert asked(tmp_path, "overwrite=true")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="holds no run"):
+        asked(tmp_path, "overwrite=true")
+
+
+def test_a_dry_run_looks_at_the_folder_too(runs: Runs) -> None:
+    assert runs.run("run", *SHORT).code == 0
+    assert (
+        "holds a run with other keys (seed: 0 there, 1 here)"
+        in runs.run("run", *SHORT, "seed=1", "--dry-run").refused()
+    )
+    assert runs.run("run", *SHORT, "--dry-run").code == 0
+    (runs.folder / "file").write_text("")
+    assert "is a file" in runs.run("file", *SHORT, "--dry-run").refused()
+
+
+def test_a_run_that_starts_over_in_pieces_says_how_it_goes_on(runs: Runs) -> None:
+    pieces = (*SHORT, "runtime.minutes=0.0001")
+    assert "the same command goes on" in runs.run("run", *pieces).out
+    assert "the same command without overwrite=true goes on" in runs.run("run", *pieces, "overwrite=true").out
