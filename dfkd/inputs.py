@@ -4,17 +4,21 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.classifier import Classifier
+from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
 from dfkd.compress.graph import network_of, trace
-from dfkd.compress.prune import dependency_graph
+from dfkd.compress.prune import check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
 from dfkd.compress.quantize import layer_bits, layer_names, matching
 from dfkd.errors import UserError
 from dfkd.export import require_onnx
 from dfkd.models.checkpoints import read_description
+from dfkd.runtime import rng
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, from_generator, from_images, from_noise
 
@@ -84,18 +88,25 @@ def source(recipe: Recipe, task: str, name: str) -> str:
 
 
 def check_layers(parts: Parts) -> None:
-    """Raise UserError where a task's input is quantised already, cannot be traced, or has no layer that a name pattern
-    of the task means; before anything is trained."""
-    recipe = parts.recipe
+    """Raise UserError where a task's input is quantised already, cannot be traced, has no layer that a name pattern of
+    the task means, or nothing that the task could take out; before anything is trained."""
+    recipe, size = parts.recipe, parts.recipe.image
+    images = torch.rand(4, size.channels, size.size, size.size, generator=rng("cpu", "check")).to(parts.shard.device)
     for task in (task for task in recipe.tasks if task in COMPRESSIONS):
         keys = settings(recipe, task)
         name = source(recipe, task, keys.input)
         fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
-        graph = trace(network_of(task_input(parts, name)[0] if fresh is None else fresh))
+        model = task_input(parts, name)[0] if fresh is None else fresh
+        graph = trace(network_of(model))
         if task in ("qat", "ptq"):
             layer_bits(graph, (keys.weights, keys.activations), **bits_by_layer(keys))
         for pattern in keys.ignore if task in ("prune", "udfc") else ():
             matching(layer_names(graph), pattern, f"{task}.ignore")
+        if task == "prune":
+            options = {"kind": keys.kind, "repair": keys.repair, "ignore": keys.ignore, "inner_only": keys.inner_only}
+            check_prunable(model, images, keys.ratio, **options)
+        if task == "udfc":
+            check_closed_form(model, keys.ratio, keys.bits, keys.ignore)
 
 
 def settings(recipe: Recipe, task: str) -> Any:

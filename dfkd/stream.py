@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 from torchvision.utils import save_image
 
 from dfkd.classifier import head
@@ -143,13 +143,17 @@ class SyntheticStream(IterableDataset):
         super().__init__()
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
+        if replay < 0:
+            raise UserError(f"a stream needs replay >= 0, past batches that are kept, got {replay}")
         if not 0 < fresh <= 1:
             raise UserError(f"a stream needs fresh above 0 and at most 1, the share of a batch drawn anew, got {fresh}")
         self.shard = shard or default_shard(source)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
-        self.teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher or [])
+        self.teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher or [])
+        if not all(isinstance(each, Teacher) for each in self.teachers):
+            raise UserError("a stream's teacher is a dfkd.Teacher: Teacher(network, mean=..., std=...), or several")
         self.widths = feature_widths(self.teachers) if features else []
         self.replay = Replay(replay) if replay else None
         self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
@@ -161,10 +165,14 @@ class SyntheticStream(IterableDataset):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        index, epoch = 0, self.epoch
+        worker, epoch = get_worker_info(), self.epoch
+        if worker is not None and self.replay is not None:
+            raise UserError("a stream with replay has one ring of past batches; load it with num_workers=0")
+        # Workers of a DataLoader take turns, and it hands out their batches in turn: in order.
+        index, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         while self.num_batches is None or index < self.num_batches:
             yield self.batch(index, epoch)
-            index += 1
+            index += step
 
     def __len__(self) -> int:
         if self.num_batches is None:
@@ -282,9 +290,13 @@ class CalibrationReader:
 def materialize(stream: SyntheticStream, count: int, folder: str | Path | None = None) -> TensorDataset:
     """The first `count` images of a stream with their targets, as a TensorDataset on the host.
 
-    With a folder they are also written there as an image folder, LABEL/NNNNN.png; targets that are logits give their
-    argmax as label. Raises UserError for a folder of images that nobody gave a label.
+    With a folder, which must be empty, they are also written there as an image folder, LABEL/NNNNN.png; targets that
+    are logits give their argmax as label. Raises UserError for another folder, or images that nobody gave a label.
     """
+    if count < 1:
+        raise UserError(f"materialize takes a count of 1 image or more, got {count}")
+    if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
+        raise UserError(f"{folder} is not empty; give a folder for these images alone")
     if folder is not None and not (stream.labelled or stream.teachers):
         raise UserError("this generator draws no class on request: its labels mean nothing; give the stream a teacher")
     images: list[Tensor] = []

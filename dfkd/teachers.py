@@ -168,15 +168,24 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, n
                 f"teacher {name}: {key} holds NaN or infinity; give a sound checkpoint (teachers.{name}.weights)"
             )
     images = torch.rand(8, channels, size, size, generator=rng(device, "check"), device=device)
+    answers: list[object] = []
+    handle = teacher.model.register_forward_hook(lambda network, given, answer: answers.append(answer))
     try:
         with torch.no_grad():
             logits = teacher(images)
     except Exception as error:  # whatever a stranger's network may raise
+        if answers and not isinstance(answers[0], Tensor):
+            raise UserError(
+                f"teacher {name} gives a {type(answers[0]).__name__} where logits [B, {classes}] belong; give a model "
+                "whose forward returns them alone"
+            ) from None
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"teacher {name} does not take images [B, {channels}, {size}, {size}]: {reason}; "
             f"set teachers.{name}.input_size, image.size or image.channels"
         ) from None
+    finally:
+        handle.remove()
     if logits.dim() != 2 or logits.shape[1] != classes:
         raise UserError(
             f"teacher {name} gives {tuple(logits.shape[1:])} outputs where classes={classes}; make them agree"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks_fixture import images, named
+from networks_fixture import images, named, vary
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -19,6 +19,7 @@ from dfkd.compress.graph import chains, network_of, trace
 from dfkd.compress.qat import quantize
 from dfkd.compress.quantize import activation_quantizers, quantized_layers
 from dfkd.errors import UserError
+from dfkd.models import build_model
 
 STREAM = [images(8, 1, 8, 8, seed=seed) for seed in range(2)]
 X = images(4, 1, 8, 8, seed=9)
@@ -200,3 +201,31 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder: Path, key: str, cha
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no model folder"):
         load_compressed(tmp_path)
+
+
+WRAPPED = """
+from torch import nn
+
+from dfkd.models import build_model
+
+
+class Wrapped(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.module = build_model("dfkd:tiny_plain", classes=classes, channels=channels, kwargs={"width": 4})
+
+    def forward(self, x):
+        return self.module(x)
+"""
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_network_whose_weights_all_stand_under_a_wrapper_comes_back(tmp_path: Path, bits: int | None) -> None:
+    (tmp_path / "nets.py").write_text(WRAPPED)
+    spec = f"python:{tmp_path / 'nets.py'}:Wrapped"
+    given = Classifier(vary(build_model(spec, classes=3, channels=1, trust_code=True))).eval()
+    done = nearest(given, bits=bits) if bits else None
+    about = {"model": spec, "classes": 3, "channels": 1, "structure": done.structure if done else {}}
+    save_compressed(tmp_path / "saved", done.model if done else given, about)
+    loaded = load_compressed(tmp_path / "saved", trust_code=True)
+    assert torch.equal(loaded(X), (done.model if done else given)(X))

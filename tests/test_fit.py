@@ -14,7 +14,7 @@ from dfkd.compress.fit import Batches, Fit, cosine, fit, hold_zeros, no_decay_sp
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES
 from dfkd.models import build_model
-from dfkd.stream import SyntheticStream
+from dfkd.stream import SyntheticStream, as_dataloader
 from dfkd.teachers import Teacher
 
 
@@ -307,3 +307,10 @@ def test_statistics_are_held_where_asked(hold: bool) -> None:
     training.run()
     assert torch.equal(norm.running_mean, mean) == torch.equal(norm.running_var, var) == hold
     assert not torch.equal(norm.weight, scale)
+
+
+def test_without_a_teachers_logits_there_is_nothing_to_learn(make_stream: Callable[..., SyntheticStream]) -> None:
+    bare = make_stream(teacher=None)
+    for given in (bare, as_dataloader(make_stream())):
+        with pytest.raises(UserError, match="a SyntheticStream with a teacher"):
+            fit(network(), given, steps=1)  # type: ignore[arg-type]

@@ -23,6 +23,9 @@ REFUSED = [
     (("tasks=[generator,ptq]", "ptq.weights=9"), "ptq.weights=9 is not allowed; it takes integer from 2 to 8"),
     (("tasks=[generator,ptq]", "export.input=qat"), "export.input=qat is no task of this run"),
     (("tasks=[ptq,generator]",), "the generator comes first"),
+    (("tasks=[generator,prune]", "prune.ignore=['*']"), "has no channels that can be taken out"),
+    (("tasks=[generator,prune]", "prune.kind=weights", "prune.ignore=['*']"), "no convolution or linear layer left"),
+    (("tasks=[generator,udfc]", "udfc.ignore=['*']"), "no filter can be taken out"),
 ]
 
 
@@ -32,6 +35,33 @@ def test_what_will_not_do_is_refused_before_anything_is_trained(
 ) -> None:
     line = runs.run("run", *given).refused()
     assert message in line
+    assert not (runs.folder / "run").exists()
+
+
+# Without batch norms.
+NETWORK = """
+from torch import nn
+
+def make(classes, channels):
+    layers = nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, classes)
+    return nn.Sequential(*layers)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("tasks=[generator,udfc]",), "no filter can be taken out: 0 has no batch norm; "),
+        (("tasks=[generator,prune]", "prune.repair=batch_norm"), "repair='batch_norm' needs batch norms"),
+    ],
+)
+def test_what_needs_batch_norms_is_refused_before_anything_is_trained(
+    runs: Runs, given: tuple[str, ...], message: str
+) -> None:
+    (runs.folder / "net.py").write_text(NETWORK)
+    teacher = (f"teachers.plain.model=python:{runs.folder / 'net.py'}:make", "teachers.plain.kwargs={}")
+    teacher += ("trust_code=true", "zoo.main=plain", "synthesis.losses.bn=0", "synthesis.learn_weights=false")
+    assert message in runs.run("run", *teacher, *given).refused()
     assert not (runs.folder / "run").exists()
 
 

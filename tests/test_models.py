@@ -1,6 +1,7 @@
 """Networks by name and model strings: against published figures, and every error line."""
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -382,6 +383,19 @@ def test_a_factory_of_the_user_gets_what_its_signature_names(nets, factory, kwar
 def test_a_factory_by_module_name(nets, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     network = build_model("python:own_nets:fixed", classes=5, trust_code=True)
+    assert shapes(network) == [(4, 2, 1, 1), (5, 4)]
+
+
+def test_a_file_finds_its_neighbours_and_a_module_the_working_directory(nets, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "near").mkdir()
+    (tmp_path / "near" / "neighbour_of_nets.py").write_text(NETS)
+    (tmp_path / "near" / "nets.py").write_text("from neighbour_of_nets import fixed\n")
+    network = build_model(f"python:{tmp_path}/near/nets.py:fixed", classes=5, trust_code=True)
+    assert shapes(network) == [(4, 2, 1, 1), (5, 4)]
+    monkeypatch.chdir(tmp_path / "near")
+    (tmp_path / "near" / "nets_that_are_here.py").write_text(NETS)
+    network = build_model("python:nets_that_are_here:fixed", classes=5, trust_code=True)
     assert shapes(network) == [(4, 2, 1, 1), (5, 4)]
 
 

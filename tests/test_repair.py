@@ -181,3 +181,28 @@ def test_a_linear_layer_on_tokens_is_solved_for_the_outputs_that_are_left() -> N
     inputs(pruned[2], keep)
     least_squares(teacher, pruned, x, {"0": keep}, ridge=1e-9)
     torch.testing.assert_close(pruned[0].weight, teacher[0].weight[keep], rtol=0, atol=1e-4)
+
+
+class Branch(nn.Module):
+    """A residual block of half the channels inside, whose last norm silences it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.between = nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.last, self.norm = nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.last(self.between(self.first(x)).relu()))
+
+
+def test_a_branch_that_is_silent_stays_silent() -> None:
+    torch.manual_seed(0)
+    teacher = Branch().eval()
+    nn.init.zeros_(teacher.norm.weight)
+    pruned, keep = copy.deepcopy(teacher), torch.arange(0, 8, 2)
+    outputs(pruned.first, keep)
+    outputs(pruned.between, keep)
+    inputs(pruned.last, keep)
+    x = torch.rand(6, 4, 8, 8)
+    least_squares(teacher, pruned, x, {"first": keep, "between": keep})
+    assert torch.equal(pruned(x), teacher(x))

@@ -471,3 +471,32 @@ def test_images_without_labels_make_no_class_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="draws no class on request"):
         materialize(stream, 8, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_of_a_loader_share_the_batches(make_stream: MakeStream, workers: int) -> None:
+    stream = make_stream(num_batches=4)
+    loaded = list(DataLoader(stream, batch_size=None, num_workers=workers))
+    assert alike(loaded, list(stream))
+
+
+def test_a_ring_is_not_shared_by_workers(make_stream: MakeStream, make_teacher: Callable[..., Teacher]) -> None:
+    loader = DataLoader(make_stream(replay=2, teacher=make_teacher()), batch_size=None, num_workers=2)
+    with pytest.raises(UserError, match="num_workers=0"):
+        next(iter(loader))
+
+
+def test_images_go_into_a_folder_of_their_own(make_stream: MakeStream, tmp_path: Path) -> None:
+    materialize(make_stream(), 5, tmp_path / "images")
+    with pytest.raises(UserError, match="is not empty; give a folder for these images alone"):
+        materialize(make_stream(seed=1), 3, tmp_path / "images")
+    assert len(list((tmp_path / "images").rglob("*.png"))) == 5
+    with pytest.raises(UserError, match="a count of 1 image or more, got 0"):
+        materialize(make_stream(), 0)
+
+
+def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> None:
+    with pytest.raises(UserError, match=r"Teacher\(network, mean=\.\.\., std=\.\.\.\)"):
+        make_stream(teacher=nn.Linear(2, 2))
+    with pytest.raises(UserError, match="replay >= 0"):
+        make_stream(replay=-1)

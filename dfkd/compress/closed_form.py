@@ -76,6 +76,11 @@ def closed_form(
     return Compressed(smaller, plain, layers, structure)
 
 
+def check_closed_form(model: nn.Module, ratio: float, bits: int | None, ignore: Sequence[str]) -> None:
+    """Raise UserError where `closed_form` would for a model's layers."""
+    _plan(network_of(model), ratio, bits, ignore)
+
+
 def _check(ratio: float, bits: int | None, method: str, alpha1: float, alpha2: float) -> None:
     if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
         raise UserError(f"ratio is {ratio!r}; give the share of filters to take out, from 0 to below 1")
@@ -115,7 +120,7 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
     if ratio and not plan.chains:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
         why = why or "no layer hands its channels to one ungrouped layer alone"
-        raise UserError(f"no filter can be taken out: {why}; leave ratio at 0 or give another model")
+        raise UserError(f"no filter can be taken out: {why}; leave ratio at 0 and give bits, or give another model")
     return plan
 
 

@@ -13,7 +13,7 @@ from dfkd.compress.graph import fold, network_of, trace
 from dfkd.compress.quantize import activation_quantizers, insert, quantized_layers
 from dfkd.errors import UserError
 from dfkd.models import build_model, read_checkpoint, save_tensors
-from dfkd.models.checkpoints import read_description
+from dfkd.models.checkpoints import own_names, read_description
 
 
 def save_compressed(folder: str | os.PathLike[str], model: nn.Module, description: Mapping[str, Any]) -> None:
@@ -51,8 +51,7 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) ->
             insert(network, quantized["bits"], per_channel=True)
             for name, quantizer in activation_quantizers(network).items():
                 quantizer.signed = name in quantized["signed"]
-            tensors = _decoded(network, tensors)
-        network.load_state_dict(tensors)
+        network.load_state_dict(_decoded(network, own_names(network, tensors)))
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # a description that is wrong
         reason = " ".join(str(error).split())[:300]
         kind = "" if isinstance(error, RuntimeError | UserError) else f"{type(error).__name__}: "

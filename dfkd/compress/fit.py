@@ -270,5 +270,12 @@ class Fit:
 
 
 def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: Any) -> nn.Module:
-    """Train a student in place on a stream with a teacher (and maybe features); options are those of Fit."""
+    """Train a student in place on a stream with a teacher (and maybe features); options are those of Fit.
+
+    Raises UserError where the stream is none, or has no teacher.
+    """
+    if not (isinstance(stream, SyntheticStream | Batches) and stream.teachers):
+        raise UserError(
+            "fit() takes a SyntheticStream with a teacher, whose logits the student learns; give it teacher="
+        )
     return Fit(student, stream, steps=steps, **options).run()

@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune as torch_prune
 
 from dfkd.compress import channels
-from dfkd.compress.graph import Chain, chains, images_of, network_of, own_name, trace, with_network
-from dfkd.compress.repair import least_squares, output_errors, paired_batch_norm
+from dfkd.compress.graph import Chain, chains, images_of, network_input, network_of, own_name, trace, with_network
+from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
 
@@ -70,7 +70,7 @@ def prune(
     prunable = _prunable(network, ignore)
     with torch.no_grad():
         batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters()).device)
-        inputs = with_network(model, nn.Identity())(batch)  # as the network itself gets them
+        inputs = network_input(model, batch)
     cut, supports = Cut(), None
     if kind == "channels":
         cut = _channel_cut(network, inputs[:PROBE], ratio, prunable, inner_only)
@@ -92,6 +92,27 @@ def prune(
         _lines(network, naive, repaired, inputs[:MEASURED], kept),
         {"channels": structure} if kind == "channels" else {},
     )
+
+
+def check_prunable(
+    model: nn.Module,
+    images: Tensor,
+    ratio: float,
+    *,
+    kind: str,
+    repair: str,
+    ignore: Sequence[str],
+    inner_only: bool | None,
+) -> None:
+    """Raise UserError where `prune` would whatever a stream holds; images [B, C, H, W] are of the model's size."""
+    network = copy.deepcopy(network_of(model)).eval()
+    prunable = _prunable(network, ignore)
+    if kind == "channels":
+        _channel_cut(network, network_input(model, images), ratio, prunable, inner_only)
+    else:
+        _largest_weights(network, prunable, ratio)
+    if repair == "batch_norm":
+        check_batch_norms(network)
 
 
 def _check(ratio: float, kind: str, repair: str, images: int, ridge: float) -> None:

@@ -172,7 +172,7 @@ def _scale(norm: Any, output: Tensor) -> Tensor:
     if norm is None:
         return output.new_ones(output.shape[-1])
     scale = affine(norm)[0]
-    return scale.masked_fill(scale.abs() < 1e-2 * scale.abs().max(), float("inf"))
+    return scale.masked_fill(scale.abs() <= 1e-2 * scale.abs().max(), float("inf"))
 
 
 def _solution(gram: Tensor, cross: Tensor, support: Tensor | None, size: int, ridge: float) -> Tensor:
@@ -217,6 +217,15 @@ def _hand_over(solved: nn.Module, own: nn.Module) -> None:
         value.copy_(solved.state_dict()[key])
 
 
+def check_batch_norms(network: nn.Module) -> None:
+    """Raise UserError where a network has no batch norm whose moments could be paired."""
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        raise UserError(
+            f"repair='batch_norm' needs batch norms and {type(network).__name__} has none; use 'least_squares' or "
+            "'none'"
+        )
+
+
 @torch.no_grad()
 def paired_batch_norm(teacher: nn.Module, pruned: nn.Module, inputs: Tensor, kept: Kept) -> None:
     """Correct the batch norms of `pruned`, in place and in forward order, by how its moments differ from the teacher's.
@@ -226,10 +235,7 @@ def paired_batch_norm(teacher: nn.Module, pruned: nn.Module, inputs: Tensor, kep
     plainly re-estimated, it would take on their moments.
     Raises UserError where there is no batch norm or the network cannot be traced.
     """
-    if not any(isinstance(module, _BatchNorm) for module in pruned.modules()):
-        raise UserError(
-            f"repair='batch_norm' needs batch norms and {type(pruned).__name__} has none; use 'least_squares' or 'none'"
-        )
+    check_batch_norms(pruned)
     names = {module: name for name, module in pruned.named_modules()}
     source, target = trace(teacher), trace(pruned)
     for part, nodes, values in _lockstep(source, target, inputs):

@@ -205,13 +205,16 @@ def _from_python(request: _Request) -> nn.Module:
 
 
 def _import(source: str, spec: str) -> ModuleType:
-    """Module by dotted name, or from a .py file relative to the working directory."""
+    """Module by dotted name or from a .py file, from the working directory; a file's neighbours can be imported."""
     path = Path(source).expanduser().resolve()
     is_file = source.endswith(".py")
     if is_file and not path.is_file():
         raise UserError(f"model {spec!r}: no file {str(path)!r}")
     if not is_file and not all(part.isidentifier() for part in source.split(".")):
         raise UserError(f"model {spec!r}: {source!r} is neither a dotted module name nor a .py file")
+    beside = str(path.parent if is_file else Path.cwd())
+    if beside not in sys.path:
+        sys.path.append(beside)  # for good: what it imports may be imported late; last: it hides no package
     try:
         return _run_file(path) if is_file else importlib.import_module(source)
     except (ImportError, SyntaxError) as error:

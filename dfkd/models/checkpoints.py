@@ -151,6 +151,12 @@ def load_weights(model: nn.Module, path_or_url: str | os.PathLike[str]) -> None:
     model.load_state_dict(own)
 
 
+def own_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a file of save_model under the names that they have in a model, with its wrappers' prefixes."""
+    names = _bare_names(model.state_dict())
+    return {names.get(bare, bare): tensor for bare, tensor in tensors.items()}
+
+
 def save_model(folder: str | os.PathLike[str], model: nn.Module, description: Mapping[str, Any]) -> None:
     """Write model.safetensors and model.json, each atomically; `load_model` needs nothing else.
 
