@@ -256,6 +256,27 @@ def test_a_generator_draws_alike_in_the_run_that_trained_it_and_from_its_file(ru
     assert figures[0] == figures[1]
 
 
+def test_tasks_in_pieces_end_with_the_same_bits_in_mixed_precision(runs: Runs) -> None:
+    given = (
+        "tasks=[distill,qat,prune]",
+        "runtime.precision=bf16",
+        "runtime.log_every=1000",
+        "export.input=none",
+        *SHORT,
+    )
+    assert runs.run("whole", *given).code == 0
+    said = ""
+    while not (runs.folder / "pieces" / "results.json").exists():
+        said += runs.run("pieces", *given, "runtime.minutes=1e-6").out
+    assert "task qat is next" in said
+    assert "task prune is next" in said
+    for name in ("generator", "student", "qat", "prune"):
+        whole, pieces = ((runs.folder / run / name / "model.safetensors").read_bytes() for run in ("whole", "pieces"))
+        assert whole == pieces, name
+    figures = [results(runs.folder / run) for run in ("whole", "pieces")]
+    assert figures[0]["student"] == figures[1]["student"]
+
+
 @pytest.mark.parametrize("trained", TRAINED)
 def test_a_run_killed_while_what_it_compresses_trains_goes_on_exactly(runs: Runs, trained: str) -> None:
     chosen = (f"tasks=[generator,ptq,{trained}]", "export.input=none", *SHORT[:5], "ptq.steps=2")
