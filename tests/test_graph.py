@@ -287,6 +287,8 @@ def test_as_many_images_are_taken_as_asked_for(count: int) -> None:
 def test_a_stream_too_short_is_refused() -> None:
     with pytest.raises(UserError, match="ended after 8 images where 9 are needed"):
         list(images_of([images(8, 1, 2, 2)], 9))
+    with pytest.raises(UserError, match=r"got one tensor \[8, 1, 2, 2\]; put it in a list"):
+        list(images_of(images(8, 1, 2, 2)))
 
 
 def test_a_classifier_keeps_its_normalisation_around_another_network() -> None:

@@ -226,6 +226,10 @@ def test_bits_may_be_one_number_or_a_pair() -> None:
     [
         ({"method": "round"}, "method='round' is unknown; choose from nearest, reconstruct, train"),
         ({"bits": 9, "method": "nearest"}, r"bits \[9, 9\] are not allowed"),
+        ({"bits": 4.0, "method": "nearest"}, r"bits \[4.0, 4.0\] are not allowed"),
+        ({"bits": (), "method": "nearest"}, r"bits \[\(\), \(\)\] are not allowed"),
+        ({"ends": 1, "method": "nearest"}, r"bits \[1, 1\] are not allowed"),
+        ({"images": 0, "method": "nearest"}, "images=0 is not allowed; it takes 1 image"),
         ({"bits": 1, "method": "train"}, r"bits \[1, 1\] are not allowed"),
         ({"method": "nearest", "images": 97}, "ended after 96 images where 97 are needed"),
         ({"method": "train", "images": 97}, "ended after 96 images where 97 are needed"),

@@ -473,6 +473,7 @@ def test_images_without_labels_make_no_class_folders(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there may be cores
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_of_a_loader_share_the_batches(make_stream: MakeStream, workers: int) -> None:
     stream = make_stream(num_batches=4)
@@ -480,6 +481,7 @@ def test_workers_of_a_loader_share_the_batches(make_stream: MakeStream, workers:
     assert alike(loaded, list(stream))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_ring_is_not_shared_by_workers(make_stream: MakeStream, make_teacher: Callable[..., Teacher]) -> None:
     loader = DataLoader(make_stream(replay=2, teacher=make_teacher()), batch_size=None, num_workers=2)
     with pytest.raises(UserError, match="num_workers=0"):

@@ -34,8 +34,14 @@ MOVES: set[object] = {torch.permute, torch.transpose, "permute", "transpose"}
 def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tensor]:
     """The images of a stream, batch by batch: of `images` or of `(images, targets, ...)`; `count` images in all.
 
-    Raises UserError where the stream ends before `count`.
+    Raises UserError where the stream is no iterable of batches, or ends before `count`.
     """
+    if isinstance(stream, Tensor):
+        raise UserError(
+            f"a stream is an iterable of batches [B, C, H, W], got one tensor {list(stream.shape)}; put it in a list"
+        )
+    if count is not None and count < 1:
+        raise UserError(f"images={count} is not allowed; it takes 1 image of the stream or more")
     seen = 0
     for batch in stream:
         images = batch if isinstance(batch, Tensor) else batch[0]

@@ -21,7 +21,15 @@ from dfkd.compress.graph import (
     watch,
     with_network,
 )
-from dfkd.compress.quantize import Bits, activation_quantizers, name_quantizers, prepare, quantized_layers, round_biases
+from dfkd.compress.quantize import (
+    Bits,
+    GivenBits,
+    activation_quantizers,
+    name_quantizers,
+    prepare,
+    quantized_layers,
+    round_biases,
+)
 from dfkd.compress.reconstruct import reconstruct
 from dfkd.compress.result import Compressed
 from dfkd.cuda_graphs import DIRECT
@@ -37,12 +45,12 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 def quantize(
     model: nn.Module,
     stream: Iterable[Any],
-    bits: int | Sequence[int] = 8,
+    bits: GivenBits = 8,
     *,
     method: str = "reconstruct",
     images: int = 512,
-    ends: Bits = (8, 8),
-    overrides: Mapping[str, Sequence[int]] | None = None,
+    ends: GivenBits = (8, 8),
+    overrides: Mapping[str, GivenBits] | None = None,
     ignore: Sequence[str] = (),
     autocast: Autocast = nullcontext,
     **options: Any,
@@ -55,12 +63,11 @@ def quantize(
     trains weights and steps against the float model on the stream (options: steps, lr, temperature, hints, ...: those
     of Training). The given model is not changed. Raises UserError where network, pattern or stream will not do.
     """
-    pair = (bits, bits) if isinstance(bits, int) else (bits[0], bits[-1])
     if method not in METHODS:
         raise UserError(f"method={method!r} is unknown; choose from {', '.join(METHODS)}")
     if method == "train":
         training = Training(
-            model, stream, pair, images=images, ends=ends, overrides=overrides, ignore=ignore, **options
+            model, stream, bits, images=images, ends=ends, overrides=overrides, ignore=ignore, **options
         )
         training.fit.run()
         return training.result()
@@ -68,7 +75,7 @@ def quantize(
         raise UserError(f"method='nearest' takes no {', '.join(options)}; only reconstruct and train have options")
     inputs = calibration_inputs(model, stream, images)
     network = network_of(model)
-    graph = prepare(network, pair, inputs, folded=True, per_channel=True, ends=ends, overrides=overrides, ignore=ignore)
+    graph = prepare(network, bits, inputs, folded=True, per_channel=True, ends=ends, overrides=overrides, ignore=ignore)
     naive = with_network(model, copy.deepcopy(graph))
     learned: list[dict[str, Any]] = []
     if method == "reconstruct":
@@ -95,12 +102,12 @@ class Training:
         self,
         model: nn.Module,
         stream: Any,
-        bits: Bits,
+        bits: GivenBits,
         *,
         calibration: Iterable[Any] | None = None,
         images: int = 512,
-        ends: Bits = (8, 8),
-        overrides: Mapping[str, Sequence[int]] | None = None,
+        ends: GivenBits = (8, 8),
+        overrides: Mapping[str, GivenBits] | None = None,
         ignore: Sequence[str] = (),
         warm_start: int = 150,
         steps: int = 1000,

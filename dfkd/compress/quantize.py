@@ -15,6 +15,7 @@ from dfkd.errors import UserError
 from dfkd.runtime import full_precision
 
 Bits = tuple[int, int]  # of weights and of the layer's input
+GivenBits = int | Sequence[int]  # the same for both, or each
 # Additions and the like take 8 bits whatever the layers have: a residual stream in 4 bits loses much and saves nothing.
 JOINT_BITS = 8
 JOINTS: set[object] = {
@@ -163,11 +164,17 @@ def layer_names(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if is_layer(graph, node, nn.Conv2d, nn.Linear)]
 
 
+def _pair(bits: GivenBits) -> Bits:
+    """Bits of weights and input, where both or the same for both were given."""
+    both = list(bits) if isinstance(bits, list | tuple) and bits else [bits]
+    return both[0], both[-1]  # type: ignore[return-value]  # layer_bits looks at them
+
+
 def layer_bits(
     graph: fx.GraphModule,
-    bits: Bits,
-    ends: Bits = (8, 8),
-    overrides: Mapping[str, Sequence[int]] | None = None,
+    bits: GivenBits,
+    ends: GivenBits = (8, 8),
+    overrides: Mapping[str, GivenBits] | None = None,
     ignore: Sequence[str] = (),
 ) -> dict[str, Bits]:
     """Bits of weights and input by layer: `bits`, the first and the last layer `ends`, then overrides by name pattern
@@ -184,10 +191,9 @@ def layer_bits(
             names.append(layer)
     if not names:
         raise UserError("the network has no convolution or linear layer to quantise")
-    chosen = {name: (ends if name in (names[0], names[-1]) else bits) for name in names}
+    chosen = {name: _pair(ends if name in (names[0], names[-1]) else bits) for name in names}
     for pattern, own in (overrides or {}).items():
-        pair = (own, own) if isinstance(own, int) else (own[0], own[-1])
-        chosen |= dict.fromkeys(matching(names, pattern, "the override"), pair)
+        chosen |= dict.fromkeys(matching(names, pattern, "the override"), _pair(own))
     for pattern in ignore:
         for name in matching(names, pattern, "the ignore pattern"):
             chosen.pop(name, None)
@@ -315,13 +321,13 @@ def without_quantizers(graph: nn.Module) -> Iterator[None]:
 
 def prepare(
     network: nn.Module,
-    chosen_bits: Bits,
+    chosen_bits: GivenBits,
     images: Sequence[Tensor],
     *,
     folded: bool,
     per_channel: bool,
-    ends: Bits = (8, 8),
-    overrides: Mapping[str, Sequence[int]] | None = None,
+    ends: GivenBits = (8, 8),
+    overrides: Mapping[str, GivenBits] | None = None,
     ignore: Sequence[str] = (),
 ) -> fx.GraphModule:
     """A quantised copy of a network, rounded to nearest and calibrated on batches of (normalised) images.
