@@ -9,13 +9,17 @@ commas between.
 import argparse
 import copy
 import dataclasses
-import json
+import sys
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from bookkeeping import add, keep_settings, read
+
 from dfkd.assemble import load_recipe_zoo
 from dfkd.compress.fit import Fit
+from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
 from dfkd.recipe import load_recipe
 from dfkd.results import describe_device
@@ -36,24 +40,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {**PTQ, **QAT, **WEIGHTS, **CHANN
 SOURCES = ("generator", "noise", "real")
 
 
-def main() -> None:
-    """Measure what is missing and print the table."""
+def main() -> int:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/compress"))
     parser.add_argument("--cases", default=",".join(CASES), help="; ".join(CASES).replace("%", "%%"))
     parser.add_argument("--sources", default=",".join(SOURCES), help="; ".join(SOURCES))
     options, arguments = parser.parse_known_args()
-    recipe = load_recipe([*arguments, f"output={options.out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
+    try:
+        measure(options.out, chosen(options.cases, CASES), chosen(options.sources, SOURCES), arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def chosen(names: str, known: Collection[str]) -> list[str]:
+    """The names that were asked for. Raises UserError for one that is unknown."""
+    asked = names.split(",")
+    if unknown := [name for name in asked if name not in known]:
+        raise UserError(f"{unknown[0]!r} is unknown; choose from {', '.join(known)}")
+    return asked
+
+
+def measure(out: Path, cases: Sequence[str], sources: Sequence[str], arguments: Sequence[str]) -> None:
+    """Measure what is missing and print the table."""
+    keep_settings(out / "settings.json", {"keys": sorted(key for key in arguments if not key.startswith("seed="))})
+    recipe = load_recipe([*arguments, f"output={out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     parts = build(recipe, accelerator, shard)
     parts.zoo = load_recipe_zoo(recipe, shard.device, print)  # trains what has no weights
-    path = options.out / "figures.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path = out / "figures.jsonl"
+    lines = read(path)
     found = {(line["case"], line["source"], line["seed"]) for line in lines}
-    for case in options.cases.split(","):
+    for case in cases:
         task, keys = CASES[case]
-        for source in options.sources.split(",") if task != "udfc" else ["no data"]:
+        for source in sources if task != "udfc" else ["no data"]:
             if (case, source, recipe.seed) in found:
                 continue
             here = copy.copy(parts)
@@ -64,8 +86,7 @@ def main() -> None:
             figures = {"case": case, "source": source, "seed": recipe.seed, **compare(here, model, done)}
             figures |= {"seconds": time.perf_counter() - begun, "device": describe_device(shard)}
             lines.append(figures)
-            with path.open("a") as file:
-                file.write(json.dumps(figures) + "\n")
+            add(path, figures)
             print(case, source, figures["before"], figures["naive"], figures["after"], flush=True)
     print(table(lines))
 
@@ -93,4 +114,4 @@ def mean(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -272,7 +272,10 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     spec, like = recipe.student, main_teachers(recipe, zoo)[0]
     if selects := spec.weights == SELECTED:
         spec = dataclasses.replace(spec, weights="")
-    model = seeded(recipe, "student", lambda: build_network(recipe, spec))
+    try:
+        model = seeded(recipe, "student", lambda: build_network(recipe, spec))
+    except UserError as error:
+        raise UserError(f"student: {error}") from error
     mean, std = like.normalisation
     student = Classifier(model, name="student", mean=mean, std=std).to(device)
     if recipe.runtime.channels_last:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,19 @@ from dfkd.schema import SELECTED, Recipe
 # Keys that change how a run goes, not what comes out: they may differ when it is resumed.
 FREE_KEYS = ("overwrite", "output", "trust_code", "description", "zoo.memory_gb")
 FREE_RUNTIME_KEYS = ("checkpoint_every", "log_every", "grid_every", "evaluations", "minutes", "cuda_graphs")
+CONFIG = "config.yaml"
 QUALITY = "quality"  # what --quality makes there, of a run or of none
-# All that a run makes in its folder: what overwrite=true removes.
+# All that a run makes in its folder, which overwrite=true removes: last what tells that it is a run's.
 MADE = (
-    *("config.yaml", "generator", "student", *COMPRESSIONS, "checkpoints", "images", "tensorboard", "metrics.jsonl"),
-    *("results.json", "report.html", QUALITY),
+    *("results.json", "report.html", "metrics.jsonl", "checkpoints", "generator", "student", *COMPRESSIONS),
+    *("images", "tensorboard", QUALITY, CONFIG),
 )
 GROUPS = {"data", "image", "teachers", "zoo", "synthesis", "distill", "runtime"}  # a run's config.yaml has them all
 
 
 def may_run(loaded: Loaded, folder: Path) -> bool:
     """False where the folder holds this very run, finished. Raises UserError where it holds another one, or no run."""
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output={folder} is a file; choose another output=... for the run's folder")
     if loaded.recipe.overwrite:
@@ -51,10 +53,10 @@ def may_run(loaded: Loaded, folder: Path) -> bool:
 
 def _may_remove(recipe: Recipe, folder: Path) -> None:
     """Raise UserError where overwrite=true would remove what no run made, or what this run needs."""
-    if (folder / "config.yaml").exists():
-        _read(folder / "config.yaml")
+    if (folder / CONFIG).exists():
+        _read(folder / CONFIG)
     elif any((folder / name).exists() for name in MADE if name != QUALITY):
-        raise UserError(f"{folder} holds no run (no config.yaml) and is not removed; choose another output=...")
+        raise UserError(f"{folder} holds no run (no {CONFIG}) and is not removed; choose another output=...")
     teachers = recipe.teachers.values()
     weights = {recipe.student.weights, *(spec.weights for spec in teachers)} - {SELECTED}
     models = (recipe.student.model, *(spec.model for spec in teachers))
@@ -70,9 +72,9 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
         *weights,
         *code,
     ]
-    made = [(folder / name).resolve() for name in MADE]
+    made = [Path(os.path.abspath(folder / name)) for name in MADE]  # by name: of a link only the link goes
     for path in filter(None, needed):
-        if Path(path).exists() and any(map(Path(path).resolve().is_relative_to, made)):
+        if Path(path).exists() and any(map(Path(os.path.abspath(path)).is_relative_to, made)):
             raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")
 
 
@@ -81,12 +83,12 @@ def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> None:
     (collective)."""
     accelerator.wait_for_everyone()  # all have looked into it
     if accelerator.is_main_process:
-        if loaded.recipe.overwrite:
+        if (folder / CONFIG).exists() and loaded.recipe.overwrite:
             for name in MADE:
                 shutil.rmtree(folder / name, ignore_errors=True)
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "config.yaml", loaded.yaml())
+        write_atomically(folder / CONFIG, loaded.yaml())
     accelerator.wait_for_everyone()
 
 

@@ -155,4 +155,4 @@ def task_source(parts: Parts, source: str, model: Classifier) -> Source:
 
 def bits_by_layer(keys: FewBits) -> dict[str, Any]:
     """Which layers have other bits than the rest."""
-    return {"ends": (keys.ends[0], keys.ends[-1]), "overrides": keys.overrides, "ignore": keys.ignore}
+    return {"ends": keys.ends, "overrides": keys.overrides, "ignore": keys.ignore}

@@ -62,7 +62,7 @@ class Metrics:
         broken = [name for name, value in figures.items() if not math.isfinite(value)]
         if broken:
             raise UserError(
-                f"{phase} step {step}: the term {broken[0]!r} is {figures[broken[0]]}; the checkpoint before is kept: "
+                f"{phase} step {step}: the term {broken[0]!r} is {figures[broken[0]]}; checkpoints before it are kept: "
                 f"lower a learning rate ({learning_rates(phase)}) or that term's weight, or try runtime.precision=fp32"
             )
         self.write(phase, step, figures)

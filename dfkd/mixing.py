@@ -11,6 +11,8 @@ from torch import Tensor
 from dfkd.errors import UserError
 from dfkd.runtime import Shard, rng
 
+GROUP = 4  # neighbouring images among which pairs are made, by `partners` and by the losses of pairs
+
 
 class Mixed(NamedTuple):
     """Mixed images [B, C, H, W], the labels of both parts [B], and the share [B] of the image that `other` labels."""
@@ -123,7 +125,8 @@ def partners(batch: int, device: torch.device | str = "cpu") -> Tensor:
     """Who is mixed with whom [B]: rows two apart, since neighbours are of one class (draws.draw_labels).
 
     Rows are drawn at random already, so a fixed pairing is a random one; being local, it does not depend on how the
-    global batch is split over processes. The last rows of a batch not divisible by 4 wrap around.
+    global batch is split over processes that have whole groups of GROUP each. In other batches the last rows wrap
+    around.
     """
     rows = torch.arange(batch, device=device)
     return torch.where((rows ^ 2) < batch, rows ^ 2, (rows + 2) % batch)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from contextlib import closing
 from functools import partial
@@ -18,9 +19,9 @@ from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.errors import Paused, UserError
 from dfkd.folder import may_run, open_folder, owner
-from dfkd.inputs import COMPRESSIONS, check_layers, check_tasks, task_input
+from dfkd.inputs import COMPRESSIONS, check_layers, check_tasks, settings, task_input
 from dfkd.metrics import Metrics
-from dfkd.mixing import make_mix
+from dfkd.mixing import GROUP, make_mix
 from dfkd.norms import check_triton, triton_norms
 from dfkd.phases import make_fit, make_hints, make_loop, make_synthesizer, plans
 from dfkd.recipe import Loaded
@@ -29,7 +30,7 @@ from dfkd.results import finish
 from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelerator, say, shut_down
 from dfkd.schema import SELECTED, Recipe
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import finished, run_task
+from dfkd.tasks import TRAINED, finished, run_task
 from dfkd.terms import check_losses
 from dfkd.training import Plan
 from generators import save_generator
@@ -63,7 +64,24 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     make_hints(parts)  # raises where there is no pair
     make_mix(recipe.synthesis.mix.kind)
     check_layers(parts)
+    say_groups(recipe, shard.world)
     return parts
+
+
+def say_groups(recipe: Recipe, world: int) -> None:
+    """Say which batches several processes pair otherwise than one process would: images are paired within a process, in
+    groups of GROUP, and of a batch with replay those that are drawn anew."""
+    paired = {"synthesis.batch_size": recipe.synthesis.batch_size if recipe.generator.checkpoint is None else 0}
+    for task in (task for task in ("distill", *TRAINED) if task in recipe.tasks and recipe.distill.mix):
+        keys = settings(recipe, task)
+        share = getattr(keys, "fresh", 0.5) if getattr(keys, "replay", 0) else 1
+        paired[f"{task}.batch_size"] = math.ceil(share * keys.batch_size)
+    for key, images in paired.items() if world > 1 else ():
+        if images % GROUP:
+            say(
+                f"{images} images a process and update of {key} are no whole groups of {GROUP}, in which images are "
+                f"paired: {world} processes train otherwise than one of as many images"
+            )
 
 
 def new_student(parts: Parts) -> None:

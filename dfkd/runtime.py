@@ -102,9 +102,14 @@ def prepare(accelerator: Accelerator | None, network: nn.Module) -> Any:
     Accelerate puts mixed precision into it for good. It would then compute in it wherever this process calls it, and
     not once it is loaded from its file: a run in pieces would end with other bits. The steps open it by autocast_of.
     """
-    prepared = accelerator.prepare(network) if accelerator else network
-    for name in ("forward", "_original_forward"):
+    if accelerator is None:
+        return network
+    places = ("forward", "_original_forward")  # where Accelerate does it, and where a network may have its own
+    before = {name: vars(network)[name] for name in places if name in vars(network)}
+    prepared = accelerator.prepare(network)
+    for name in places:
         vars(network).pop(name, None)
+    vars(network).update(before)
     return prepared
 
 

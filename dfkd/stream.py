@@ -168,7 +168,7 @@ class SyntheticStream(IterableDataset):
         worker, epoch = get_worker_info(), self.epoch
         if worker is not None and self.replay is not None:
             raise UserError("a stream with replay has one ring of past batches; load it with num_workers=0")
-        # Workers of a DataLoader take turns, and it hands out their batches in turn: in order.
+        # A DataLoader with batch_size=None hands out its workers' batches in turn: those of the stream, in order.
         index, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         while self.num_batches is None or index < self.num_batches:
             yield self.batch(index, epoch)
@@ -290,13 +290,13 @@ class CalibrationReader:
 def materialize(stream: SyntheticStream, count: int, folder: str | Path | None = None) -> TensorDataset:
     """The first `count` images of a stream with their targets, as a TensorDataset on the host.
 
-    With a folder, which must be empty, they are also written there as an image folder, LABEL/NNNNN.png; targets that
-    are logits give their argmax as label. Raises UserError for another folder, or images that nobody gave a label.
+    With a folder, new or empty, they are also written there as an image folder, LABEL/NNNNN.png; targets that are
+    logits give their argmax as label. Raises UserError for another folder, or images that nobody gave a label.
     """
     if count < 1:
         raise UserError(f"materialize takes a count of 1 image or more, got {count}")
-    if folder is not None and Path(folder).exists() and any(Path(folder).iterdir()):
-        raise UserError(f"{folder} is not empty; give a folder for these images alone")
+    if folder is not None and Path(folder).exists() and not (Path(folder).is_dir() and not any(Path(folder).iterdir())):
+        raise UserError(f"{folder} is no empty folder; give one for these images alone")
     if folder is not None and not (stream.labelled or stream.teachers):
         raise UserError("this generator draws no class on request: its labels mean nothing; give the stream a teacher")
     images: list[Tensor] = []

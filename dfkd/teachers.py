@@ -220,14 +220,17 @@ def load_zoo(
     zoo = []
     pager = Pager(torch.device(device), memory_gb * 1e9) if memory_gb else None
     for name, spec in specs.items():
-        model = build_model(
-            spec["model"],
-            classes=classes,
-            channels=channels,
-            weights=spec.get("weights", ""),
-            kwargs=spec.get("kwargs"),
-            trust_code=trust_code,
-        )
+        try:
+            model = build_model(
+                spec["model"],
+                classes=classes,
+                channels=channels,
+                weights=spec.get("weights", ""),
+                kwargs=spec.get("kwargs"),
+                trust_code=trust_code,
+            )
+        except UserError as error:
+            raise UserError(f"teachers.{name}: {error}") from error
         options = {key: spec[key] for key in ("mean", "std", "input_size", "moves", "weight") if key in spec}
         teacher = Teacher(model, name=name, **options)
         if channels_last:

@@ -149,8 +149,8 @@ class Loop:
             for key, value in module.state_dict().items() if module is not None else ():
                 if not torch.isfinite(value).all():
                     raise UserError(
-                        f"step {self.offset + done}: {key} of the {name} holds NaN or infinity; the checkpoint before "
-                        f"is kept: lower a learning rate ({learning_rates(self.plan.name)}) or a loss weight"
+                        f"step {self.offset + done}: {key} of the {name} holds NaN or infinity; checkpoints before "
+                        f"it are kept: lower a learning rate ({learning_rates(self.plan.name)}) or a loss weight"
                     )
 
     def _log(self, done: int, terms: dict[str, Tensor]) -> None:

@@ -25,6 +25,8 @@ def generator_notes(
     """By name what looks wrong with a generator: figures are those of training.look, bn the batch-norm loss of each
     teacher at the start and now, progress the share of its steps that are done."""
     notes = {}
+    pooled = isinstance(generator, PoolGenerator)
+    rate = "synthesis.lr (of pixels synthesis.latent_lr)" if pooled else "synthesis.lr"
     seen = {name.partition("_agreement_")[2]: figures[name] for name in figures if name.startswith("class_agreement_")}
     for name, percent in seen.items() if progress >= SETTLED else ():
         balance = figures[f"predicted_balance_{name}"]
@@ -32,7 +34,7 @@ def generator_notes(
             remedy = "ce" if generator.conditional else "information"
             notes[f"collapse {name}"] = (
                 f"teacher {name} sees hardly more than a few classes in the images (balance {balance:.2f} of 1), the "
-                f"generator has collapsed: raise synthesis.losses.{remedy} or lower synthesis.lr"
+                f"generator has collapsed: raise synthesis.losses.{remedy} or lower {rate}"
             )
         elif progress >= LATE and generator.conditional and percent < UNSEEN:
             notes[f"class {name}"] = (
@@ -49,7 +51,7 @@ def generator_notes(
         if end > UNMATCHED * start:
             notes[f"statistics {name}"] = (
                 f"the batch-norm statistics of teacher {name} do not fit ({start:.3g} -> {end:.3g}): raise "
-                "synthesis.losses.bn or .steps, or check its mean and std"
+                f"synthesis.losses.bn or {'.inner' if pooled else '.steps'}, or check its mean and std"
             )
     return notes
 

@@ -83,7 +83,7 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
     "unknown data set": (["data.dataset=digit"], ["data.dataset", "imagefolder", "did you mean 'digits'"]),
     "unknown task": (["tasks=[distil]"], ["tasks", "did you mean 'distill'"]),
     "unknown generator": (["generator.arch=conf"], ["generator.arch='conf'", "conv"]),
-    "missing checkpoint": (["teachers.plain.weights=no.pt"], ["checkpoint 'no.pt' does not exist"]),
+    "missing checkpoint": (["teachers.plain.weights=no.pt"], ["teachers.plain: checkpoint 'no.pt' does not exist"]),
     "torn checkpoint": (["teachers.plain.weights=torn.safetensors"], ["checkpoint 'torn.safetensors' is torn"]),
     "other keys": (["teachers.plain.weights=keys.safetensors"], ["1 missing: linear.bias", "1 unexpected: extra"]),
     "other shapes": (
@@ -213,7 +213,7 @@ def test_a_learning_rate_that_breaks_a_run_is_named_and_the_last_good_checkpoint
     line = called.refused()
     assert key in line
     assert "NaN or infinity" in line or "the term " in line
-    assert "checkpoint before is kept" in line
+    assert "checkpoints before it are kept" in line
     checkpoints = runs.folder / "broken" / "checkpoints"
     assert not list(checkpoints.glob("*.partial"))
     for path in checkpoints.glob("step-*"):

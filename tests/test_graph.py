@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import timm
 import torch
 from networks_fixture import functional, images, named, vary
 from torch import Tensor, fx, nn
@@ -29,6 +30,7 @@ from dfkd.compress.graph import (
     watch,
     with_network,
 )
+from dfkd.compress.quantize import layer_names
 from dfkd.errors import UserError
 
 NETWORKS = {
@@ -310,3 +312,8 @@ def test_what_carries_values_on_commutes_with_rounding() -> None:
         assert type_ in CARRIERS
         assert torch.equal(layer(x).round(), layer(x.round()))
     assert isinstance(trace(nn.Sequential(nn.Conv2d(1, 1, 1))), fx.GraphModule)
+
+
+def test_timms_linear_layers_are_layers() -> None:
+    network = nn.Sequential(nn.Flatten(), timm.layers.Linear(12, 4))
+    assert layer_names(trace(network)) == ["1"]

@@ -172,7 +172,7 @@ def test_bits_go_to_layers_by_place_and_pattern() -> None:
         ({"overrides": {"linear": [8, 9]}}, r"linear: bits \[8, 9\] are not allowed.* 2 to 8"),
         ({"overrides": {"linear": [1, 8]}}, r"linear: bits \[1, 8\]"),
         ({"overrides": {"linear": [4.0, 8]}}, r"linear: bits \[4.0, 8\]"),
-        ({"ends": (16, 16)}, r"features.0: bits \[16, 16\]"),
+        ({"ends": (16, 16)}, r"features.0: bits \(16, 16\)"),
     ],
 )
 def test_bits_that_cannot_be_are_refused_by_layer(options: dict[str, Any], message: str) -> None:

@@ -20,7 +20,9 @@ from dfkd.cli import main
 from dfkd.compress.files import load_compressed
 from dfkd.data import opened
 from dfkd.models import build_model, save_model
+from dfkd.recipe import load_recipe
 from dfkd.results import versions
+from dfkd.run import say_groups
 from generators import load_generator
 
 SHORT = ("synthesis.steps=3", "distill.steps=2", "runtime.log_every=1")
@@ -482,3 +484,23 @@ def test_what_goes_wrong_is_told_while_it_trains_and_in_the_verdict(runs: Runs) 
     assert any("synthesis.losses" in line["text"] for line in warned)
     assert f"warning at step {warned[0]['step']}: {warned[0]['text']}" in called.out
     assert "While it trained" in (runs.folder / "wrong" / "report.html").read_text()
+
+
+def test_batches_that_several_processes_pair_otherwise_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "recipe=digits",
+        "tasks=[distill,qat]",
+        "distill.batch_size=20",
+        "synthesis.batch_size=64",
+        "qat.batch_size=18",
+    ]
+    say_groups(load_recipe(given).recipe, 1)
+    assert not capsys.readouterr().out
+    say_groups(load_recipe(given).recipe, 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" are ")[0] for line in lines] == [
+        "10 images a process and update of distill.batch_size",
+        "18 images a process and update of qat.batch_size",
+    ]
+    say_groups(load_recipe([*given, "distill.mix=0"]).recipe, 2)
+    assert not capsys.readouterr().out

@@ -4,7 +4,7 @@ import pytest
 import torch
 from runs_fixture import reset_accelerate
 
-from dfkd.runtime import autocast_of, make_accelerator, reseed
+from dfkd.runtime import autocast_of, make_accelerator, prepare, reseed
 
 
 @pytest.mark.parametrize("device", [torch.device(name) for name in ("cpu", *["cuda"] * torch.cuda.is_available())])
@@ -55,3 +55,22 @@ def test_without_an_accelerator_there_is_none() -> None:
     outside = state()
     with autocast_of(None)():
         assert state() == outside
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_prepared_network_keeps_its_own_forward(precision: str, own: bool) -> None:
+    reset_accelerate()
+    accelerator, _ = make_accelerator(precision)
+    network = torch.nn.Linear(3, 2)
+    if own:
+        network.forward = lambda x: 2 * x  # type: ignore[method-assign]
+    x = torch.rand(4, 3)
+    before, forward = network(x), vars(network).get("forward")
+    prepare(accelerator, network)
+    prepare(None, network)
+    assert torch.equal(network(x), before)
+    assert vars(network).get("forward") is forward
+    assert "_original_forward" not in vars(network)
+    with autocast_of(accelerator)():
+        assert network(x).dtype == (torch.bfloat16 if precision == "bf16" and not own else torch.float32)

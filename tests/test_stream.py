@@ -490,7 +490,7 @@ def test_a_ring_is_not_shared_by_workers(make_stream: MakeStream, make_teacher: 
 
 def test_images_go_into_a_folder_of_their_own(make_stream: MakeStream, tmp_path: Path) -> None:
     materialize(make_stream(), 5, tmp_path / "images")
-    with pytest.raises(UserError, match="is not empty; give a folder for these images alone"):
+    with pytest.raises(UserError, match="is no empty folder; give one for these images alone"):
         materialize(make_stream(seed=1), 3, tmp_path / "images")
     assert len(list((tmp_path / "images").rglob("*.png"))) == 5
     with pytest.raises(UserError, match="a count of 1 image or more, got 0"):

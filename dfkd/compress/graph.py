@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
@@ -34,7 +35,7 @@ MOVES: set[object] = {torch.permute, torch.transpose, "permute", "transpose"}
 def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tensor]:
     """The images of a stream, batch by batch: of `images` or of `(images, targets, ...)`; `count` images in all.
 
-    Raises UserError where the stream is no iterable of batches, or ends before `count`.
+    Raises UserError where the stream is one tensor, or ends before `count`.
     """
     if isinstance(stream, Tensor):
         raise UserError(
@@ -74,10 +75,11 @@ def with_network(model: nn.Module, network: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """torch.nn's layers are leaves; so is whatever has no children and computes alone."""
+    """torch.nn's layers are leaves; so are ours and timm's that compute the same."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or type(m).__module__ == "dfkd.classifier"
+        ours = type(m).__module__ == "dfkd.classifier"
+        return ours or type(m) is timm.layers.Linear or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(network: nn.Module) -> fx.GraphModule:

@@ -164,10 +164,12 @@ def layer_names(graph: fx.GraphModule) -> list[str]:
     return [str(node.target) for node in graph.graph.nodes if is_layer(graph, node, nn.Conv2d, nn.Linear)]
 
 
-def _pair(bits: GivenBits) -> Bits:
-    """Bits of weights and input, where both or the same for both were given."""
-    both = list(bits) if isinstance(bits, list | tuple) and bits else [bits]
-    return both[0], both[-1]  # type: ignore[return-value]  # layer_bits looks at them
+def _pair(bits: GivenBits, name: str) -> Bits:
+    """Bits of a layer's weights and input, where both or the same for both were given."""
+    each: list[Any] = [*bits] if isinstance(bits, list | tuple) else [bits]
+    if len(each) not in (1, 2) or not all(isinstance(b, int) and 2 <= b <= 8 for b in each):
+        raise UserError(f"{name}: bits {bits} are not allowed; weights and activations take 2 to 8, both or each")
+    return each[0], each[-1]
 
 
 def layer_bits(
@@ -191,15 +193,12 @@ def layer_bits(
             names.append(layer)
     if not names:
         raise UserError("the network has no convolution or linear layer to quantise")
-    chosen = {name: _pair(ends if name in (names[0], names[-1]) else bits) for name in names}
+    chosen = {name: _pair(ends if name in (names[0], names[-1]) else bits, name) for name in names}
     for pattern, own in (overrides or {}).items():
-        chosen |= dict.fromkeys(matching(names, pattern, "the override"), _pair(own))
+        chosen |= {name: _pair(own, name) for name in matching(names, pattern, "the override")}
     for pattern in ignore:
         for name in matching(names, pattern, "the ignore pattern"):
             chosen.pop(name, None)
-    for name, pair in chosen.items():
-        if not all(isinstance(each, int) and 2 <= each <= 8 for each in pair):
-            raise UserError(f"{name}: bits {list(pair)} are not allowed; weights and activations take 2 to 8 each")
     return chosen
 
 
