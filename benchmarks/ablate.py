@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import OWN, Keys, given_keys, keep_settings, read, with_deviation, written
+from bookkeeping import OWN, Keys, given_keys, keep_settings, numbers, read, whole, with_deviation, written
 from equal_time import Method, compare, cores
 from methods import cells, describe
 
@@ -122,9 +122,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument("--variants", default=",".join(VARIANTS), help="names, with commas between")
-    parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--seeds", type=numbers, default="0,1")
     parser.add_argument("--seconds", type=float, default=30.0, help="of training")
-    parser.add_argument("--lanes", type=int, default=2, help="runs at once, each with its share of the cores")
+    parser.add_argument("--lanes", type=whole, default=2, help="runs at once, each with its share of the cores")
     options, arguments = parser.parse_known_args(given)
     try:
         return 0 if tabulate(options, arguments) else 1
@@ -141,7 +141,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
     keep_settings(options.out / "settings.json", settings)
-    complete = compare(variants, [int(seed) for seed in options.seeds.split(",")], options.out, settings)
+    complete = compare(variants, options.seeds, options.out, settings)
     if lines := read(options.out / "figures.jsonl"):
         print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}")
     return complete

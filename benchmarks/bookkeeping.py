@@ -37,13 +37,26 @@ def add(path: Path, line: Mapping[str, Any]) -> None:
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write down what all rows have in common. Raises UserError where the folder holds rows of another kind."""
-    before = json.loads(path.read_text()) if path.exists() else settings
+    holds = path.exists() and any((path.parent / name).exists() for name in ("figures.jsonl", "costs.jsonl"))
+    before = json.loads(path.read_text()) if holds else settings
     changed = [key for key, value in settings.items() if before.get(key) != value]
     if changed:
         words = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
         raise UserError(f"{path.parent} holds figures of other settings ({words}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings) + "\n")
+
+
+def whole(text: str) -> int:
+    """A number of things from the command line, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Different seeds with commas between, for argparse."""
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def with_deviation(values: Sequence[float], form: str = ".2f") -> str:

@@ -180,19 +180,28 @@ def finished(futures: Mapping[Future[dict[str, Any]], str]) -> Iterator[tuple[Fu
 
 
 def compare(methods: Sequence[Method], seeds: Sequence[int], out: Path, settings: Mapping[str, Any]) -> bool:
-    """Run what is missing in OUT/figures.jsonl; whether all is there then."""
+    """Run what is missing in OUT/figures.jsonl; whether all is there then. Raises UserError where a student cannot be
+    measured."""
+    for method in methods:
+        if "distill" not in method.recipe.tasks or method.recipe.data.dataset == "none":
+            raise UserError(
+                f"{method.name} has no student to measure on real images; set tasks=[distill] and data.dataset"
+            )
     path = out / "figures.jsonl"
     done = {(line["method"], line["seed"]) for line in read(path)}
     missing = [(method, seed) for seed in seeds for method in methods if (method.name, seed) not in done]
     if missing:
         ready = {method.name: method for method in with_teachers(methods, out, settings["threads"] * settings["lanes"])}
-        with ThreadPoolExecutor(settings["lanes"]) as lanes:
+        lanes = ThreadPoolExecutor(settings["lanes"])
+        try:
             costs = price([ready[name] for name in {method.name: 0 for method, _ in missing}], out, settings, lanes)
             runs = [(ready[method.name], seed) for method, seed in missing if method.name in costs]
             for line in carry_through(runs, costs, out, settings, lanes):
                 add(path, line)
                 done.add((line["method"], line["seed"]))
                 print(f"{line['method']} {line['seed']}: {line['accuracy']:.2f} %, {line['seconds']:.1f} s", flush=True)
+        finally:
+            lanes.shutdown(cancel_futures=True)  # with Ctrl-C the processes end, and what is queued must not begin
     return all((method.name, seed) in done for method in methods for seed in seeds)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from bookkeeping import Keys, given_keys, keep_settings, read, with_deviation, written
+from bookkeeping import Keys, given_keys, keep_settings, numbers, read, whole, with_deviation, written
 from equal_time import Method, compare, cores
 
 from dfkd.errors import UserError
@@ -137,9 +137,9 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--methods", default=",".join(default_methods()), help="names or files, with commas between")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training")
-    parser.add_argument("--lanes", type=int, default=1, help="runs at once, each with its share of the cores")
+    parser.add_argument("--lanes", type=whole, default=1, help="runs at once, each with its share of the cores")
     parser.add_argument("--teacher", help="the one that is left; otherwise zoo.main, or residual, or the first")
     options, arguments = parser.parse_known_args(given)
     try:
@@ -162,7 +162,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     methods = [make_method(name, keys, options.teacher) for name in names]
     check_alike(methods)
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})
-    complete = compare(methods, [int(seed) for seed in options.seeds.split(",")], options.out, settings)
+    complete = compare(methods, options.seeds, options.out, settings)
     if lines := read(options.out / "figures.jsonl"):
         print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}\n\n{against_time(lines)}")
     return complete

@@ -9,6 +9,7 @@ import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from torch import nn
 
+from dfkd.errors import UserError
 from dfkd.runtime import Shard
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -111,3 +112,14 @@ def test_the_configuration_for_several_machines_is_one_that_accelerate_takes() -
     config = load_config_from_file(str(FOLDER.parent / "docs" / "multi_node.yaml"))
     assert isinstance(config, ClusterConfig)
     assert (config.num_machines, config.num_processes) == (2, 16)
+
+
+def test_settings_bind_what_has_figures(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    books = benchmark("bookkeeping")
+    books.keep_settings(tmp_path / "settings.json", {"seconds": 5})
+    books.keep_settings(tmp_path / "settings.json", {"seconds": 6})  # nothing has been measured yet
+    books.add(tmp_path / "figures.jsonl", {"method": "a"})
+    books.keep_settings(tmp_path / "settings.json", {"seconds": 6})
+    with pytest.raises(UserError, match="seconds: 6 there, 5 here"):
+        books.keep_settings(tmp_path / "settings.json", {"seconds": 5})
+    assert books.numbers("3,1,3") == [3, 1]

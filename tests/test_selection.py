@@ -1,5 +1,6 @@
 """Weight selection: a student that begins as a part of its teacher computes what that part computes."""
 
+import copy
 import json
 from typing import Any
 
@@ -108,8 +109,11 @@ def test_layers_of_another_kind_or_kernel_and_indices_stay() -> None:
 
 
 def test_a_copy_and_a_stranger_are_refused() -> None:
+    student = network("dfkd:resnet20", 0)
+    before = copy.deepcopy(student.state_dict())
     with pytest.raises(UserError, match="the student would be its teacher"):
-        select_weights(network("dfkd:resnet20", 0), network("dfkd:resnet20", 1))
+        select_weights(student, network("dfkd:resnet20", 1))
+    assert all(torch.equal(x, before[name]) for name, x in student.state_dict().items())
     with pytest.raises(UserError, match="0 of the student's 16 layers, 0% of its numbers"):
         select_weights(network("dfkd:wrn_16_1", 0), nn.Sequential(nn.Linear(3, 5)))
     with pytest.raises(UserError, match="choose a smaller network of the teacher's kind"):  # other blocks of some names

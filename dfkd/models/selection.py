@@ -17,13 +17,14 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
 
     Xu et al. 2024 (Initializing Models with Larger Ones), section 3: layers by their names, channels evenly spaced. Of
     a row of blocks they take the first; here they are spread from the first to the last, which is better
-    (docs/results.md). Channels correspond in plain and residual networks, but not behind a concatenation (DenseNet),
-    nor, where there are fewer, behind a flattening or between attention heads. Raises UserError where less than LEAST
-    of the numbers, or of the layers, suits, and where the student would be the teacher.
+    (docs/results.md). Channels correspond in residual networks, and in plain ones of as many layers (others, as VGGs,
+    number them through: those of one number are of different places), but not behind a concatenation (DenseNet), nor,
+    where there are fewer, behind a flattening or between attention heads. Raises UserError, and changes nothing, where
+    less than LEAST of the numbers, or of the layers, suits, and where the student would be the teacher.
     """
     own, theirs, counterparts = student.state_dict(), teacher.state_dict(), dict(_counterparts(student, teacher))
     wanted = {name: tensor for name, tensor in own.items() if tensor.is_floating_point()}  # others are counts, indices
-    written = []
+    chosen = []
     for name, tensor in wanted.items():
         path, _, leaf = name.rpartition(".")
         other = counterparts.get(path)
@@ -34,10 +35,9 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
             continue
         for axis, (few, many) in enumerate(zip(tensor.shape, source.shape)):
             source = source.index_select(axis, torch.arange(few, device=source.device) * many // few)
-        tensor.copy_(source)
-        written.append(tensor)
+        chosen.append((tensor, source))
     numbers, layers = sum(x.numel() for x in wanted.values()), sum(x.dim() > 1 for x in wanted.values())
-    share, of_layers = sum(x.numel() for x in written) / max(1, numbers), sum(x.dim() > 1 for x in written)
+    share, of_layers = sum(x.numel() for x, _ in chosen) / max(1, numbers), sum(x.dim() > 1 for x, _ in chosen)
     if share < LEAST or of_layers < LEAST * layers:
         raise UserError(
             f"{of_layers} of the student's {layers} layers, {share:.0%} of its numbers, are in its teacher too, by the "
@@ -49,6 +49,8 @@ def select_weights(student: nn.Module, teacher: nn.Module) -> float:
             "the student would be its teacher, with the same layers in the same sizes; choose a smaller student.model, "
             "or leave student.weights empty"
         )
+    for tensor, source in chosen:
+        tensor.copy_(source)
     return share
 
 
