@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from argparse import ArgumentTypeError
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def add(path: Path, line: Mapping[str, Any]) -> None:
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write down what all rows have in common. Raises UserError where the folder holds rows of another kind."""
-    holds = path.exists() and any((path.parent / name).exists() for name in ("figures.jsonl", "costs.jsonl"))
-    before = json.loads(path.read_text()) if holds else settings
+    holds = any((path.parent / name).exists() for name in ("figures.jsonl", "costs.jsonl"))
+    before = (json.loads(path.read_text()) if path.exists() else {}) if holds else settings
     changed = [key for key, value in settings.items() if before.get(key) != value]
     if changed:
         words = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
@@ -50,13 +51,16 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
 def whole(text: str) -> int:
     """A number of things from the command line, for argparse."""
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError
+        raise ArgumentTypeError(f"{text!r} is not allowed; give a whole number from 1")
     return int(text)
 
 
 def numbers(text: str) -> list[int]:
     """Different seeds with commas between, for argparse."""
-    return list(dict.fromkeys(map(int, text.split(","))))
+    try:
+        return list(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not allowed; give whole numbers with commas between") from None
 
 
 def with_deviation(values: Sequence[float], form: str = ".2f") -> str:

@@ -51,7 +51,7 @@ def main() -> int:
         measure(options.out, chosen(options.cases, CASES), chosen(options.sources, SOURCES), arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

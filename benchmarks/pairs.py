@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, given_keys, keep_settings, read, with_deviation, written
+from bookkeeping import Keys, add, given_keys, keep_settings, numbers, read, with_deviation, written
 from equal_time import Method, changes, cores, figures, launch, price, scale, work_of
 
 from dfkd.assemble import load_recipe_zoo, teacher_folder
@@ -72,7 +72,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", choices=PAIRS)
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument("--minutes", type=float, default=0.0, help="of this call; 0: as long as it takes")
     parser.add_argument("--budget", type=float, default=20.0, help="minutes of training per seed")
     options, arguments = parser.parse_known_args(given)
@@ -109,7 +109,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
     if method.name not in costs:
         raise UserError(f"the cost of an update of {method.name} could not be measured; see {folder}/logs")
     work, note = scale(work_of(method.recipe), costs[method.name], 60 * options.budget)
-    for seed in map(int, options.seeds.split(",")):
+    for seed in options.seeds:
         done = {(line["method"], line["seed"]) for line in read(options.out / "figures.jsonl")}
         if (method.name, seed) in done:
             continue

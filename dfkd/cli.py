@@ -51,9 +51,7 @@ def _act(given: list[str]) -> int:
         print(recipes.list_text(list_models(), list(TRAINABLE)))
         return 0
     loaded = recipes.load_recipe([argument for argument in given if not argument.startswith("-")])
-    world = os.environ.get("WORLD_SIZE", "1")
-    several = ["--multi_gpu", "--num_processes", world] if int(world) > 1 else []
-    command = shlex.join(["accelerate", "launch", *several, "train.py", *given])
+    command = shlex.join(["accelerate", "launch", "train.py", *given])
     if "--print-config" in flags:
         print(recipes.print_config(loaded))
     elif "--dry-run" in flags:

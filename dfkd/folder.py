@@ -72,9 +72,11 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
         *weights,
         *code,
     ]
-    made = [Path(os.path.abspath(folder / name)) for name in MADE]  # by name: of a link only the link goes
+    # By name, since of a link only the link goes, and by where it is, however it was reached.
+    made = [base / name for base in (Path(os.path.abspath(folder)), folder.resolve()) for name in MADE]
     for path in filter(None, needed):
-        if Path(path).exists() and any(map(Path(os.path.abspath(path)).is_relative_to, made)):
+        places = (Path(os.path.abspath(path)), Path(path).resolve())
+        if Path(path).exists() and any(place.is_relative_to(one) for place in places for one in made):
             raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dfkd.errors import UserError
 from dfkd.runtime import Shard, rng
 
-GROUP = 4  # neighbouring images among which pairs are made, by `partners` and by the losses of pairs
+GROUP = 4  # neighbouring images among which pairs are made, by `partners` and losses.spread
 
 
 class Mixed(NamedTuple):

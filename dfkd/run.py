@@ -69,14 +69,19 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
 
 
 def say_groups(recipe: Recipe, world: int) -> None:
-    """Say which batches several processes pair otherwise than one process would: images are paired within a process, in
+    """Say which batches several processes mix otherwise than one process would: images are paired within a process, in
     groups of GROUP, and of a batch with replay those that are drawn anew."""
-    paired = {"synthesis.batch_size": recipe.synthesis.batch_size if recipe.generator.checkpoint is None else 0}
-    for task in (task for task in ("distill", *TRAINED) if task in recipe.tasks and recipe.distill.mix):
+    synthesis, batches = recipe.synthesis, {}
+    paired = synthesis.mix.probability or synthesis.losses.spread or synthesis.batch_size % 2  # others pair by two
+    if recipe.generator.checkpoint is None and paired:
+        batches["synthesis.batch_size"] = synthesis.batch_size
+    for plan in plans(recipe) if recipe.distill.mix else ():
+        task = plan.name if plan.name in TRAINED else "distill"  # the adversary of a generator is a student too
         keys = settings(recipe, task)
         share = getattr(keys, "fresh", 0.5) if getattr(keys, "replay", 0) else 1
-        paired[f"{task}.batch_size"] = math.ceil(share * keys.batch_size)
-    for key, images in paired.items() if world > 1 else ():
+        if plan.students:
+            batches[f"{task}.batch_size"] = math.ceil(share * keys.batch_size)
+    for key, images in batches.items() if world > 1 else ():
         if images % GROUP:
             say(
                 f"{images} images a process and update of {key} are no whole groups of {GROUP}, in which images are "

@@ -51,6 +51,12 @@ def test_what_a_run_needs_is_not_removed(tmp_path: Path, monkeypatch: pytest.Mon
         "run/student/net.py": ["student.model=python:run/student/net.py:make", "trust_code=true"],
         "run/generator": ["generator.checkpoint=run/generator"],
     }
+    (folder / "student" / "weights.pt").write_text("")
+    (tmp_path / "link").symlink_to(folder / "student")
+    needed["link/weights.pt"] = ["teachers.plain.weights=link/weights.pt"]
+    (tmp_path / "elsewhere.pt").write_text("")
+    (folder / "student" / "elsewhere.pt").symlink_to(tmp_path / "elsewhere.pt")
+    needed["run/student/elsewhere.pt"] = ["teachers.plain.weights=run/student/elsewhere.pt"]
     for path, keys in needed.items():
         with pytest.raises(UserError, match=f"overwrite=true would remove {path}, which this run needs"):
             asked(folder, "overwrite=true", *keys)

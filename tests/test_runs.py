@@ -491,7 +491,6 @@ def test_batches_that_several_processes_pair_otherwise_are_named(capsys: pytest.
         "recipe=digits",
         "tasks=[distill,qat]",
         "distill.batch_size=20",
-        "synthesis.batch_size=64",
         "qat.batch_size=18",
     ]
     say_groups(load_recipe(given).recipe, 1)
@@ -502,5 +501,9 @@ def test_batches_that_several_processes_pair_otherwise_are_named(capsys: pytest.
         "10 images a process and update of distill.batch_size",
         "18 images a process and update of qat.batch_size",
     ]
-    say_groups(load_recipe([*given, "distill.mix=0"]).recipe, 2)
+    say_groups(load_recipe([*given, "distill.mix=0", "synthesis.batch_size=66"]).recipe, 2)
     assert not capsys.readouterr().out
+    say_groups(load_recipe([*given, "distill.mix=0", "synthesis.batch_size=66", "synthesis.losses.spread=1"]).recipe, 2)
+    assert capsys.readouterr().out.startswith("66 images a process and update of synthesis.batch_size")
+    say_groups(load_recipe(["recipe=digits", "tasks=[generator]", "distill.batch_size=20"]).recipe, 2)  # its adversary
+    assert capsys.readouterr().out.startswith("10 images a process and update of distill.batch_size")

@@ -193,13 +193,13 @@ def layer_bits(
             names.append(layer)
     if not names:
         raise UserError("the network has no convolution or linear layer to quantise")
-    chosen = {name: _pair(ends if name in (names[0], names[-1]) else bits, name) for name in names}
+    chosen = {name: (ends if name in (names[0], names[-1]) else bits) for name in names}
     for pattern, own in (overrides or {}).items():
-        chosen |= {name: _pair(own, name) for name in matching(names, pattern, "the override")}
+        chosen |= dict.fromkeys(matching(names, pattern, "the override"), own)
     for pattern in ignore:
         for name in matching(names, pattern, "the ignore pattern"):
             chosen.pop(name, None)
-    return chosen
+    return {name: _pair(given, name) for name, given in chosen.items()}
 
 
 def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_channel: bool) -> fx.GraphModule:
