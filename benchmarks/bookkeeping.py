@@ -38,8 +38,8 @@ def add(path: Path, line: Mapping[str, Any]) -> None:
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
     """Write down what all rows have in common. Raises UserError where the folder holds rows of another kind."""
-    holds = any((path.parent / name).exists() for name in ("figures.jsonl", "costs.jsonl"))
-    before = (json.loads(path.read_text()) if path.exists() else {}) if holds else settings
+    holds = path.exists() and any((path.parent / name).exists() for name in ("figures.jsonl", "costs.jsonl"))
+    before = json.loads(path.read_text()) if holds else settings
     changed = [key for key, value in settings.items() if before.get(key) != value]
     if changed:
         words = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
