@@ -71,6 +71,8 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
 def say_groups(recipe: Recipe, world: int) -> None:
     """Say which batches several processes mix otherwise than one process would: images are paired within a process, in
     groups of GROUP, and of a batch with replay those that are drawn anew."""
+    if world == 1:
+        return
     synthesis, batches = recipe.synthesis, {}
     paired = synthesis.mix.probability or synthesis.losses.spread or synthesis.batch_size % 2  # others pair by two
     if recipe.generator.checkpoint is None and paired:
@@ -81,7 +83,7 @@ def say_groups(recipe: Recipe, world: int) -> None:
         share = getattr(keys, "fresh", 0.5) if getattr(keys, "replay", 0) else 1
         if plan.students:
             batches[f"{task}.batch_size"] = math.ceil(share * keys.batch_size)
-    for key, images in batches.items() if world > 1 else ():
+    for key, images in batches.items():
         if images % GROUP:
             say(
                 f"{images} images a process and update of {key} are no whole groups of {GROUP}, in which images are "
