@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bookkeeping import OWN, Keys, given_keys, keep_settings, numbers, read, whole, with_deviation, written
-from equal_time import Method, compare, cores
+from equal_time import Method, check_judged, compare, cores
 from methods import cells, describe
 
 from dfkd.errors import UserError
@@ -138,6 +138,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     keys = {"recipe": "digits", **given_keys(arguments, "all variants", own=set(OWN) - {"recipe"})}
     names = dict.fromkeys([DEFAULTS, *options.variants.split(",")])
     variants = [make_variant(name, keys) for name in names]
+    check_judged(variants)
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
     keep_settings(options.out / "settings.json", settings)

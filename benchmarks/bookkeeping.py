@@ -63,6 +63,14 @@ def numbers(text: str) -> list[int]:
         raise ArgumentTypeError(f"{text!r} is not allowed; give whole numbers with commas between") from None
 
 
+def picked(table: Mapping[str, Any], names: str) -> dict[str, Any]:
+    """The entries of a table that names with commas between choose. Raises UserError where one is not in it."""
+    chosen = list(filter(None, names.split(",")))
+    if unknown := sorted(set(chosen) - set(table)):
+        raise UserError(f"unknown {unknown[0]!r}; choose from {', '.join(table)}")
+    return {name: table[name] for name in chosen}
+
+
 def with_deviation(values: Sequence[float], form: str = ".2f") -> str:
     """Mean and, of several values, sample standard deviation; a dash of none."""
     if not values:

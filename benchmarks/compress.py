@@ -11,11 +11,11 @@ import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import add, keep_settings, read
+from bookkeeping import add, keep_settings, picked, read
 
 from dfkd.assemble import load_recipe_zoo
 from dfkd.compress.fit import Fit
@@ -27,6 +27,7 @@ from dfkd.run import build
 from dfkd.runtime import make_accelerator
 from dfkd.tasks import TASKS, compare
 
+Cases = dict[str, tuple[str, dict[str, Any]]]  # task and keys by name
 PTQ = {f"W{w}A{a} PTQ": ("ptq", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}
 QAT = {f"W{w}A{a} QAT": ("qat", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}
 WEIGHTS = {f"{100 * r:.0f} % weights": ("prune", {"kind": "weights", "ratio": r}) for r in (0.5, 0.8)}
@@ -36,8 +37,8 @@ CLOSED = {
     for r in (0.2, 0.5)
     for method in ("udfc", "rectified")
 }
-CASES: dict[str, tuple[str, dict[str, Any]]] = {**PTQ, **QAT, **WEIGHTS, **CHANNELS, **CLOSED}
-SOURCES = ("generator", "noise", "real")
+CASES: Cases = {**PTQ, **QAT, **WEIGHTS, **CHANNELS, **CLOSED}
+SOURCES = dict.fromkeys(("generator", "noise", "real"))
 
 
 def main() -> int:
@@ -48,22 +49,14 @@ def main() -> int:
     parser.add_argument("--sources", default=",".join(SOURCES), help="; ".join(SOURCES))
     options, arguments = parser.parse_known_args()
     try:
-        measure(options.out, chosen(options.cases, CASES), chosen(options.sources, SOURCES), arguments)
+        measure(options.out, picked(CASES, options.cases), picked(SOURCES, options.sources), arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def chosen(names: str, known: Collection[str]) -> list[str]:
-    """The names that were asked for. Raises UserError for one that is unknown."""
-    asked = names.split(",")
-    if unknown := [name for name in asked if name not in known]:
-        raise UserError(f"{unknown[0]!r} is unknown; choose from {', '.join(known)}")
-    return asked
-
-
-def measure(out: Path, cases: Sequence[str], sources: Sequence[str], arguments: Sequence[str]) -> None:
+def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence[str]) -> None:
     """Measure what is missing and print the table."""
     keep_settings(out / "settings.json", {"keys": sorted(key for key in arguments if not key.startswith("seed="))})
     recipe = load_recipe([*arguments, f"output={out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
@@ -73,8 +66,7 @@ def measure(out: Path, cases: Sequence[str], sources: Sequence[str], arguments: 
     path = out / "figures.jsonl"
     lines = read(path)
     found = {(line["case"], line["source"], line["seed"]) for line in lines}
-    for case in cases:
-        task, keys = CASES[case]
+    for case, (task, keys) in cases.items():
         for source in sources if task != "udfc" else ["no data"]:
             if (case, source, recipe.seed) in found:
                 continue

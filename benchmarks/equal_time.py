@@ -179,14 +179,17 @@ def finished(futures: Mapping[Future[dict[str, Any]], str]) -> Iterator[tuple[Fu
             print(f"{futures[future]} failed: {error}", flush=True)
 
 
-def compare(methods: Sequence[Method], seeds: Sequence[int], out: Path, settings: Mapping[str, Any]) -> bool:
-    """Run what is missing in OUT/figures.jsonl; whether all is there then. Raises UserError where a student cannot be
-    measured."""
+def check_judged(methods: Sequence[Method]) -> None:
+    """Raise UserError where a method trains no student, or there are no images to measure it on."""
     for method in methods:
         if "distill" not in method.recipe.tasks or method.recipe.data.dataset == "none":
             raise UserError(
-                f"{method.name} has no student to measure on real images; set tasks=[distill] and data.dataset"
+                f"{method.name} has no task distill, or data.dataset is none: nothing to judge the student on"
             )
+
+
+def compare(methods: Sequence[Method], seeds: Sequence[int], out: Path, settings: Mapping[str, Any]) -> bool:
+    """Run what is missing in OUT/figures.jsonl; whether all is there then."""
     path = out / "figures.jsonl"
     done = {(line["method"], line["seed"]) for line in read(path)}
     missing = [(method, seed) for seed in seeds for method in methods if (method.name, seed) not in done]

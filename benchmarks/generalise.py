@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, given_keys, keep_settings, read, written
+from bookkeeping import Keys, add, given_keys, keep_settings, picked, read, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, load_recipe_zoo, reload_generator, teacher_folder
@@ -115,14 +115,6 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
     print(text)
     (options.out / "generalise.md").write_text(text + "\n")
     (options.out / "generalise.svg").write_text(plot(shown))
-
-
-def picked(table: Mapping[str, Any], names: str) -> dict[str, Any]:
-    """The entries of a table that names with commas between choose. Raises UserError where one is not in it."""
-    chosen = list(filter(None, names.split(",")))
-    if unknown := sorted(set(chosen) - set(table)):
-        raise UserError(f"unknown {unknown[0]!r}; choose from {', '.join(table)}")
-    return {name: table[name] for name in chosen}
 
 
 # --- sources ---

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from bookkeeping import Keys, given_keys, keep_settings, numbers, read, whole, with_deviation, written
-from equal_time import Method, compare, cores
+from equal_time import Method, check_judged, compare, cores
 
 from dfkd.errors import UserError
 from dfkd.recipe import FOLDER, load_recipe
@@ -69,8 +69,6 @@ def check_alike(methods: Sequence[Method]) -> None:
             mine, other = getattr(method.recipe, key), getattr(like.recipe, key)
             if mine != other and (key != "zoo_specs" or len(mine) == len(other)):
                 raise UserError(f"{method.name} and {like.name} are no match: they differ in {key}")
-        if method.recipe.data.dataset == "none":
-            raise UserError("data.dataset is none: nothing to judge the student on")
 
 
 def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
@@ -161,6 +159,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
     methods = [make_method(name, keys, options.teacher) for name in names]
     check_alike(methods)
+    check_judged(methods)
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})
     complete = compare(methods, options.seeds, options.out, settings)
     if lines := read(options.out / "figures.jsonl"):

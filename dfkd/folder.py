@@ -61,7 +61,7 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
     weights = {recipe.student.weights, *(spec.weights for spec in teachers)} - {SELECTED}
     models = (recipe.student.model, *(spec.model for spec in teachers))
     code = [model.removeprefix("python:").rpartition(":")[0] for model in models]
-    given = [recipe.distill.input, *(getattr(recipe, task).input for task in ("qat", "ptq", "prune", "udfc"))]
+    given = [recipe.distill.input, *(getattr(recipe, task).input for task in COMPRESSIONS)]
     folders = [name for name in given if name and name not in ("main", "student", *recipe.tasks)]
     needed = [
         *folders,

@@ -12,7 +12,7 @@ from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
 from dfkd.compress.graph import network_of, trace
-from dfkd.compress.prune import check_prunable, dependency_graph
+from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
 from dfkd.compress.quantize import layer_bits, layer_names, matching
 from dfkd.errors import UserError
@@ -90,8 +90,7 @@ def source(recipe: Recipe, task: str, name: str) -> str:
 def check_layers(parts: Parts) -> None:
     """Raise UserError where a task's input is quantised already, cannot be traced, has no layer that a name pattern of
     the task means, or nothing that the task could take out; before anything is trained."""
-    recipe, size = parts.recipe, parts.recipe.image
-    images = torch.rand(4, size.channels, size.size, size.size, generator=rng("cpu", "check")).to(parts.shard.device)
+    recipe = parts.recipe
     for task in (task for task in recipe.tasks if task in COMPRESSIONS):
         keys = settings(recipe, task)
         name = source(recipe, task, keys.input)
@@ -103,6 +102,8 @@ def check_layers(parts: Parts) -> None:
         for pattern in keys.ignore if task in ("prune", "udfc") else ():
             matching(layer_names(graph), pattern, f"{task}.ignore")
         if task == "prune":
+            shape = (PROBE, recipe.image.channels, recipe.image.size, recipe.image.size)
+            images = torch.rand(shape, generator=rng("cpu", "check")).to(parts.shard.device)
             options = {"kind": keys.kind, "repair": keys.repair, "ignore": keys.ignore, "inner_only": keys.inner_only}
             check_prunable(model, images, keys.ratio, **options)
         if task == "udfc":

@@ -16,6 +16,7 @@ from dfkd import assemble
 from dfkd.checkpoints import write_atomically
 from dfkd.data import load_folder, opened
 from dfkd.errors import UserError
+from dfkd.folder import QUALITY
 from dfkd.metrics import enlarged
 from dfkd.quality import NEAR, quality
 from dfkd.recipe import Loaded
@@ -67,7 +68,7 @@ def judge(loaded: Loaded, source: str, count: int, command: str) -> None:
         machine = {"device": describe_device(shard), "versions": versions()}
         ledger = [entry for entry in opened()[before:] if entry["purpose"] != "train teacher"]
         figures = {**about, **machine, **figures, "opened": assemble.training_images(recipe) + ledger}
-        _write(Path(recipe.folder) / "quality" / slug(source), figures, grid(sample.images, classes, recipe.classes))
+        _write(Path(recipe.folder) / QUALITY / slug(source), figures, grid(sample.images, classes, recipe.classes))
     shut_down(accelerator)
 
 

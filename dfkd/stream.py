@@ -295,7 +295,7 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     """
     if count < 1:
         raise UserError(f"materialize takes a count of 1 image or more, got {count}")
-    if folder is not None and Path(folder).exists() and not (Path(folder).is_dir() and not any(Path(folder).iterdir())):
+    if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise UserError(f"{folder} is no empty folder; give one for these images alone")
     if folder is not None and not (stream.labelled or stream.teachers):
         raise UserError("this generator draws no class on request: its labels mean nothing; give the stream a teacher")

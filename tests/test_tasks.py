@@ -247,9 +247,8 @@ def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Run
 def test_a_generator_draws_alike_in_the_run_that_trained_it_and_from_its_file(runs: Runs) -> None:
     given = ("runtime.precision=bf16", "ptq.method=nearest", "export.input=none", *SHORT)
     assert runs.run("live", "tasks=[generator,ptq]", *given).code == 0
-    assert (
-        runs.run("again", "tasks=[ptq]", f"generator.checkpoint={runs.folder / 'live' / 'generator'}", *given).code == 0
-    )
+    reused = f"generator.checkpoint={runs.folder / 'live' / 'generator'}"
+    assert runs.run("again", "tasks=[ptq]", reused, *given).code == 0
     files = [(runs.folder / name / "ptq" / "model.safetensors").read_bytes() for name in ("live", "again")]
     figures = [results(runs.folder / name)["tasks"]["ptq"]["agreement"] for name in ("live", "again")]
     assert files[0] == files[1]

@@ -71,14 +71,9 @@ def prune(
     with torch.no_grad():
         batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters()).device)
         inputs = network_input(model, batch)
-    cut, supports = Cut(), None
-    if kind == "channels":
-        cut = _channel_cut(network, inputs[:PROBE], ratio, prunable, inner_only)
-        naive = _remove(copy.deepcopy(network), cut)
-    else:
-        supports = _largest_weights(network, prunable, ratio)
-        naive = copy.deepcopy(network)
-        _mask(naive, supports)
+    cut, supports = _what_goes(network, inputs[:PROBE], ratio, kind, prunable, inner_only)
+    naive = _remove(copy.deepcopy(network), cut)
+    _mask(naive, supports or {})
     kept = {name: _left(network, name, removed) for name, removed in cut.outputs.items()}
     repaired = copy.deepcopy(naive)
     if repair == "least_squares":
@@ -107,10 +102,7 @@ def check_prunable(
     """Raise UserError where `prune` would whatever a stream holds; images [B, C, H, W] are of the model's size."""
     network = copy.deepcopy(network_of(model)).eval()
     prunable = _prunable(network, ignore)
-    if kind == "channels":
-        _channel_cut(network, network_input(model, images), ratio, prunable, inner_only)
-    else:
-        _largest_weights(network, prunable, ratio)
+    _what_goes(network, network_input(model, images), ratio, kind, prunable, inner_only)
     if repair == "batch_norm":
         check_batch_norms(network)
 
@@ -124,6 +116,15 @@ def _check(ratio: float, kind: str, repair: str, images: int, ridge: float) -> N
         raise UserError(f"ratio is the share removed, above 0 and below 1, not {ratio}")
     if images < PROBE or ridge <= 0:
         raise UserError(f"pruning needs images >= {PROBE} and ridge > 0, got {images} and {ridge}")
+
+
+def _what_goes(
+    network: nn.Module, probe: Tensor, ratio: float, kind: str, prunable: list[str], inner_only: bool | None
+) -> tuple[Cut, dict[str, Tensor] | None]:
+    """The channels that are taken out, or masks of the weights that stay."""
+    if kind == "channels":
+        return _channel_cut(network, probe, ratio, prunable, inner_only), None
+    return Cut(), _largest_weights(network, prunable, ratio)
 
 
 def _prunable(network: nn.Module, ignore: Sequence[str]) -> list[str]:

@@ -169,8 +169,7 @@ class Training:
         for name, value in network.state_dict().items():
             if not torch.isfinite(value).all():
                 raise UserError(f"{name} is NaN or infinite after training with few bits; lower lr, or raise the bits")
-        trained, naive = (with_network(self.given, each) for each in (network, self.naive))
-        return result(self.given, trained, naive, self.inputs)
+        return result(self.given, self.student.eval(), with_network(self.given, self.naive), self.inputs)
 
 
 def as_teacher(model: nn.Module, network: nn.Module) -> Teacher:
