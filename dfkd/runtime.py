@@ -223,8 +223,12 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def make_accelerator(precision: str) -> tuple[Accelerator, Shard]:
     """The Accelerator at a recipe's precision and this process's shard; checks the launch (see check_launch)."""
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+    if not cpu and not torch.accelerator.is_available():
+        # Accelerate would let the processes meet first, and one that leaves then resets a connection of another's.
+        check_launch(1)
     # The main process trains missing teachers while the others wait; a dead process ends the job without this.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
+    state = PartialState(cpu=cpu, timeout=timedelta(days=1))
     torch.backends.cudnn.deterministic = True  # or a resumed run may sum in another order
     check_launch(state.num_processes)
     if state.device.type == "cpu":
