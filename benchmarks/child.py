@@ -98,7 +98,7 @@ def spend(recipe: Recipe, work: Work, accelerator: Accelerator, shard: Shard) ->
 
 
 def train(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """A run as from the command line; its peak memory."""
+    """A run as from the command line, or what is left of it; the seconds and the peak memory of this process."""
     if code := command_line(arguments):
         sys.exit(code)
     used = resource.getrusage(resource.RUSAGE_SELF)

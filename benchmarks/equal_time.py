@@ -121,6 +121,17 @@ def launch(child: str, keys: Keys, seconds: float, log: Path, threads: int) -> d
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def piece(keys: Keys, log: Path, threads: int) -> dict[str, Any]:
+    """Begin a run or go on with it: what its pieces that ended by themselves took, and the most memory of any."""
+    path = log.with_suffix(".jsonl")
+    figures = launch("run", keys, 0, log, threads)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    add(path, figures)
+    pieces = read(path)
+    seconds, memory = sum(one["cpu_seconds"] for one in pieces), max(one["peak_mb"] for one in pieces)
+    return {**figures, "cpu_seconds": seconds, "peak_mb": memory}
+
+
 def with_teachers(methods: Sequence[Method], out: Path, threads: int) -> list[Method]:
     """The methods with the folders of the teachers trained here, so that all seeds have the same."""
     zoos = {tuple(method.recipe.zoo_specs): method.keys for method in reversed(methods)}
@@ -244,7 +255,7 @@ def carry_through(
         own, name = work_of(method.recipe), f"{method.folder}-{seed}"
         work, note = scale(own, costs[method.name], settings["seconds"])
         keys = {**method.keys, **changes(own, work), "seed": str(seed), "output": str(out / name)}
-        future = lanes.submit(launch, "run", keys, 0, out / "logs" / f"{name}.txt", settings["threads"])
+        future = lanes.submit(piece, keys, out / "logs" / f"{name}.txt", settings["threads"])
         begun[future], names[future] = partial(figures, method, seed, work, note, out / name), name
     for future, memory in finished(names):
         yield begun[future](memory)

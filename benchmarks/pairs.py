@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bookkeeping import Keys, add, given_keys, keep_settings, numbers, read, with_deviation, written
-from equal_time import Method, changes, cores, figures, launch, price, scale, work_of
+from equal_time import Method, changes, cores, figures, piece, price, scale, work_of
 
 from dfkd.assemble import load_recipe_zoo, teacher_folder
 from dfkd.errors import Paused, UserError
@@ -119,7 +119,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
         own = {**keys, **changes(work_of(method.recipe), work), "seed": str(seed), "output": str(run)}
         own |= {"runtime.minutes": f"{deadline.left():.3f}"} if options.minutes else {}
         begun = time.perf_counter()
-        memory = launch("run", own, 0, folder / "logs" / f"{seed}.txt", threads)
+        memory = piece(own, folder / "logs" / f"{seed}.txt", threads)
         print(f"seed {seed}: {(time.perf_counter() - begun) / 60:.1f} minutes", flush=True)
         if not (run / "results.json").exists():
             raise Paused(f"seed {seed} is not finished")

@@ -275,7 +275,7 @@ def test_what_fails_is_reported_and_the_rest_runs(
     def launch(name: str, keys: dict[str, str], seconds: float, log: Path, threads: int) -> dict[str, Any]:
         if name == "run" and "frozen" in keys["recipe"]:
             raise UserError("out of memory")
-        return {"teachers": {}, "cost": equal.Cost(1.0, 1.0)._asdict(), "run": {"peak_mb": 1}}[name]
+        return {"teachers": {}, "cost": equal.Cost(1.0, 1.0)._asdict(), "run": {"peak_mb": 1, "cpu_seconds": 1}}[name]
 
     def figures(method: Any, seed: int, *rest: Any) -> dict[str, Any]:
         return line(method.name, seed)

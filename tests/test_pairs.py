@@ -23,7 +23,6 @@ def pairs(
 ) -> ModuleType:
     """The script with the tiny recipe as its pair, and its children called in this process."""
     module = benchmark("pairs")
-    monkeypatch.setattr(module, "launch", benchmark("equal_time").launch)
     monkeypatch.setattr(module, "PRICED_WITH", 1.0)
     monkeypatch.setattr(module, "PAIRS", {"tiny": "./tiny.yaml"})
     return module
@@ -31,6 +30,10 @@ def pairs(
 
 def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines() if row.startswith("|")]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_every_pair_has_its_recipe(benchmark: Callable[[str], ModuleType]) -> None:
@@ -51,15 +54,20 @@ def test_a_pair_goes_on_where_it_stopped(
 
     assert call("1e-4") == 1
     assert "stopped after 0.0001 minutes: teacher plain is not trained yet; the same call" in capfd.readouterr().out
-    whole = pairs.launch
+    whole = pairs.piece
     hasty = {"runtime.minutes": "1e-4", "runtime.log_every": "1"}
-    monkeypatch.setattr(pairs, "launch", lambda child, keys, *rest: whole(child, {**keys, **hasty}, *rest))
+    monkeypatch.setattr(pairs, "piece", lambda keys, *rest: whole({**keys, **hasty}, *rest))
     assert call("0") == 1
     assert "seed 0 is not finished" in capfd.readouterr().out
-    monkeypatch.setattr(pairs, "launch", whole)
+    monkeypatch.setattr(pairs, "piece", whole)
     assert call("0") == 0
-    lines = [json.loads(line) for line in Path("out/figures.jsonl").read_text().splitlines()]
+    lines = read_lines(Path("out/figures.jsonl"))
     assert [line["seed"] for line in lines] == [0, 1]
+    pieces = [read_lines(Path(f"out/tiny/logs/{seed}.jsonl")) for seed in (0, 1)]
+    assert [len(own) for own in pieces] == [2, 1]
+    for line, own in zip(lines, pieces):
+        assert line["cpu_seconds"] == pytest.approx(sum(each["cpu_seconds"] for each in own))
+        assert line["peak_mb"] == max(each["peak_mb"] for each in own)
     cells = rows(capfd.readouterr().out)[2]
     assert cells[0] == "tiny"
     mean = sum(line["accuracy"] for line in lines) / 2
