@@ -314,3 +314,12 @@ def test_without_a_teachers_logits_there_is_nothing_to_learn(make_stream: Callab
     for given in (bare, as_dataloader(make_stream())):
         with pytest.raises(UserError, match="a SyntheticStream with a teacher"):
             fit(network(), given, steps=1)  # type: ignore[arg-type]
+
+
+def test_a_student_of_other_classes_is_refused(make_stream: Callable[..., SyntheticStream]) -> None:
+    for classes in (2, 4):
+        student = nn.Sequential(*network()[:6], nn.Linear(96, classes))
+        with pytest.raises(UserError, match=f"gives {classes} numbers an image and its teacher logits of 3 classes"):
+            fit(student, make_stream(), steps=1)
+    with pytest.raises(UserError, match="gives 6 x 4 x 4 numbers an image and its teacher"):
+        fit(network()[:5], make_stream(), steps=1)

@@ -236,7 +236,14 @@ class Fit:
         with self.autocast(), norms, tap as seen, watched as ours:
             logits = self.prepared(images)
             projected = self.project(features_of(self.student, seen, logits)) if self.projector is not None else None
-        targets, features = targets.split([logits.shape[1], sum(self.stream.widths)], 1)
+        classes = targets.shape[1] - sum(self.stream.widths)
+        if logits.shape != (len(targets), classes):
+            shape = " x ".join(map(str, logits.shape[1:]))
+            raise UserError(
+                f"the student gives {shape} numbers an image and its teacher logits of {classes} classes; build the "
+                f"student with {classes} outputs"
+            )
+        targets, features = targets.split([classes, sum(self.stream.widths)], 1)
         loss = self.loss(logits, targets, self.temperature)
         if projected is not None:
             loss = loss + feature_error(projected, features, self.stream.widths, self.weights)
@@ -272,7 +279,7 @@ class Fit:
 def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: Any) -> nn.Module:
     """Train a student in place on a stream with a teacher (and maybe features); options are those of Fit.
 
-    Raises UserError where the stream is none, or has no teacher.
+    Raises UserError where the stream is none, or has no teacher, or one of other classes than the student's.
     """
     if not (isinstance(stream, SyntheticStream | Batches) and stream.teachers):
         raise UserError(
