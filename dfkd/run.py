@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from contextlib import closing
 from functools import partial
@@ -29,6 +28,7 @@ from dfkd.report import closing_table
 from dfkd.results import finish
 from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelerator, say, shut_down
 from dfkd.schema import SELECTED, Recipe
+from dfkd.stream import FRESH, drawn_anew
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TRAINED, finished, run_task
 from dfkd.terms import check_losses
@@ -80,9 +80,9 @@ def say_groups(recipe: Recipe, world: int) -> None:
     for plan in plans(recipe) if recipe.distill.mix else ():
         task = plan.name if plan.name in TRAINED else "distill"  # the adversary of a generator is a student too
         keys = settings(recipe, task)
-        share = getattr(keys, "fresh", 0.5) if getattr(keys, "replay", 0) else 1
         if plan.students:
-            batches[f"{task}.batch_size"] = math.ceil(share * keys.batch_size)
+            images = drawn_anew(keys.batch_size, getattr(keys, "replay", 0), getattr(keys, "fresh", FRESH))
+            batches[f"{task}.batch_size"] = images
     for key, images in batches.items():
         if images % GROUP:
             say(

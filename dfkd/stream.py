@@ -22,6 +22,8 @@ from dfkd.runtime import Shard, full_precision, rng, to_bytes, to_device, to_flo
 from dfkd.teachers import Teacher, logits_and_features, zoo_logits
 from generators import ImageGenerator
 
+FRESH = 0.5  # share of a batch that is drawn anew where past batches are replayed
+
 Source = Callable[[Shard, int, tuple[int | str, ...]], tuple[Tensor, Tensor]]
 Watch = Callable[[], AbstractContextManager[Sequence[Tensor]]]  # collects tensors of a forward within its scope
 
@@ -63,6 +65,11 @@ def from_images(images: Tensor, labels: Tensor) -> Source:
         return to_float(to_device(images[rows], shard.device)), to_device(labels[rows], shard.device)
 
     return draw
+
+
+def drawn_anew(batch_size: int, replay: int, fresh: float) -> int:
+    """How many images of a batch are drawn anew: all without a replay of past ones, else the share `fresh`."""
+    return math.ceil(fresh * batch_size) if replay else batch_size
 
 
 class Replay:
@@ -129,7 +136,7 @@ class SyntheticStream(IterableDataset):
         teacher: Teacher | Sequence[Teacher] | None = None,
         seed: int = 0,
         replay: int = 0,
-        fresh: float = 0.5,
+        fresh: float = FRESH,
         shift: float = 0.0,
         flip: bool = False,
         mix: float = 0.0,
@@ -156,7 +163,7 @@ class SyntheticStream(IterableDataset):
             raise UserError("a stream's teacher is a dfkd.Teacher: Teacher(network, mean=..., std=...), or several")
         self.widths = feature_widths(self.teachers) if features else []
         self.replay = Replay(replay) if replay else None
-        self.fresh = math.ceil(fresh * batch_size) if replay else batch_size
+        self.fresh = drawn_anew(batch_size, replay, fresh)
         self.shift, self.flip, self.autocast = shift, flip, autocast
         # Without a teacher it does not pay; teachers that take turns on the device are not where they were.
         stay = all(teacher.pager is None for teacher in self.teachers)
