@@ -1,4 +1,4 @@
-"""What each default is worth: one key changed at a time, at equal training time; for docs/results.md.
+"""What each default is worth: one key changed at a time, at equal training time; for docs/ablations.md.
 
 python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,no adversary"] [KEY=VALUE ...]
 

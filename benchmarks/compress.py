@@ -1,4 +1,4 @@
-"""Accuracy after every compression, from synthetic images, noise and real ones: the table of docs/results.md.
+"""Accuracy after every compression, from synthetic images, noise and real ones: the table of docs/compression.md.
 
 python benchmarks/compress.py --out runs/compress recipe=cifar10_resnet20 generator.checkpoint=DIR [KEY=VALUE ...]
 
