@@ -1,7 +1,6 @@
 """The command line: `key=value` arguments and a few flags; errors are one line and exit code 2."""
 
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from dfkd.errors import UserError
 from dfkd.judge import FEWEST, IMAGES, USAGE, judge
 from dfkd.models import list_models
 from dfkd.run import run
+from dfkd.runtime import command_of
 from generators import GeneratorError
 
 # What a flag takes: --FLAG=VALUE, or nothing.
@@ -51,7 +51,7 @@ def _act(given: list[str]) -> int:
         print(recipes.list_text(list_models(), list(TRAINABLE)))
         return 0
     loaded = recipes.load_recipe([argument for argument in given if not argument.startswith("-")])
-    command = shlex.join(["accelerate", "launch", "train.py", *given])
+    command = command_of(given)
     if "--print-config" in flags:
         print(recipes.print_config(loaded))
     elif "--dry-run" in flags:

@@ -6,9 +6,10 @@ import hashlib
 import math
 import os
 import re
+import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -273,6 +274,19 @@ def _launcher() -> psutil.Process | None:
     except psutil.Error:
         return None
     return parent if any(os.path.basename(word).startswith("accelerate") for word in words) else None
+
+
+def command_of(given: Sequence[str]) -> str:
+    """The command that started this process with these arguments: the launcher's, with its options, where one did."""
+    launcher = _launcher()
+    if launcher is None:
+        return shlex.join(["python", "train.py", *given])
+    words = launcher.cmdline()
+    name = next(word for word in words if os.path.basename(word).startswith("accelerate"))
+    rest = [word for word in words[words.index(name) + 1 :] if word != "launch"]
+    chosen = launcher.environ()
+    settings = [f"{key}={chosen[key]}" for key in ("ACCELERATE_USE_CPU", "OMP_NUM_THREADS") if key in chosen]
+    return shlex.join([*settings, "accelerate", "launch", *rest])
 
 
 def _asked_of_launcher() -> int:

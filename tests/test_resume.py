@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,12 @@ def test_python_train_py_resumes(place: Place) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "resuming" in ended.stdout
     place.same("fp32", name)
+    assert recorded(place.runs.folder / name) == ["python", "train.py", *command[2:]]
+
+
+def recorded(folder: Path) -> list[str]:
+    """The words of the command that a run's results name."""
+    return shlex.split(json.loads((folder / "results.json").read_text())["command"])
 
 
 def ranks(launcher: int) -> list[psutil.Process]:
@@ -269,6 +276,7 @@ def test_a_rank_that_dies_ends_the_job_and_the_same_launch_resumes_it(place: Pla
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("resuming") == 1  # rank 0 alone speaks
     place.same("two", name)
+    assert recorded(folder) == ["ACCELERATE_USE_CPU=true", "OMP_NUM_THREADS=1", "accelerate", "launch", *command[3:]]
 
 
 @pytest.mark.parametrize("setting", ["fp32", "two"])
