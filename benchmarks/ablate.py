@@ -13,6 +13,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ VARIANTS: dict[str, Keys] = {
     "batch 64": {"synthesis.batch_size": "64", "distill.batch_size": "64", "distill.lr": "0.07"},
     "batch 256": {"synthesis.batch_size": "256", "distill.batch_size": "256", "distill.lr": "0.14"},
 }
-# Last words of keys that change nothing of what an update does, as long as they are above 0.
-FREE = ("lr", "temperature", "warmup", "fade", "redraw", "replay", "bn", "ce", "diversity", "adversary")
+# Last words of keys that change nothing of what an update does; GRADED: where they were above 0 and stay so.
+FREE = ("lr", "temperature", "redraw")
+GRADED = ("warmup", "fade", "replay", "bn", "ce", "diversity", "adversary")
 
 
 def make_variant(name: str, given: Keys) -> Method:
@@ -87,9 +89,10 @@ def make_variant(name: str, given: Keys) -> Method:
         raise UserError(f"unknown variant {name!r}; choose from {', '.join(VARIANTS)}")
     keys = {**given, **VARIANTS[name]}
     folder = "".join(letter if letter.isalnum() else "-" for letter in name)
-    free = all(key.rpartition(".")[2] in FREE and float(value) for key, value in VARIANTS[name].items())
-    priced = DEFAULTS if free else ""
-    return Method(name, folder, keys, load_recipe(written(keys)).recipe, priced)
+    base, recipe = (load_recipe(written(each)).recipe for each in (given, keys))
+    costs = [key for key in VARIANTS[name] if key.rpartition(".")[2] not in FREE]
+    free = all(key.rpartition(".")[2] in GRADED and attrgetter(key)(base) and attrgetter(key)(recipe) for key in costs)
+    return Method(name, folder, keys, recipe, DEFAULTS if free else "")
 
 
 def gains(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -161,6 +161,7 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
         "seed": recipe.seed,
         "name": name,
         "channels_last": recipe.runtime.channels_last,
+        "precision": resolve_precision(recipe.runtime.precision, PartialState().device),
     }
     digest = hashlib.sha256(json.dumps(trained_from, sort_keys=True).encode()).hexdigest()[:12]
     return Path(recipe.training.cache) / f"{name}-{digest}"

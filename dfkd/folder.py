@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from dfkd.inputs import COMPRESSIONS
 from dfkd.recipe import Loaded
 from dfkd.runtime import say
 from dfkd.schema import SELECTED, Recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None  # type: ignore[assignment]
 
 # Keys that change how a run goes, not what comes out: they may differ when it is resumed.
 FREE_KEYS = ("overwrite", "output", "trust_code", "description", "zoo.memory_gb")
@@ -80,18 +87,45 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
             raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")
 
 
-def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> None:
-    """Make the run's folder, without what a run made there where the recipe says overwrite, or take it up
-    (collective)."""
+@contextmanager
+def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Make the run's folder, without what a run made there where the recipe says overwrite, or take it up; hold it for
+    this command as long as the scope lasts (collective). Raises UserError where another command holds it."""
     accelerator.wait_for_everyone()  # all have looked into it
-    if accelerator.is_main_process:
-        if (folder / CONFIG).exists() and loaded.recipe.overwrite:
-            for name in MADE:
-                shutil.rmtree(folder / name, ignore_errors=True)
-                (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG, loaded.yaml())
-    accelerator.wait_for_everyone()
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_held(folder))
+            if (folder / CONFIG).exists() and loaded.recipe.overwrite:
+                for name in MADE:
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                    (folder / name).unlink(missing_ok=True)
+            write_atomically(folder / CONFIG, loaded.yaml())
+        accelerator.wait_for_everyone()
+        yield
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a folder against other commands, each of which would remove what the others write; the end of the process
+    gives it free too. Nothing is held on Windows, and where the file system knows no locks."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(
+            f"another command is at work in {folder}; wait for it, stop it, or choose another output=..."
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

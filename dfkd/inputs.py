@@ -137,7 +137,10 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
     about = read_description(folder)
     if "quantized" in about.get("structure", {}):
         raise UserError(f"input={name} is quantised already; {QUANTISED}")
-    return load_compressed(folder, parts.recipe.trust_code).to(parts.shard.device), about
+    model = load_compressed(folder, parts.recipe.trust_code).to(parts.shard.device)
+    if parts.recipe.runtime.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model, about
 
 
 def task_source(parts: Parts, source: str, model: Classifier) -> Source:

@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -21,11 +22,11 @@ from dfkd.report import write_report
 from dfkd.runtime import Shard, autocast_of
 from dfkd.tasks import export, held_out, task_results
 from dfkd.teachers import Teacher, zoo_logits
-from dfkd.training import look
+from dfkd.training import Plan, look
 from dfkd.verdict import generator_notes, last_quarter, verdict
 
 
-def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
+def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], command: str) -> None:
     """Measure, and on the main process write results.json and report.html. Every process measures the same: the zoo's
     mean logits are a collective."""
     begun = time.perf_counter()
@@ -55,7 +56,10 @@ def finish(parts: Parts, spent: dict[str, float], command: str) -> None:
     }
     along = entries(folder / "metrics.jsonl")
     if results["student"]:
-        results["student"]["last_quarter"] = last_quarter([e for e in along if e.get("phase") == "evaluation"])
+        at = [plan.name for plan in phases].index("distill")
+        begins = sum(plan.total for plan in phases[:at]) + phases[at].first_student
+        measured = [e for e in along if e.get("phase") == "evaluation"]
+        results["student"]["last_quarter"] = last_quarter(measured, begins)
     bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
     results["verdict"] = verdict(results, generator_notes(parts.generator, figures, bn), warnings)

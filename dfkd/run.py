@@ -1,6 +1,7 @@
 """A run: build and check everything, train what the tasks ask for, measure, write the results."""
 
 import dataclasses
+import errno
 import json
 import time
 from contextlib import closing
@@ -109,18 +110,20 @@ def run(loaded: Loaded, command: str) -> None:
         phases = plans(recipe)
         parts = build(recipe, accelerator, shard)  # whatever is wrong shows before anything is written or trained
         try:
-            open_folder(loaded, folder, accelerator)
-            begun = time.perf_counter()
-            parts.zoo = []  # the one that was checked must not be in memory beside the one that is used
-            parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
-            if recipe.student.weights == SELECTED and recipe.student.model:
-                new_student(parts)  # the one that was checked may have an untrained teacher's
-            spent = {"teachers": time.perf_counter() - begun}
-            carry_out(parts, phases, spent, deadline)
-            spent["before"] = begun - started
-            finish(parts, spent, command)
+            with open_folder(loaded, folder, accelerator):
+                begun = time.perf_counter()
+                parts.zoo = []  # the one that was checked must not be in memory beside the one that is used
+                parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
+                if recipe.student.weights == SELECTED and recipe.student.model:
+                    new_student(parts)  # the one that was checked may have an untrained teacher's
+                spent = {"teachers": time.perf_counter() - begun}
+                carry_out(parts, phases, spent, deadline)
+                spent["before"] = begun - started
+                finish(parts, phases, spent, command)
         except OSError as error:
-            raise UserError(f"could not write in {folder}: {error}; free some space and run {same} again") from None
+            # Of a full disk torch gives no number.
+            remedy = "free some space and " if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""
+            raise UserError(f"could not write in {folder}: {error}; {remedy}run {same} again") from None
         except Paused as paused:
             say(f"stopped for runtime.minutes={recipe.runtime.minutes:g}: {paused}; {same} goes on")
             shut_down(accelerator)
@@ -142,6 +145,7 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     for warning in found.warnings if found else []:
         say(warning)
     state = found.state if found else {}
+    spent |= state.get("spent", {})
     if found:
         say(f"resuming {folder} after step {found.step}")
     metrics = Metrics(folder, main=shard.rank == 0, resumed_after=found.step if found else 0)

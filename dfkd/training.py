@@ -196,7 +196,6 @@ class Loop:
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Take up a state_dict; returns the loop step to go on from."""
         done = int(state["done"])
-        self.spent |= state["spent"]
         self.best = float(state["best"])
         if self.synthesizer is not None:
             self.generator.load_state_dict(state["generator"])

@@ -1,5 +1,6 @@
 """What looks wrong in a run and what to do about it: asked while it trains, and once more at its end."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -67,13 +68,15 @@ def student_notes(agreement: float, best: float) -> dict[str, str]:
     return {"student": text}
 
 
-def last_quarter(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Mean, sample deviation and lowest of a student's figures over the last quarter of its training, in percent; None
-    where it was not measured on the way. evaluations are evenly spaced, {accuracy or agreement, images} each."""
+def last_quarter(evaluations: Sequence[Mapping[str, Any]], first: int = 0) -> dict[str, Any] | None:
+    """Mean, sample deviation and lowest of a student's figures over the last quarter of its training, which begins
+    after loop step `first`, in percent; None where it was not measured on the way. evaluations, the last one at the
+    end, are {step, accuracy or agreement, images} each."""
     if not evaluations:
         return None
+    late = first + math.ceil(0.75 * (evaluations[-1]["step"] - first))
     of = "accuracy" if "accuracy" in evaluations[-1] else "agreement"
-    values = [entry[of] for entry in evaluations[-max(1, len(evaluations) // 4) :]]
+    values = [entry[of] for entry in evaluations[:-1] if entry["step"] > late] + [evaluations[-1][of]]
     return {
         "of": of,
         "mean": statistics.fmean(values),

@@ -70,5 +70,6 @@ def test_a_folder_says_how_the_teacher_in_it_was_trained_unless_the_recipe_does(
 
 
 def test_teachers_trained_otherwise_are_not_found_for_each_other() -> None:
-    recipes = [load(), load("teachers.plain.pad=2"), load("teachers.plain.flip=true")]
-    assert len({teacher_folder(recipe, "plain", recipe.zoo_specs["plain"]) for recipe in recipes}) == 3
+    keys = ("teachers.plain.pad=2", "teachers.plain.flip=true", "runtime.precision=fp32", "runtime.precision=bf16")
+    recipes = [load(key) for key in keys]
+    assert len({teacher_folder(recipe, "plain", recipe.zoo_specs["plain"]) for recipe in recipes}) == 4

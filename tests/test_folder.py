@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from runs_fixture import Runs
+from runs_fixture import Runs, start, wait_for
 
 from dfkd.errors import UserError
 from dfkd.folder import may_run
@@ -28,6 +28,17 @@ def test_starting_over_leaves_what_no_run_made(runs: Runs) -> None:
     assert (folder / "student" / "model.safetensors").read_bytes() != before
     assert (folder / "notes.txt").read_text() == (folder / "mine" / "weights.pt").read_text() == "mine"
     assert not (folder / "quality").exists()  # of the generator before
+
+
+def test_a_folder_at_which_another_command_works_is_left_to_it(runs: Runs) -> None:
+    folder, long = runs.folder / "run", ("distill.steps=1000000", "tasks=[distill]")
+    job = start(runs.arguments("run", *long), runs.folder / "log")
+    assert wait_for(lambda: any((folder / "checkpoints").glob("*")), job.alive)
+    for given in ((), ("overwrite=true",)):
+        assert "another command is at work in" in runs.run("run", *long, *given).refused()
+    assert job.kill()
+    assert any((folder / "checkpoints").glob("*"))
+    assert runs.run("run", *SHORT, "overwrite=true").code == 0
 
 
 @pytest.mark.parametrize("given", [(), ("overwrite=true",)])

@@ -257,7 +257,7 @@ def test_a_generator_draws_alike_in_the_run_that_trained_it_and_from_its_file(ru
 
 def test_tasks_in_pieces_end_with_the_same_bits_in_mixed_precision(runs: Runs) -> None:
     given = (
-        "tasks=[distill,qat,prune]",
+        "tasks=[distill,qat,prune,ptq]",
         "runtime.precision=bf16",
         "runtime.log_every=1000",
         "export.input=none",
@@ -273,11 +273,13 @@ def test_tasks_in_pieces_end_with_the_same_bits_in_mixed_precision(runs: Runs) -
             break
     assert "task qat is next" in said
     assert "task prune is next" in said
-    for name in ("generator", "student", "qat", "prune"):
+    assert "task ptq is next" in said
+    for name in ("generator", "student", "qat", "prune", "ptq"):
         whole, pieces = ((runs.folder / run / name / "model.safetensors").read_bytes() for run in ("whole", "pieces"))
         assert whole == pieces, name
     figures = [results(runs.folder / run) for run in ("whole", "pieces")]
     assert figures[0]["student"] == figures[1]["student"]
+    assert figures[0]["seconds"].keys() == figures[1]["seconds"].keys()  # of all calls, whatever came last
 
 
 @pytest.mark.parametrize("trained", TRAINED)

@@ -55,7 +55,8 @@ def test_a_student_that_stops_agreeing() -> None:
 
 def test_the_last_quarter_of_evaluations() -> None:
     values = np.random.default_rng(0).uniform(50, 90, 20)
-    found = last_quarter([{"accuracy": value, "images": 100} for value in values])
+    measured = [{"step": 37 + 50 * k, "accuracy": value, "images": 100} for k, value in enumerate(values, 1)]
+    found = last_quarter(measured, 37)
     assert found is not None
     assert (found["of"], found["evaluations"], found["images"]) == ("accuracy", 5, 100)
     expected = [values[15:].mean(), values[15:].std(ddof=1), values[15:].min()]
@@ -64,8 +65,19 @@ def test_the_last_quarter_of_evaluations() -> None:
 
 def test_the_last_quarter_of_few_or_no_evaluations() -> None:
     assert last_quarter([]) is None
-    found = last_quarter([{"agreement": 80.0, "images": 9}, {"agreement": 70.0, "images": 9}])
+    found = last_quarter([{"step": step, "agreement": value, "images": 9} for step, value in ((4, 80.0), (8, 70.0))])
     assert found == {"of": "agreement", "mean": 70, "deviation": None, "lowest": 70, "evaluations": 1, "images": 9}
+
+
+def test_the_last_quarter_is_one_of_the_training_however_often_it_was_measured() -> None:
+    """A run that was taken up with fewer evaluations: every 10 of 300 steps, then two more."""
+    steps = [*range(10, 170, 10), 200, 300]
+    found = last_quarter([{"step": step, "accuracy": step / 10, "images": 9} for step in steps])
+    assert found is not None
+    assert (found["mean"], found["evaluations"]) == (30, 1)
+    found = last_quarter([{"step": 1, "accuracy": 5.0, "images": 9}])
+    assert found is not None
+    assert found["mean"] == 5
 
 
 def results(**student: object) -> dict:
