@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
-from dfkd.classifier import Classifier
+from dfkd.classifier import Classifier, check_trainable
 from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
 from dfkd.data import RealImages, image_folder, load_images, opened
@@ -285,9 +285,10 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     if selects:
         about["selected"] = {"teacher": like.name, "share": select_weights(model, like.model)}
     size = recipe.image.size
+    images = torch.rand(2, recipe.image.channels, size, size, generator=rng(device, "check"), device=device)
     try:
         with torch.no_grad():
-            logits = student.eval()(torch.rand(2, recipe.image.channels, size, size, device=device))
+            logits = student.eval()(images)
     except Exception as error:  # whatever a stranger's network may raise
         raise UserError(
             f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "
@@ -297,6 +298,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
         raise UserError(
             f"the student gives {tuple(logits.shape[1:])} outputs where classes={recipe.classes}; make them agree"
         )
+    check_trainable(student, images, f"the student {spec.model}")
     return student, about
 
 

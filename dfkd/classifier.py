@@ -1,5 +1,6 @@
 """A network together with the normalisation and input size it was trained for."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -65,7 +66,7 @@ class Classifier(nn.Module):
 
     def resized(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in the size that the network takes."""
-        if self.input_size is None or images.shape[-1] == self.input_size:
+        if self.input_size is None or images.shape[-2:] == (self.input_size, self.input_size):
             return images
         size = (self.input_size, self.input_size)
         return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -76,3 +77,20 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return full_precision(self.model(self.network_input(images)))
+
+
+@torch.no_grad()
+def check_trainable(classifier: Classifier, images: Tensor, role: str) -> None:
+    """Raise UserError where a network that is to be trained gives more than its logits in training mode, or has a state
+    that no file of weights holds; `role` says in the message what it is."""
+    model = copy.deepcopy(classifier.model).train()
+    given = classifier.network_input(images).to(next(model.parameters(), images).device)  # one on the host, if paged
+    with torch.random.fork_rng(devices=[]):
+        answer = model(given)
+    if not isinstance(answer, Tensor):
+        raise UserError(
+            f"{role} gives a {type(answer).__name__} in training mode, where logits belong; leave its auxiliary heads "
+            "out (kwargs, e.g. {aux_logits: false}), or choose another"
+        )
+    if wrong := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{role} keeps {wrong[0]} in its state, which is no tensor (get_extra_state); choose another")

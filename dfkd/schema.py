@@ -241,7 +241,9 @@ class Qat(FewBits):
     warm_start: int = key(150, "updates per block of reconstruction (as ptq does) to start from; 0: from nearest", 0)
     steps: int = key(1000, "updates, images moved and mixed by distill.shift, .flip and .mix", 1)
     batch_size: int = key(128, "images per process and update", 2)
-    lr: float = key(0.01, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
+    lr: float | None = key(
+        None, "peak learning rate of SGD (momentum 0.9, cosine); null: 0.01, with more than 4 bits 0.001 (LSQ)", 0
+    )
     weight_decay: float = key(1e-4, "weight decay", 0)
     temperature: float = key(3.0, "temperature of KL to the float model", 0.1)
     hints: float = key(1.0, "weight of the intermediate-feature loss (The Knowledge Within)", 0)

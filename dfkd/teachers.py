@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dfkd.classifier import Classifier, head
+from dfkd.classifier import Classifier, check_trainable, head
 from dfkd.collectives import all_reduce_mean, global_moments
 from dfkd.draws import STILL, Moves
 from dfkd.errors import UserError
@@ -41,6 +41,14 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
     }
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The weights and running statistics that hold NaN or infinity; other buffers may (a mask of minus infinity)."""
+    learned: dict[str, Tensor] = dict(model.named_parameters())
+    for path, norm in batch_norms(model).items():
+        learned |= {f"{path}.{name}": buffer for name, buffer in norm.named_buffers(recurse=False)}
+    return [name for name, tensor in learned.items() if not torch.isfinite(tensor).all()]
 
 
 def map_layers(model: nn.Module) -> list[nn.Module]:
@@ -91,7 +99,10 @@ class Teacher(Classifier):
 
         def collect(norm: Any, moments: Moments) -> None:
             seen.batch.append(moments)
-            seen.stored.append((full_precision(norm.running_mean), full_precision(norm.running_var)))
+            # One number a channel, in whatever shape a layer of the user's own keeps it.
+            seen.stored.append(
+                (full_precision(norm.running_mean).flatten(), full_precision(norm.running_var).flatten())
+            )
 
         with frozen_norms(batch_norms(self.model).values(), collect):
             yield seen
@@ -162,11 +173,10 @@ def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) ->
 def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:
     """Raise UserError where a teacher's classes, output, weights or batch norms do not suit the run."""
     name, device = teacher.name, teacher.mean.device
-    for key, tensor in teacher.model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(
-                f"teacher {name}: {key} holds NaN or infinity; give a sound checkpoint (teachers.{name}.weights)"
-            )
+    if broken := not_finite(teacher.model):
+        raise UserError(
+            f"teacher {name}: {broken[0]} holds NaN or infinity; give a sound checkpoint (teachers.{name}.weights)"
+        )
     images = torch.rand(8, channels, size, size, generator=rng(device, "check"), device=device)
     answers: list[object] = []
     handle = teacher.model.register_forward_hook(lambda network, given, answer: answers.append(answer))
@@ -242,6 +252,9 @@ def load_zoo(
             pager.add(teacher.model, name)
             teacher.pager = pager
         check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=needs_bn)
+        if not spec.get("weights"):  # it is to be trained
+            images = torch.rand(2, channels, size, size, generator=rng(device, "check"), device=device)
+            check_trainable(teacher, images, f"teacher {name}")
         zoo.append(teacher)
     return zoo
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfkd.checkpoints import Checkpoints
 from dfkd.collectives import agreed, batch_norm_buffers, mean_over_processes
@@ -19,7 +19,7 @@ from dfkd.evaluate import diversity
 from dfkd.metrics import Metrics, learning_rates
 from dfkd.runtime import Deadline, Shard, autocast_of, eval_mode
 from dfkd.synthesis import Synthesizer
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, not_finite
 from dfkd.verdict import generator_notes, student_notes
 from generators import ImageGenerator
 
@@ -140,18 +140,17 @@ class Loop:
 
     def _refuse_broken(self, done: int) -> None:
         """Raise UserError where a weight or statistic is NaN or infinite: no checkpoint may hold it."""
-        learners = {
-            "generator": self.synthesizer and self.synthesizer.generator,
-            "student": self.fit and self.fit.student,
-            "projector": self.fit and self.fit.projector,
+        learners: dict[str, nn.Module | None] = {
+            "generator": self.synthesizer.generator if self.synthesizer is not None else None,
+            "student": self.fit.student if self.fit is not None else None,
+            "projector": self.fit.projector if self.fit is not None else None,
         }
         for name, module in learners.items():
-            for key, value in module.state_dict().items() if module is not None else ():
-                if not torch.isfinite(value).all():
-                    raise UserError(
-                        f"step {self.offset + done}: {key} of the {name} holds NaN or infinity; checkpoints before "
-                        f"it are kept: lower a learning rate ({learning_rates(self.plan.name)}) or a loss weight"
-                    )
+            if module is not None and (broken := not_finite(module)):
+                raise UserError(
+                    f"step {self.offset + done}: {broken[0]} of the {name} holds NaN or infinity; checkpoints before "
+                    f"it are kept: lower a learning rate ({learning_rates(self.plan.name)}) or a loss weight"
+                )
 
     def _log(self, done: int, terms: dict[str, Tensor]) -> None:
         figures: dict[str, float] = {}

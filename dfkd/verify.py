@@ -21,9 +21,13 @@ from dfkd.runtime import eval_mode
 # ONNX Runtime's names after its optimisation: on integers, and in float.
 KERNELS = {
     "convolutions": ({"QLinearConv", "ConvInteger"}, {"Conv", "FusedConv"}),
-    "linear": ({"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}, {"Gemm", "MatMul", "FusedGemm"}),
+    "linear": (
+        {"QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"},
+        {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"},
+    ),
     "additions": ({"QLinearAdd"}, {"Add"}),
 }
+PRODUCTS = ("MatMul", "FusedMatMul")  # of two activations, as attention makes: no layers
 
 
 def _session(path: str | Path, threads: int, optimised: str = "") -> Any:
@@ -45,7 +49,13 @@ def _kernels(path: str | Path, threads: int) -> dict[str, int]:
     """How many operators of each kind run on integers and in float, after ONNX Runtime's optimisation."""
     with TemporaryDirectory() as folder:
         _session(path, threads, f"{folder}/optimised.onnx")
-        counts = Counter(node.op_type for node in package("onnx").load(f"{folder}/optimised.onnx").graph.node)
+        graph = package("onnx").load(f"{folder}/optimised.onnx").graph
+    fixed = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # in the order of their use
+        if fixed.issuperset(node.input):
+            fixed.update(node.output)
+    layers = [node for node in graph.node if node.op_type not in PRODUCTS or fixed.intersection(node.input)]
+    counts = Counter(node.op_type for node in layers)
     found = {}
     for what, (integer, floating) in KERNELS.items():
         found[f"integer_{what}"] = sum(counts[name] for name in integer)

@@ -38,6 +38,17 @@ def sized(classes, channels):
 
 def small(classes, channels):
     return nn.Sequential(nn.Conv2d(channels, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 7))
+
+def lazy(classes, channels):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(classes))
+
+class Auxiliary(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.net = sized(classes, channels)
+
+    def forward(self, x):
+        return (self.net(x), self.net(x)) if self.training else self.net(x)
 """
 
 
@@ -106,6 +117,15 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
     "no batch norm": (
         [f"{PLAIN}={THEIRS}:without_bn", "trust_code=true"],
         ["teacher plain has no batch norm while synthesis.losses.bn has weight", "set synthesis.losses.bn=0"],
+    ),
+    "lazy layers": ([f"{PLAIN}={THEIRS}:lazy", "trust_code=true"], ["has lazy layers", "give them their sizes"]),
+    "auxiliary heads of a teacher": (
+        [f"{PLAIN}={THEIRS}:Auxiliary", "trust_code=true"],
+        ["teacher plain gives a tuple in training mode", "aux_logits"],
+    ),
+    "auxiliary heads of the student": (
+        [f"student.model={THEIRS}:Auxiliary", "student.kwargs={}", "trust_code=true"],
+        ["the student python:theirs.py:Auxiliary gives a tuple in training mode"],
     ),
     "softmax": ([f"{PLAIN}={THEIRS}:softmaxed", "trust_code=true"], ["teacher plain ends in a softmax"]),
     "image size of a network": (

@@ -129,6 +129,32 @@ def test_eight_bits_run_on_integers(tmp_path: Path, make_teacher: MakeTeacher) -
     assert wrong["relative_error"] > 0.1
 
 
+class Attention(nn.Module):
+    """Two products of activations, and four layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.qkv = nn.Conv2d(1, 8, 4, 4), nn.Linear(8, 24)
+        self.out, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.conv(x).flatten(2).transpose(1, 2)).chunk(3, -1)
+        return self.head(self.out((q @ k.transpose(1, 2)).softmax(-1) @ v).mean(1))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_product_of_activations_is_no_layer(tmp_path: Path, bits: int) -> None:
+    torch.manual_seed(0)
+    network = Attention().eval()
+    for model in (network, prepare(network, (bits, bits), [images()], folded=True, per_channel=True)):
+        result = verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)
+        nodes = result["nodes"]
+        assert nodes["integer_convolutions"] + nodes["float_convolutions"] == 1
+        assert nodes["integer_linear"] + nodes["float_linear"] == 3
+        assert result["agreement"] == 100
+        assert "of 4 convolutions" in result["note"]
+
+
 def test_few_bits_run_on_integers_and_agree(tmp_path: Path) -> None:
     model = quantised(of_every_width(), (4, 4))
     result = verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)

@@ -256,8 +256,12 @@ def test_an_unknown_loss_is_refused_by_name(make_stream: Callable[..., Synthetic
 
 
 def test_a_student_asks_for_no_batch_past_the_end(make_stream: Callable[..., SyntheticStream]) -> None:
-    with pytest.raises(UserError, match="batch 2 is past the end of a stream of 2"):
-        fit(network(), make_stream(num_batches=2), steps=3)
+    student = network()
+    before = copy.deepcopy(student.state_dict())
+    with pytest.raises(UserError, match="3 updates need as many batches, the stream has num_batches=2"):
+        fit(student, make_stream(num_batches=2), steps=3)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    fit(student, make_stream(num_batches=3), steps=3)
 
 
 def test_any_iterable_of_images_is_gone_through_again_and_again() -> None:

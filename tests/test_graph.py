@@ -30,6 +30,7 @@ from dfkd.compress.graph import (
     watch,
     with_network,
 )
+from dfkd.compress.prune import prune
 from dfkd.compress.quantize import layer_names
 from dfkd.errors import UserError
 
@@ -95,6 +96,50 @@ def test_a_graph_folded_and_cut_computes_what_the_network_does(spec: str) -> Non
     same(graph(x), wanted)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert len(before) == len(network.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "found"),
+    [
+        (lambda y: y.flatten(1), 36, True),
+        (lambda y: y.reshape(y.shape[0], -1), 36, True),
+        (lambda y: y.mean((2, 3)), 4, True),
+        (lambda y: y.flatten(2), 9, False),  # four tokens, as many as the layer gives: which the norm means is not seen
+        (lambda y: y.flatten(2).transpose(1, 2), 4, False),
+        (lambda y: y.reshape(y.shape[0], 4, 9), 9, False),
+    ],
+)
+@torch.no_grad()
+def test_a_norm_of_tokens_is_not_taken_into_a_linear_layer(rows: Any, tokens: int, found: bool) -> None:
+    many = 9 if tokens == 4 and not found else 4
+    network = Small(
+        lambda m, x: m.c(m.b(m.a(rows(m.conv(x)))).flatten(1)),
+        conv=nn.Conv2d(3, 4, 1),
+        a=nn.Linear(tokens, many),
+        b=nn.BatchNorm1d(many),
+        c=nn.Linear(many if found else many * (4 if tokens == 9 else 9), 2),
+    )
+    network = vary(network.double(), low=0.5).eval()
+    x = images(5, 3, 3, 3, dtype=torch.float64)
+    graph = trace(network)
+    assert norms(graph) == ({"a": "b"} if found else {})
+    same(fold(graph)(x), network(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("computed", ["weight_norm", "spectral_norm", "parametrizations", "mask"])
+def test_weights_that_are_computed_are_refused(computed: str) -> None:
+    make = {
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "parametrizations": nn.utils.parametrizations.weight_norm,
+        "mask": lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+    }[computed]
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), make(nn.Conv2d(4, 4, 3)), nn.Flatten(), nn.Linear(64, 2))
+    network(images(2, 3, 8, 8))
+    for act in (trace, lambda given: prune(given, [images(4, 3, 8, 8)], kind="weights", images=4)):
+        with pytest.raises(UserError, match="the weight of 2 is computed of other parameters"):
+            act(network)
 
 
 def test_functional_networks_are_traced_with_arguments_at_their_defaults() -> None:
@@ -217,6 +262,7 @@ def conv(taken: int, made: int, **options: int) -> nn.Conv2d:
         (lambda y: y.transpose(1, 3).flatten(1), conv(1, 4), nn.Linear(16, 2), []),
         (lambda y: y.view(-1, 4, 1, 1), conv(1, 4), conv(4, 2), []),  # pixels become images
         (lambda y: nn.functional.pixel_shuffle(y, 2), conv(1, 4), conv(1, 2), []),
+        (lambda y: y.flatten(2), conv(1, 4), nn.Linear(4, 2), []),  # the layer takes pixels, not channels
     ],
 )
 def test_a_chain_hands_every_channel_on_in_its_place(

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dfkd.models import build_model, load_model, load_weights, read_checkpoint, save_model
+from dfkd.teachers import not_finite
 
 TIED = """
 from torch import nn
@@ -167,6 +168,17 @@ def test_nan_and_inf_name_the_tensor(tmp_path, value):
     before = model.weight.clone()
     assert "nan or inf in bias" in error_line(load_weights, model, write(tmp_path / "net.pt", state))
     assert torch.equal(model.weight, before)
+
+
+def test_a_mask_of_infinities_is_no_broken_weight(tmp_path):
+    model = nn.Linear(3, 2)
+    model.register_buffer("mask", torch.zeros(2, 2))
+    state = linear_state() | {"mask": torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])}
+    load_weights(model, write(tmp_path / "net.pt", state))
+    assert model.mask[0, 1] == -torch.inf
+    assert not not_finite(model)
+    model.weight.data[0, 0] = torch.nan
+    assert not_finite(model) == ["weight"]
 
 
 def test_only_num_batches_tracked_may_be_absent(tmp_path):

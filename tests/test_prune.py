@@ -205,6 +205,16 @@ def test_channels_that_the_forward_counts_are_left(order: str) -> None:
     assert changed["second"] == [4, 8]
 
 
+def test_channels_that_a_pixel_shuffle_makes_pixels_of_are_left() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.PixelUnshuffle(2), nn.Conv2d(64, 24, 1), nn.BatchNorm2d(24)]
+    layers += [nn.PixelShuffle(2), nn.Conv2d(6, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 1), nn.ReLU()]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    changed = prune(network, [IMAGES], 0.5, repair="none", images=16).structure["channels"]
+    assert "3" not in changed
+    assert changed["6"] == [6, 6]
+
+
 @pytest.mark.parametrize("repair", ["least_squares", "batch_norm"])
 def test_timms_joint_batch_norms_are_repaired_under_their_own_names(repair: str) -> None:
     torch.manual_seed(0)

@@ -288,3 +288,12 @@ def test_a_frozen_teacher_is_trained_too_and_what_was_pruned_stays_so() -> None:
     assert {key for key in moved if key.endswith("weight")} == {key for key in before if key.endswith("weight")}
     assert ((student.get_submodule(name).weight == 0) >= (first.weight == 0)).all()
     assert not any(parameter.requires_grad for parameter in given.parameters())
+
+
+def test_with_many_bits_the_rate_is_a_tenth() -> None:
+    """LSQ, section 3: 0.01 for 2 to 4 bits, 0.001 for 8."""
+    for bits, overrides, rate in ((8, {}, 0.001), (8, {"*conv2": (8, 4)}, 0.01), ((2, 8), {}, 0.01), (4, {}, 0.01)):
+        training = Training(model(), STREAM, bits, overrides=overrides, steps=3, images=32, warm_start=0)
+        assert training.fit.rates == [rate, rate]
+    training = Training(model(), STREAM, 8, steps=3, images=32, warm_start=0, lr=0.5)
+    assert training.fit.rates == [0.5, 0.5]

@@ -169,6 +169,7 @@ def test_bits_go_to_layers_by_place_and_pattern() -> None:
     [
         ({"overrides": {"layer9.*": [4, 4]}}, r"the override 'layer9.\*' matches no layer; the layers are features.0"),
         ({"ignore": ["fc"]}, "the ignore pattern 'fc' matches no layer"),
+        ({"ignore": ["*"]}, r"ignore=\['\*'\] leaves no layer to quantise; the layers are features.0, "),
         ({"overrides": {"linear": [8, 9]}}, r"linear: bits \[8, 9\] are not allowed.* 2 to 8"),
         ({"overrides": {"linear": [1, 8]}}, r"linear: bits \[1, 8\]"),
         ({"overrides": {"linear": [4.0, 8]}}, r"linear: bits \[4.0, 8\]"),
@@ -178,6 +179,18 @@ def test_bits_go_to_layers_by_place_and_pattern() -> None:
 def test_bits_that_cannot_be_are_refused_by_layer(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         bits_of(named("dfkd:tiny_plain", width=4), (4, 4), **options)
+
+
+class CosineHead(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.normalize(x), nn.functional.normalize(self.weight))
+
+
+def test_a_layer_that_computes_its_weight_is_named_and_can_stay_float() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), CosineHead(144, 3, bias=False))
+    with pytest.raises(UserError, match="3 calls linear itself, is no"):
+        bits_of(network, (4, 4))
+    assert bits_of(network, (4, 4), ignore=["3"]) == {"0": (8, 8)}
 
 
 def test_a_network_without_layers_is_refused() -> None:

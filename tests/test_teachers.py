@@ -1,11 +1,13 @@
 """Teachers: frozen, with their own normalisation; what their batch norms see; the zoo and who is sampled from it."""
 
+import copy
 import itertools
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from dfkd.classifier import Classifier
+from dfkd import losses as L
+from dfkd.classifier import Classifier, check_trainable
 from dfkd.draws import Moves
 from dfkd.errors import UserError
 from dfkd.models import build_model
@@ -232,6 +235,33 @@ def test_batch_norms_are_found_by_their_statistics() -> None:
     assert list(batch_norms(model)) == ["0", "1"]
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """The same batch norm as a stranger may write it: its statistics in the shape of maps."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.running_mean = torch.linspace(-1, 1, channels).view(1, -1, 1, 1)
+        self.running_var = torch.linspace(0.5, 2, channels).view(1, -1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.running_mean) / (self.running_var + self.eps).sqrt()
+        return x * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("distance", L.BN_DISTANCES)
+def test_statistics_of_any_shape_are_a_number_a_channel(distance: str) -> None:
+    own, plain = OwnNorm(4), nn.BatchNorm2d(4)
+    plain.running_mean, plain.running_var = own.running_mean.flatten(), own.running_var.flatten()
+    conv, x = nn.Conv2d(1, 4, 3), images()
+    losses = []
+    for norm in (own, plain):
+        teacher = Teacher(nn.Sequential(conv, norm, nn.Flatten(), nn.Linear(144, 3)))
+        with teacher.tap() as statistics:
+            teacher(x)
+        losses.append(L.BN_DISTANCES[distance](statistics.gather(), statistics.stored))
+    torch.testing.assert_close(*losses)
+
+
 # --- what is refused ---
 
 
@@ -273,6 +303,40 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"teacher t has no batch norm while synthesis\.losses\.bn has weight; set synthesis\.losses\.bn=0 and use",
     ),
 }
+
+
+class Auxiliary(nn.Module):
+    """A network with a second head in training, as GoogLeNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.linear(x.flatten(1))
+        return (logits, logits) if self.training else logits
+
+
+class Remembers(nn.Sequential):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_what_cannot_be_trained_or_written_is_refused_in_one_line() -> None:
+    x = images()
+    plain = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(), nn.Linear(64, 3))
+    before, state = copy.deepcopy(plain.state_dict()), torch.get_rng_state()
+    check_trainable(Classifier(plain), x, "the student")
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(UserError, match="the student gives a tuple in training mode, where logits belong"):
+        check_trainable(Classifier(Auxiliary()), x, "the student")
+    with pytest.raises(UserError, match="teacher t keeps _extra_state in its state, which is no tensor"):
+        check_trainable(Classifier(Remembers(*plain)), x, "teacher t")
+    check_teacher(Teacher(Remembers(*plain)), classes=3, channels=1, size=8, needs_bn=False)  # it only answers
 
 
 @pytest.mark.parametrize("case", REFUSED)

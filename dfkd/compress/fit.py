@@ -188,6 +188,11 @@ class Fit:
         accelerator: Accelerator | None = None,
         graphs: Calls = DIRECT,
     ) -> None:
+        if isinstance(stream, SyntheticStream) and stream.num_batches is not None and stream.num_batches < steps:
+            raise UserError(
+                f"{steps} updates need as many batches, the stream has num_batches={stream.num_batches}; give it more, "
+                "or leave num_batches out"
+            )
         # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip

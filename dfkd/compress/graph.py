@@ -27,6 +27,7 @@ CARRIERS: set[object] = {
     *(torch.flatten, F.max_pool2d, F.dropout, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
     *("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
 }
+FLATTENS: set[object] = {nn.Flatten, torch.flatten, "flatten"}
 # Of these, what may put channels at other places.
 RESHAPES: set[object] = {torch.reshape, "view", "reshape"}
 MOVES: set[object] = {torch.permute, torch.transpose, "permute", "transpose"}
@@ -88,6 +89,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
     timm's joint batch norm and activation are taken apart, activations no longer work in place. Raises UserError
     where the network's forward depends on values or a layer with weights is used twice.
     """
+    check_weights(network)
     network = copy.deepcopy(network).eval()
     for name, module in list(network.named_modules()):
         if isinstance(module, BatchNormAct2d):
@@ -106,6 +108,18 @@ def trace(network: nn.Module) -> fx.GraphModule:
     traced = fx.GraphModule(tracer.root, graph).eval()
     _refuse_shared(traced)
     return traced
+
+
+def check_weights(network: nn.Module) -> None:
+    """Raise UserError where the weight of a layer is no parameter, but computed of others before each forward (weight
+    norm, spectral norm, torch's pruning masks): what is written into it would be gone at the next one."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and "weight" not in dict(module.named_parameters(recurse=False)):
+            raise UserError(
+                f"the weight of {name} is computed of other parameters (weight or spectral norm, a mask); make it "
+                "plain before: torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                "remove_spectral_norm or prune.remove"
+            )
 
 
 def _refuse_shared(traced: fx.GraphModule) -> None:
@@ -176,9 +190,47 @@ def norms(graph: fx.GraphModule) -> dict[str, str]:
     for node in graph.graph.nodes:
         if is_layer(graph, node, nn.Conv2d, nn.Linear) and len(node.users) == 1:
             user = next(iter(node.users))
-            if is_layer(graph, user, _BatchNorm) and graph.get_submodule(str(user.target)).running_var is not None:
+            if _is_norm_of(graph, user, node) and graph.get_submodule(str(user.target)).running_var is not None:
                 found[str(node.target)] = str(user.target)
     return found
+
+
+def _is_norm_of(graph: fx.GraphModule, node: fx.Node, layer: fx.Node) -> bool:
+    """Whether a node is a batch norm of what a convolution or linear layer before it gives."""
+    if not is_layer(graph, node, _BatchNorm) or (is_layer(graph, layer, nn.Linear) and not _takes_rows(graph, layer)):
+        return False
+    norm: Any = graph.get_submodule(str(node.target))
+    made: Any = graph.get_submodule(str(layer.target))
+    return bool(norm.num_features == made.weight.shape[0])
+
+
+def _takes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a linear layer is given [B, D]: what the network is, or behind a flattening from the second axis on, or a
+    mean over pixels. Of tokens [B, T, D] a batch norm behind it would be one of T, not of what the layer gives."""
+    while node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        what = kind(graph, node)
+        if what in FLATTENS:
+            return flattened_from(graph, node) == 1
+        if what in RESHAPES:
+            sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+            return len(sizes) == 2
+        if what in ("mean", torch.mean):
+            return len(node.args) == 2 and isinstance(node.args[1], tuple | list) and len(node.args[1]) == 2
+        if what in (torch.squeeze, "squeeze"):
+            return True
+        if what in MOVES or is_layer(graph, node, nn.Conv2d):
+            return False
+    return True
+
+
+def flattened_from(graph: fx.GraphModule, node: fx.Node) -> int:
+    """The first axis that a flattening (one of FLATTENS) joins."""
+    if node.op == "call_module":
+        layer: Any = graph.get_submodule(str(node.target))
+        return int(layer.start_dim)
+    first = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
+    return first if isinstance(first, int) else -1
 
 
 @torch.no_grad()
@@ -351,10 +403,12 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
                     if taken % made == 0:
                         found.append(Chain(str(node.target), norm, rectified, str(at.target), taken // made))
                 break
-            if is_layer(graph, at, _BatchNorm) and norm is None and not rectified:
+            if _is_norm_of(graph, at, node) and norm is None and not rectified:
                 norm = str(at.target)
             elif what in RELUS:
                 rectified = True
+            elif what in FLATTENS and flattened_from(graph, at) != 1:
+                break
             elif what in RESHAPES:
                 reshaped = True  # a flattened map keeps its channels in order, what else it may be does not
             elif what not in CARRIERS - MOVES and what not in (

@@ -12,7 +12,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune as torch_prune
 
 from dfkd.compress import channels
-from dfkd.compress.graph import Chain, chains, images_of, network_input, network_of, own_name, trace, with_network
+from dfkd.compress.graph import (
+    Chain,
+    chains,
+    check_weights,
+    images_of,
+    network_input,
+    network_of,
+    own_name,
+    trace,
+    with_network,
+)
 from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
@@ -66,8 +76,8 @@ def prune(
     Raises UserError on bad arguments, where nothing can be pruned, and as the repairs do.
     """
     _check(ratio, kind, repair, images, ridge)
+    prunable = _prunable(network_of(model), ignore)
     network = copy.deepcopy(network_of(model)).eval()
-    prunable = _prunable(network, ignore)
     with torch.no_grad():
         batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters()).device)
         inputs = network_input(model, batch)
@@ -100,8 +110,8 @@ def check_prunable(
     inner_only: bool | None,
 ) -> None:
     """Raise UserError where `prune` would whatever a stream holds; images [B, C, H, W] are of the model's size."""
+    prunable = _prunable(network_of(model), ignore)
     network = copy.deepcopy(network_of(model)).eval()
-    prunable = _prunable(network, ignore)
     _what_goes(network, network_input(model, images), ratio, kind, prunable, inner_only)
     if repair == "batch_norm":
         check_batch_norms(network)
@@ -129,6 +139,7 @@ def _what_goes(
 
 def _prunable(network: nn.Module, ignore: Sequence[str]) -> list[str]:
     """Names of the convolutions and linear layers that are not ignored."""
+    check_weights(network)
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     for pattern in ignore:
         if not any(fnmatch(name, pattern) for name in names):
@@ -294,13 +305,13 @@ def _takes(network: nn.Module, cut: Cut, probe: Tensor) -> bool:
     network's own output.
     """
     deaf = copy.deepcopy(network)
-    for name, removed in cut.inputs.items():
-        layer: Any = deaf.get_submodule(name)
-        layer.weight[:, sorted(removed)] = 0
-    expected = deaf(probe)
     try:
+        for name, removed in cut.inputs.items():
+            layer: Any = deaf.get_submodule(name)
+            layer.weight[:, sorted(removed)] = 0
+        expected = deaf(probe)
         given = _remove(copy.deepcopy(network), cut)(probe)
-    except Exception:  # a stranger's forward with sizes it was not made for
+    except Exception:  # a stranger's forward with sizes it was not made for, and channels that are counted otherwise
         return False
     if given.shape != expected.shape:
         return False

@@ -94,8 +94,10 @@ class Training:
     """Quantisation-aware training (LSQ) of a model against itself in float.
 
     calibration gives the images for the first ranges (default: the stream), the same on every process; warm_start
-    updates per block of reconstruction on them come before the training, 0 starts from rounding to nearest. `fit`
-    trains; `result` then folds the batch norms, which exactly turns the one step per layer into one per channel.
+    updates per block of reconstruction on them come before the training, 0 starts from rounding to nearest. lr is 0.01
+    where a layer has 4 bits or fewer, else 0.001 (LSQ, section 3: so near is rounding to nearest then that larger ones
+    lead away from it), unless given. `fit` trains; `result` then folds the batch norms, which exactly turns the one
+    step per layer into one per channel.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class Training:
         ignore: Sequence[str] = (),
         warm_start: int = 150,
         steps: int = 1000,
-        lr: float = 1e-2,
+        lr: float | None = None,
         weight_decay: float = 1e-4,
         warmup: int = 50,
         temperature: float = 3.0,
@@ -131,6 +133,7 @@ class Training:
         if warm_start:  # at 2 bits the network rounded to nearest guesses, and training alone hardly leaves that
             first = torch.cat(self.inputs)
             reconstruct(network, first, steps=warm_start, batch_size=min(32, len(first)), seed=seed)
+        fewest = min(min(pair) for pair in network.meta["bits"].values())
         self.student = with_network(model, network)
         batches = copy.copy(stream) if isinstance(stream, SyntheticStream) else Batches(stream)
         batches.teachers, batches.widths = [as_teacher(model, reference)], []
@@ -141,7 +144,7 @@ class Training:
             self.student,
             batches,
             steps=steps,
-            lr=lr,
+            lr=(0.01 if fewest <= 4 else 0.001) if lr is None else lr,
             weight_decay=weight_decay,
             warmup=warmup,
             temperature=temperature,

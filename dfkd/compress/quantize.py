@@ -184,7 +184,7 @@ def layer_bits(
     names = layer_names(graph)
     for node in graph.graph.nodes:
         if node.target in (F.conv2d, F.linear) and isinstance(node.args[1], fx.Node):
-            layer = str(node.args[1].target).removesuffix(".weight")
+            layer = _owner(node.args[1]) or node.name
             if not any(fnmatchcase(layer, pattern) for pattern in ignore):
                 raise UserError(
                     f"{layer} calls {node.target.__name__} itself, is no nn.Conv2d or nn.Linear, and cannot be "
@@ -199,7 +199,16 @@ def layer_bits(
     for pattern in ignore:
         for name in matching(names, pattern, "the ignore pattern"):
             chosen.pop(name, None)
+    if not chosen:
+        raise UserError(f"ignore={list(ignore)} leaves no layer to quantise; the layers are {', '.join(names)}")
     return {name: _pair(given, name) for name, given in chosen.items()}
+
+
+def _owner(node: fx.Node) -> str:
+    """The layer whose weight a node is or is computed of; empty where it is none's."""
+    while node.op != "get_attr" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return str(node.target).rpartition(".")[0] if node.op == "get_attr" else ""
 
 
 def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_channel: bool) -> fx.GraphModule:

@@ -18,6 +18,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from dfkd.errors import UserError, nearest
 from dfkd.models.checkpoints import WEIGHTS, load_weights, read_checkpoint, read_description, save_model, save_tensors
@@ -95,6 +96,8 @@ def build_model(
     model = scheme.build(_Request(spec, name, classes, channels, weights == "pretrained", dict(kwargs or {})))
     if not isinstance(model, nn.Module):
         raise UserError(f"model {spec!r} must be a torch.nn.Module, not {type(model).__name__}")
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise UserError(f"model {spec!r} has lazy layers, whose sizes the first images tell; give them their sizes")
     if weights not in ("", "pretrained"):
         load_weights(model, weights)
     return model

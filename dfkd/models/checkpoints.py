@@ -143,8 +143,10 @@ def load_weights(model: nn.Module, path_or_url: str | os.PathLike[str]) -> None:
     if any(misfits.values()):
         lines = [f"{len(items)} {kind}: {_listing(items)}" for kind, items in misfits.items() if items]
         raise UserError(f"checkpoint {str(path_or_url)!r} does not fit {type(model).__name__}; {'; '.join(lines)}")
-    for key, tensor in given.items():
-        if not torch.isfinite(tensor).all():
+    weights = {name for name, _ in model.named_parameters()}
+    for key, tensor in given.items():  # a buffer may be a mask of minus infinity
+        learned = names[key] in weights or key.endswith(("running_mean", "running_var"))
+        if learned and not torch.isfinite(tensor).all():
             raise UserError(f"checkpoint {str(path_or_url)!r} holds nan or inf in {key}")
     for bare, tensor in given.items():
         own[names[bare]] = tensor  # `own` keeps its metadata: torchvision's MNASNet refuses a dict without
