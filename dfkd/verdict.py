@@ -13,6 +13,13 @@ UNSEEN, DISAGREES = 50.0, 80.0  # % of the images
 UNMATCHED = 0.7  # batch-norm loss over its value at the start
 FALLEN = 0.5  # agreement of the student over the best it had
 SWING = 5.0  # points by which the last quarter of training may fall below its mean
+# What to do where a task does worse than rounding or cutting alone.
+ADDED = {
+    "qat": "lower qat.lr or raise qat.steps",
+    "ptq": "raise ptq.images or ptq.steps",
+    "prune": "lower prune.lr, or raise prune.images or prune.steps",
+    "udfc": "set udfc.method=rectified, or take prune",
+}
 # Shares of the generator's steps before which a thing is not asked; layers are drawn anew up to 80 %.
 SETTLED, HALFWAY, LATE = 0.25, 0.5, 0.9
 
@@ -98,6 +105,13 @@ def verdict(
         if agree is not None and agree < 99.5:
             found.append(
                 f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"
+            )
+        naive, after = ((task.get("agreement") or {}).get(which) for which in ("naive", "after"))
+        made_for = task.get("source", "generator") == "generator"  # not for other images, as a control is
+        if made_for and naive and after and after["interval"][1] < naive["interval"][0]:
+            found.append(
+                f"task {name} agrees with the network before on {after['percent']:.1f} % of synthetic images, and on "
+                f"{naive['percent']:.1f} % without what it adds to plain rounding or cutting: {ADDED[name]}"
             )
         if task["before"] is not None and task["after"] < task["before"] - 10:
             found.append(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dfkd.inputs import COMPRESSIONS
 from dfkd.verdict import generator_notes, last_quarter, student_notes, verdict
 from generators import ConvGenerator
 
@@ -61,6 +62,20 @@ def test_the_last_quarter_of_evaluations() -> None:
     assert (found["of"], found["evaluations"], found["images"]) == ("accuracy", 5, 100)
     expected = [values[15:].mean(), values[15:].std(ddof=1), values[15:].min()]
     assert [found["mean"], found["deviation"], found["lowest"]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", COMPRESSIONS)
+def test_a_task_that_does_worse_than_rounding_alone_is_told(name: str) -> None:
+    def noted(after: tuple[float, float], source: str = "generator") -> list[str]:
+        middle = {"naive": {"percent": 99.0, "interval": [98.5, 99.4]}}
+        agreement = {**middle, "after": {"percent": sum(after) / 2, "interval": list(after)}}
+        task = {"before": 90.0, "after": 89.0, "agreement": agreement, "source": source}
+        return verdict({"tasks": {name: task}, "student": None}, {}, [])["notes"]
+
+    (note,) = noted((92.0, 94.0))
+    assert f"task {name} agrees with the network before on 93.0 % of synthetic images, and on 99.0 % without" in note
+    assert noted((92.0, 94.0), "noise") == []  # a control
+    assert noted((98.0, 98.6)) == noted((99.0, 99.9)) == []  # within what so many images can tell, and better
 
 
 def test_the_last_quarter_of_few_or_no_evaluations() -> None:
