@@ -91,9 +91,9 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
         raise UserError("the study judges compressed networks on real test images: set data.dataset")
     alike = {"keys": keys, "held_out": held_out, "rounds": options.rounds, "images": options.images}
     keep_settings(options.out / "settings.json", {**alike, "image_keys": image_keys})
+    parts = assembled(recipe)  # on its device, which the names of trained teachers depend on
     keys = keys | STUDY | trained_weights(recipe) | {f"teachers.{name}.enabled": "false" for name in held_out}
     keys |= {"tasks": "[generator]", "zoo.main": "null"}
-    parts = assembled(recipe)
     path = options.out / "figures.jsonl"
     lines = read(path)
     figures = [("images", teacher.name) for teacher in parts.zoo]

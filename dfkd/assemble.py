@@ -285,7 +285,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     if selects:
         about["selected"] = {"teacher": like.name, "share": select_weights(model, like.model)}
     size = recipe.image.size
-    images = torch.rand(2, recipe.image.channels, size, size, generator=rng(device, "check"), device=device)
+    images = torch.rand(8, recipe.image.channels, size, size, generator=rng(device, "check"), device=device)
     try:
         with torch.no_grad():
             logits = student.eval()(images)
@@ -294,7 +294,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
             f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "
             f"{' '.join(str(error).split())[:300]}; choose another student.model"
         ) from None
-    if logits.shape != (2, recipe.classes):
+    if logits.shape != (8, recipe.classes):
         raise UserError(
             f"the student gives {tuple(logits.shape[1:])} outputs where classes={recipe.classes}; make them agree"
         )

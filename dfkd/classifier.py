@@ -83,10 +83,14 @@ class Classifier(nn.Module):
 def check_trainable(classifier: Classifier, images: Tensor, role: str) -> None:
     """Raise UserError where a network that is to be trained gives more than its logits in training mode, or has a state
     that no file of weights holds; `role` says in the message what it is."""
-    model = copy.deepcopy(classifier.model).train()
-    given = classifier.network_input(images).to(next(model.parameters(), images).device)  # one on the host, if paged
-    with torch.random.fork_rng(devices=[]):
-        answer = model(given)
+    try:
+        model = copy.deepcopy(classifier.model).train()
+        given = classifier.network_input(images).to(next(model.parameters(), images).device)  # on the host, if paged
+        with torch.random.fork_rng(devices=[]):
+            answer = model(given)
+    except Exception as error:  # whatever a stranger's network may raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{role} cannot be trained on {len(images)} images: {reason}; choose another") from None
     if not isinstance(answer, Tensor):
         raise UserError(
             f"{role} gives a {type(answer).__name__} in training mode, where logits belong; leave its auxiliary heads "

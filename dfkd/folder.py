@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from dfkd.checkpoints import write_atomically
+from dfkd.collectives import agreed
 from dfkd.errors import UserError
 from dfkd.inputs import COMPRESSIONS
 from dfkd.recipe import Loaded
@@ -29,6 +30,7 @@ except ImportError:  # Windows has none
 FREE_KEYS = ("overwrite", "output", "trust_code", "description", "zoo.memory_gb")
 FREE_RUNTIME_KEYS = ("checkpoint_every", "log_every", "grid_every", "evaluations", "minutes", "cuda_graphs")
 CONFIG = "config.yaml"
+LOCK = ".lock"
 QUALITY = "quality"  # what --quality makes there, of a run or of none
 # All that a run makes in its folder, which overwrite=true removes: last what tells that it is a run's.
 MADE = (
@@ -93,9 +95,15 @@ def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> Itera
     this command as long as the scope lasts (collective). Raises UserError where another command holds it."""
     accelerator.wait_for_everyone()  # all have looked into it
     with ExitStack() as stack:
+        ours = True
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_held(folder))
+            ours = stack.enter_context(_held(folder))
+        if not agreed(ours, accelerator.device):
+            raise UserError(
+                f"another command is at work in {folder}; wait for it, stop it, or choose another output=..."
+            )
+        if accelerator.is_main_process:
             if (folder / CONFIG).exists() and loaded.recipe.overwrite:
                 for name in MADE:
                     shutil.rmtree(folder / name, ignore_errors=True)
@@ -106,26 +114,21 @@ def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> Itera
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other commands, each of which would remove what the others write; the end of the process
-    gives it free too. Nothing is held on Windows, and where the file system knows no locks."""
+def _held(folder: Path) -> Iterator[bool]:
+    """Hold a folder against other commands, each of which would remove what the others write; False where another one
+    holds it. The end of the process gives it free too. Nothing is held on Windows, and where there are no locks."""
     if fcntl is None:
-        yield
+        yield True
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise UserError(
-            f"another command is at work in {folder}; wait for it, stop it, or choose another output=..."
-        ) from None
-    except OSError:
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
+    with open(folder / LOCK, "a") as file:
+        ours = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            ours = False
+        except OSError:  # a file system without locks
+            pass
+        yield ours
 
 
 def _comparable(config: dict[str, Any]) -> dict[str, Any]:

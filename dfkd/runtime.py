@@ -270,22 +270,24 @@ def _launcher() -> psutil.Process | None:
     """The `accelerate launch` that started this process, if one did."""
     try:
         parent = psutil.Process().parent()
-        words = parent.cmdline()[:3] if parent is not None else []
+        words = [os.path.basename(word) for word in parent.cmdline()[:4]] if parent is not None else []
     except psutil.Error:
         return None
-    return parent if any(os.path.basename(word).startswith("accelerate") for word in words) else None
+    started = any(word.startswith("accelerate") for word in words) and any("launch" in word for word in words)
+    return parent if started else None
 
 
 def command_of(given: Sequence[str]) -> str:
-    """The command that started this process with these arguments: the launcher's, with its options, where one did."""
+    """The command that started this process with these arguments: Accelerate's launcher with its options, where it did;
+    other launchers are not named."""
     launcher = _launcher()
+    chosen = launcher.environ() if launcher is not None else os.environ
+    settings = [f"{key}={chosen[key]}" for key in ("ACCELERATE_USE_CPU", "OMP_NUM_THREADS") if key in chosen]
     if launcher is None:
-        return shlex.join(["python", "train.py", *given])
+        return shlex.join([*settings, "python", "train.py", *given])
     words = launcher.cmdline()
     name = next(word for word in words if os.path.basename(word).startswith("accelerate"))
     rest = [word for word in words[words.index(name) + 1 :] if word != "launch"]
-    chosen = launcher.environ()
-    settings = [f"{key}={chosen[key]}" for key in ("ACCELERATE_USE_CPU", "OMP_NUM_THREADS") if key in chosen]
     return shlex.join([*settings, "accelerate", "launch", *rest])
 
 

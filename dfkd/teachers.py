@@ -13,6 +13,7 @@ from dfkd.collectives import all_reduce_mean, global_moments
 from dfkd.draws import STILL, Moves
 from dfkd.errors import UserError
 from dfkd.models import build_model
+from dfkd.models.checkpoints import not_finite
 from dfkd.norms import Moments, frozen_norms
 from dfkd.paging import Pager, in_turn
 from dfkd.runtime import eval_mode, full_precision, rng, say
@@ -41,14 +42,6 @@ def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
     }
-
-
-def not_finite(model: nn.Module) -> list[str]:
-    """The weights and running statistics that hold NaN or infinity; other buffers may (a mask of minus infinity)."""
-    learned: dict[str, Tensor] = dict(model.named_parameters())
-    for path, norm in batch_norms(model).items():
-        learned |= {f"{path}.{name}": buffer for name, buffer in norm.named_buffers(recurse=False)}
-    return [name for name, tensor in learned.items() if not torch.isfinite(tensor).all()]
 
 
 def map_layers(model: nn.Module) -> list[nn.Module]:
@@ -253,7 +246,7 @@ def load_zoo(
             teacher.pager = pager
         check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=needs_bn)
         if not spec.get("weights"):  # it is to be trained
-            images = torch.rand(2, channels, size, size, generator=rng(device, "check"), device=device)
+            images = torch.rand(8, channels, size, size, generator=rng(device, "check"), device=device)
             check_trainable(teacher, images, f"teacher {name}")
         zoo.append(teacher)
     return zoo

@@ -17,9 +17,10 @@ from dfkd.draws import draw_latents
 from dfkd.errors import Paused, UserError
 from dfkd.evaluate import diversity
 from dfkd.metrics import Metrics, learning_rates
+from dfkd.models.checkpoints import not_finite
 from dfkd.runtime import Deadline, Shard, autocast_of, eval_mode
 from dfkd.synthesis import Synthesizer
-from dfkd.teachers import Teacher, not_finite
+from dfkd.teachers import Teacher
 from dfkd.verdict import generator_notes, student_notes
 from generators import ImageGenerator
 

@@ -18,7 +18,7 @@ ADDED = {
     "qat": "lower qat.lr or raise qat.steps",
     "ptq": "raise ptq.images or ptq.steps",
     "prune": "lower prune.lr, or raise prune.images or prune.steps",
-    "udfc": "set udfc.method=rectified, or take prune",
+    "udfc": "set udfc.method=rectified, lower udfc.ratio or raise udfc.bits",
 }
 # Shares of the generator's steps before which a thing is not asked; layers are drawn anew up to 80 %.
 SETTLED, HALFWAY, LATE = 0.25, 0.5, 0.9
@@ -107,7 +107,7 @@ def verdict(
                 f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"
             )
         naive, after = ((task.get("agreement") or {}).get(which) for which in ("naive", "after"))
-        made_for = task.get("source", "generator") == "generator"  # not for other images, as a control is
+        made_for = task.get("source") in (None, "generator", "no data")  # not for other images, as a control is
         if made_for and naive and after and after["interval"][1] < naive["interval"][0]:
             found.append(
                 f"task {name} agrees with the network before on {after['percent']:.1f} % of synthetic images, and on "

@@ -346,9 +346,12 @@ def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
     ("network", "message"),
     [
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), "0 has no batch norm"),
-        (nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "0 has no ReLU"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "1 has no ReLU"),
         (
-            nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.ReLU(), nn.Linear(4, 2)),
+            nn.Sequential(
+                *(nn.Flatten(), nn.Linear(2, 4), nn.BatchNorm1d(4, track_running_stats=False)),
+                *(nn.ReLU(), nn.Linear(4, 2)),
+            ),
             "run",
         ),
         (nn.Sequential(nn.ReLU()), "has no convolution or linear layer"),

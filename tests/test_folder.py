@@ -36,6 +36,10 @@ def test_a_folder_at_which_another_command_works_is_left_to_it(runs: Runs) -> No
     assert wait_for(lambda: any((folder / "checkpoints").glob("*")), job.alive)
     for given in ((), ("overwrite=true",)):
         assert "another command is at work in" in runs.run("run", *long, *given).refused()
+    several = start(runs.arguments("run", *long), runs.folder / "several", world=2)
+    assert several.join() == [2, 2]
+    told = (runs.folder / "several").read_text().splitlines()
+    assert sorted(line.partition(":")[0] for line in told) == ["error", "error (process 1)"]
     assert job.kill()
     assert any((folder / "checkpoints").glob("*"))
     assert runs.run("run", *SHORT, "overwrite=true").code == 0

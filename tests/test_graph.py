@@ -104,8 +104,12 @@ def test_a_graph_folded_and_cut_computes_what_the_network_does(spec: str) -> Non
         (lambda y: y.flatten(1), 36, True),
         (lambda y: y.reshape(y.shape[0], -1), 36, True),
         (lambda y: y.mean((2, 3)), 4, True),
+        (lambda y: y.mean(dim=[-1, -2]), 4, True),
+        (lambda y: torch.reshape(y, shape=(-1, 36)), 36, True),
+        (lambda y: torch.flatten(y, start_dim=1), 36, True),
         (lambda y: y.flatten(2), 9, False),  # four tokens, as many as the layer gives: which the norm means is not seen
         (lambda y: y.flatten(2).transpose(1, 2), 4, False),
+        (lambda y: y.permute(0, 2, 3, 1).flatten(1, 2), 4, False),
         (lambda y: y.reshape(y.shape[0], 4, 9), 9, False),
     ],
 )
@@ -138,7 +142,7 @@ def test_weights_that_are_computed_are_refused(computed: str) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), make(nn.Conv2d(4, 4, 3)), nn.Flatten(), nn.Linear(64, 2))
     network(images(2, 3, 8, 8))
     for act in (trace, lambda given: prune(given, [images(4, 3, 8, 8)], kind="weights", images=4)):
-        with pytest.raises(UserError, match="the weight of 2 is computed of other parameters"):
+        with pytest.raises(UserError, match="the weight of 2 is no parameter; if it is computed of others"):
             act(network)
 
 
@@ -262,7 +266,17 @@ def conv(taken: int, made: int, **options: int) -> nn.Conv2d:
         (lambda y: y.transpose(1, 3).flatten(1), conv(1, 4), nn.Linear(16, 2), []),
         (lambda y: y.view(-1, 4, 1, 1), conv(1, 4), conv(4, 2), []),  # pixels become images
         (lambda y: nn.functional.pixel_shuffle(y, 2), conv(1, 4), conv(1, 2), []),
-        (lambda y: y.flatten(2), conv(1, 4), nn.Linear(4, 2), []),  # the layer takes pixels, not channels
+        # layers that take pixels, not channels
+        (lambda y: y.flatten(2), conv(1, 4), nn.Linear(4, 2), []),
+        (lambda y: y.flatten(1, 2), conv(1, 4), nn.Linear(2, 2), []),
+        (lambda y: y.reshape(y.shape[0], 4, -1), conv(1, 4), nn.Linear(4, 2), []),
+        (lambda y: y.repeat(1, 1, 2, 2), conv(1, 4), nn.Linear(4, 2), []),
+        (lambda y: y, conv(1, 2), nn.Linear(2, 2), []),
+        (lambda y: y.mean(1), conv(1, 2), nn.Linear(2, 2), []),
+        # the same rows in other words
+        (lambda y: torch.flatten(y, start_dim=1), conv(1, 4), nn.Linear(16, 2), [Chain("a", None, False, "b", 4)]),
+        (lambda y: torch.reshape(y, shape=(-1, 16)), conv(1, 4), nn.Linear(16, 2), [Chain("a", None, False, "b", 4)]),
+        (lambda y: y.mean(dim=(2, 3)), conv(1, 4), nn.Linear(4, 2), [Chain("a", None, False, "b")]),
     ],
 )
 def test_a_chain_hands_every_channel_on_in_its_place(

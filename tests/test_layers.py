@@ -53,8 +53,8 @@ CORE: dict[str, set[str]] = {
     "checkpoints": {"errors", "runtime"},
     "metrics": {"collectives", "errors"},
     "training": {
-        *("checkpoints", "collectives", "compress", "draws", "errors", "evaluate", "generators", "metrics", "runtime"),
-        *("stream", "synthesis", "teachers", "verdict"),
+        *("checkpoints", "collectives", "compress", "draws", "errors", "evaluate", "generators", "metrics", "models"),
+        *("runtime", "stream", "synthesis", "teachers", "verdict"),
     },
 }
 COMMAND_LINE = {"run", "phases", "dry_run", "assemble", "cli", "tasks", "results", "folder", "judge", "inputs"}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dfkd.models import build_model, load_model, load_weights, read_checkpoint, save_model
-from dfkd.teachers import not_finite
+from dfkd.models.checkpoints import not_finite
 
 TIED = """
 from torch import nn

@@ -69,6 +69,7 @@ def test_a_task_that_does_worse_than_rounding_alone_is_told(name: str) -> None:
     def noted(after: tuple[float, float], source: str = "generator") -> list[str]:
         middle = {"naive": {"percent": 99.0, "interval": [98.5, 99.4]}}
         agreement = {**middle, "after": {"percent": sum(after) / 2, "interval": list(after)}}
+        source = "no data" if name == "udfc" and source == "generator" else source
         task = {"before": 90.0, "after": 89.0, "agreement": agreement, "source": source}
         return verdict({"tasks": {name: task}, "student": None}, {}, [])["notes"]
 

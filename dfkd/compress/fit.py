@@ -163,6 +163,15 @@ def hold_zeros(model: nn.Module) -> None:
             weight.register_hook(partial(torch.mul, kept))
 
 
+def check_length(stream: Any, steps: int) -> None:
+    """Raise UserError where a stream ends before so many updates are done."""
+    if isinstance(stream, SyntheticStream) and stream.num_batches is not None and stream.num_batches < steps:
+        raise UserError(
+            f"{steps} updates need as many batches, the stream has num_batches={stream.num_batches}; give it more, or "
+            "leave num_batches out"
+        )
+
+
 class Fit:
     """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits.
 
@@ -188,11 +197,7 @@ class Fit:
         accelerator: Accelerator | None = None,
         graphs: Calls = DIRECT,
     ) -> None:
-        if isinstance(stream, SyntheticStream) and stream.num_batches is not None and stream.num_batches < steps:
-            raise UserError(
-                f"{steps} updates need as many batches, the stream has num_batches={stream.num_batches}; give it more, "
-                "or leave num_batches out"
-            )
+        check_length(stream, steps)
         # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
@@ -284,7 +289,8 @@ class Fit:
 def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: Any) -> nn.Module:
     """Train a student in place on a stream with a teacher (and maybe features); options are those of Fit.
 
-    Raises UserError where the stream is none, or has no teacher, or one of other classes than the student's.
+    Raises UserError where the stream is none, is too short, or has no teacher or one of other classes than the
+    student's.
     """
     if not (isinstance(stream, SyntheticStream | Batches) and stream.teachers):
         raise UserError(

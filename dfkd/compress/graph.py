@@ -27,10 +27,13 @@ CARRIERS: set[object] = {
     *(torch.flatten, F.max_pool2d, F.dropout, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
     *("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
 }
-FLATTENS: set[object] = {nn.Flatten, torch.flatten, "flatten"}
 # Of these, what may put channels at other places.
-RESHAPES: set[object] = {torch.reshape, "view", "reshape"}
 MOVES: set[object] = {torch.permute, torch.transpose, "permute", "transpose"}
+# What may make a row of every image's map (see _makes_rows).
+FLATTENS: set[object] = {nn.Flatten, torch.flatten, "flatten"}
+RESHAPES: set[object] = {torch.reshape, "view", "reshape"}
+MEANS: set[object] = {torch.mean, "mean"}
+ROWS: set[object] = {*FLATTENS, *RESHAPES, *MEANS, torch.squeeze, "squeeze"}
 
 
 def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tensor]:
@@ -87,7 +90,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
     """A copy of a network as a graph, in eval mode, its layers under their own names.
 
     timm's joint batch norm and activation are taken apart, activations no longer work in place. Raises UserError
-    where the network's forward depends on values or a layer with weights is used twice.
+    where the network's forward depends on values, a layer with weights is used twice or a weight is no parameter.
     """
     check_weights(network)
     network = copy.deepcopy(network).eval()
@@ -111,13 +114,13 @@ def trace(network: nn.Module) -> fx.GraphModule:
 
 
 def check_weights(network: nn.Module) -> None:
-    """Raise UserError where the weight of a layer is no parameter, but computed of others before each forward (weight
-    norm, spectral norm, torch's pruning masks): what is written into it would be gone at the next one."""
+    """Raise UserError where the weight of a layer is no parameter, as a rule since it is computed of others before each
+    forward (weight norm, spectral norm, torch's pruning masks): what is written into it would be gone at the next."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and "weight" not in dict(module.named_parameters(recurse=False)):
             raise UserError(
-                f"the weight of {name} is computed of other parameters (weight or spectral norm, a mask); make it "
-                "plain before: torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+                f"the weight of {name} is no parameter; if it is computed of others (weight or spectral norm, a mask) "
+                "make it plain before: torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
                 "remove_spectral_norm or prune.remove"
             )
 
@@ -205,32 +208,34 @@ def _is_norm_of(graph: fx.GraphModule, node: fx.Node, layer: fx.Node) -> bool:
 
 
 def _takes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a linear layer is given [B, D]: what the network is, or behind a flattening from the second axis on, or a
-    mean over pixels. Of tokens [B, T, D] a batch norm behind it would be one of T, not of what the layer gives."""
+    """Whether a linear layer is known to be given one vector an image, [B, D], not tokens, [B, T, D]: behind what makes
+    rows, with nothing but other such layers, batch norms, ReLUs and dropout between."""
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         what = kind(graph, node)
-        if what in FLATTENS:
-            return flattened_from(graph, node) == 1
-        if what in RESHAPES:
-            sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-            return len(sizes) == 2
-        if what in ("mean", torch.mean):
-            return len(node.args) == 2 and isinstance(node.args[1], tuple | list) and len(node.args[1]) == 2
-        if what in (torch.squeeze, "squeeze"):
-            return True
-        if what in MOVES or is_layer(graph, node, nn.Conv2d):
+        if what in ROWS:
+            return _makes_rows(graph, node)
+        if what not in RELUS and not is_layer(graph, node, nn.Linear, _BatchNorm, nn.Dropout, nn.Identity):
             return False
-    return True
+    return False
 
 
-def flattened_from(graph: fx.GraphModule, node: fx.Node) -> int:
-    """The first axis that a flattening (one of FLATTENS) joins."""
+def _makes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether one of ROWS makes of maps [B, C, H, W] one row an image, [B, D], each channel's pixels side by side."""
+    what, given = kind(graph, node), list(node.args[1:])
     if node.op == "call_module":
         layer: Any = graph.get_submodule(str(node.target))
-        return int(layer.start_dim)
-    first = node.args[1] if len(node.args) > 1 else node.kwargs.get("start_dim", 0)
-    return first if isinstance(first, int) else -1
+        return (layer.start_dim, layer.end_dim) == (1, -1)
+    if what in FLATTENS:
+        axes = {"start_dim": 0, "end_dim": -1} | dict(zip(("start_dim", "end_dim"), given)) | dict(node.kwargs)
+        return (axes["start_dim"], axes["end_dim"]) == (1, -1)
+    named = next((node.kwargs[name] for name in ("shape", "size", "dim") if name in node.kwargs), ())
+    numbers = named or (given[0] if given and isinstance(given[0], tuple | list) else given)
+    if what in RESHAPES:
+        return isinstance(numbers, tuple | list) and len(numbers) == 2
+    return what not in MEANS or (
+        isinstance(numbers, tuple | list) and [*numbers] in ([2, 3], [-2, -1], [-1, -2], [3, 2])
+    )
 
 
 @torch.no_grad()
@@ -390,11 +395,12 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
     for node in graph.graph.nodes:
         if not is_layer(graph, node, nn.Conv2d, nn.Linear):
             continue
-        norm, rectified, at, reshaped = None, False, node, False
+        norm, rectified, at = None, False, node
+        joined = is_layer(graph, node, nn.Linear)  # what a linear layer makes lies where the next one takes it
         while len(users := [user for user in at.users if user not in numbers]) == 1:
             at = users[0]
             what = kind(graph, at)
-            if is_layer(graph, at, nn.Linear) or (is_layer(graph, at, nn.Conv2d) and not reshaped):
+            if (joined and is_layer(graph, at, nn.Linear)) or is_layer(graph, at, nn.Conv2d):
                 first: Any = graph.get_submodule(str(node.target))
                 second: Any = graph.get_submodule(str(at.target))
                 if getattr(first, "groups", 1) == getattr(second, "groups", 1) == 1:
@@ -407,15 +413,14 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
                 norm = str(at.target)
             elif what in RELUS:
                 rectified = True
-            elif what in FLATTENS and flattened_from(graph, at) != 1:
-                break
-            elif what in RESHAPES:
-                reshaped = True  # a flattened map keeps its channels in order, what else it may be does not
+            elif what in ROWS:
+                if not _makes_rows(graph, at) or (is_layer(graph, node, nn.Linear) and not _takes_rows(graph, node)):
+                    break
+                joined = True
             elif what not in CARRIERS - MOVES and what not in (
                 nn.AvgPool2d,
                 nn.AdaptiveAvgPool2d,
                 F.adaptive_avg_pool2d,
-                "mean",
             ):
                 break
     return found

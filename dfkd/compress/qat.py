@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Batches, Fit, Hints, hold_zeros
+from dfkd.compress.fit import Batches, Fit, Hints, check_length, hold_zeros
 from dfkd.compress.graph import (
     fold,
     images_of,
@@ -121,6 +121,7 @@ class Training:
         seed: int = 0,
         accelerator: Any = None,
     ) -> None:
+        check_length(stream, steps)
         self.given = model
         self.inputs = calibration_inputs(model, stream if calibration is None else calibration, images)
         reference = trace(network_of(model))

@@ -143,14 +143,30 @@ def load_weights(model: nn.Module, path_or_url: str | os.PathLike[str]) -> None:
     if any(misfits.values()):
         lines = [f"{len(items)} {kind}: {_listing(items)}" for kind, items in misfits.items() if items]
         raise UserError(f"checkpoint {str(path_or_url)!r} does not fit {type(model).__name__}; {'; '.join(lines)}")
-    weights = {name for name, _ in model.named_parameters()}
-    for key, tensor in given.items():  # a buffer may be a mask of minus infinity
-        learned = names[key] in weights or key.endswith(("running_mean", "running_var"))
-        if learned and not torch.isfinite(tensor).all():
+    numbers = learned(model)
+    for key, tensor in given.items():
+        if names[key] in numbers and not torch.isfinite(tensor).all():
             raise UserError(f"checkpoint {str(path_or_url)!r} holds nan or inf in {key}")
     for bare, tensor in given.items():
         own[names[bare]] = tensor  # `own` keeps its metadata: torchvision's MNASNet refuses a dict without
     model.load_state_dict(own)
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """A network's weights and the buffers of its layers with running statistics, by name; other buffers may hold
+    infinities (a mask)."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "running_var", None), Tensor):
+            found |= {
+                f"{path}.{name}" if path else name: buffer for name, buffer in module.named_buffers(recurse=False)
+            }
+    return found
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """Which of them hold NaN or infinity."""
+    return [name for name, tensor in learned(model).items() if not torch.isfinite(tensor).all()]
 
 
 def own_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
