@@ -294,7 +294,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
             f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "
             f"{' '.join(str(error).split())[:300]}; choose another student.model"
         ) from None
-    if logits.shape != (8, recipe.classes):
+    if logits.shape != (len(images), recipe.classes):
         raise UserError(
             f"the student gives {tuple(logits.shape[1:])} outputs where classes={recipe.classes}; make them agree"
         )

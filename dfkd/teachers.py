@@ -163,8 +163,11 @@ def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) ->
     return True
 
 
-def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool) -> None:
-    """Raise UserError where a teacher's classes, output, weights or batch norms do not suit the run."""
+def check_teacher(
+    teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool, to_train: bool = False
+) -> None:
+    """Raise UserError where a teacher's classes, output, weights or batch norms do not suit the run, or one that is to
+    be trained cannot be."""
     name, device = teacher.name, teacher.mean.device
     if broken := not_finite(teacher.model):
         raise UserError(
@@ -200,6 +203,8 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, n
             f"teacher {name} has no batch norm while synthesis.losses.bn has weight; set synthesis.losses.bn=0 and use "
             "synthesis.losses.adversary and synthesis.losses.ce, or give a teacher with batch norm"
         )
+    if to_train:
+        check_trainable(teacher, images, f"teacher {name}")
 
 
 def load_zoo(
@@ -244,10 +249,8 @@ def load_zoo(
             teacher.mean, teacher.std = teacher.mean.to(device), teacher.std.to(device)
             pager.add(teacher.model, name)
             teacher.pager = pager
-        check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=needs_bn)
-        if not spec.get("weights"):  # it is to be trained
-            images = torch.rand(8, channels, size, size, generator=rng(device, "check"), device=device)
-            check_trainable(teacher, images, f"teacher {name}")
+        to_train = not spec.get("weights")
+        check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=needs_bn, to_train=to_train)
         zoo.append(teacher)
     return zoo
 

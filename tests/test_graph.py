@@ -15,23 +15,21 @@ from dfkd.compress.graph import (
     CARRIERS,
     Chain,
     chains,
-    extract,
     fold,
     images_of,
     kind,
-    mark,
     network_input,
     norms,
     positive_scales,
     remove_call,
     sizes,
     trace,
-    units,
     watch,
     with_network,
 )
 from dfkd.compress.prune import prune
 from dfkd.compress.quantize import layer_names
+from dfkd.compress.units import extract, mark, units
 from dfkd.errors import UserError
 
 NETWORKS = {

@@ -1,12 +1,11 @@
-"""A network as a graph of operations: batch norms next to their convolutions, blocks, channels that one layer owns."""
+"""A network as a graph of operations: batch norms next to their convolutions, channels that one layer owns."""
 
 import copy
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import takewhile
+from dataclasses import dataclass
 from typing import Any
 
 import timm.layers
@@ -233,9 +232,7 @@ def _makes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
     numbers = named or (given[0] if given and isinstance(given[0], tuple | list) else given)
     if what in RESHAPES:
         return isinstance(numbers, tuple | list) and len(numbers) == 2
-    return what not in MEANS or (
-        isinstance(numbers, tuple | list) and [*numbers] in ([2, 3], [-2, -1], [-1, -2], [3, 2])
-    )
+    return what not in MEANS or (isinstance(numbers, tuple | list) and {*numbers} in ({2, 3}, {-2, -1}))
 
 
 @torch.no_grad()
@@ -286,92 +283,6 @@ def remove_call(graph: fx.GraphModule, name: str) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.delete_submodule(name)
-
-
-@dataclass
-class Unit:
-    """Nodes that are reconstructed together: one layer with what follows it, or a block that one tensor enters and one
-    leaves."""
-
-    name: str
-    nodes: list[fx.Node] = field(default_factory=list)
-
-
-def units(graph: fx.GraphModule) -> list[Unit]:
-    """The graph cut wherever a single tensor goes on: residual blocks, and what lies between them layer by layer.
-
-    A cut without a layer of its own (a ReLU, a pooling) belongs to the unit before it.
-    """
-    nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
-    place = {node: k for k, node in enumerate(nodes)}
-    last = {node: max((place.get(user, len(nodes)) for user in node.users), default=k) for node, k in place.items()}
-    found: list[Unit] = []
-    current: list[fx.Node] = []
-    alive = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    last |= {node: max(place.get(user, len(nodes)) for user in node.users) for node in alive}
-    for k, node in enumerate(nodes):
-        alive = [each for each in [*alive, node] if last[each] > k]
-        current.append(node)
-        if len(alive) > 1 or _is_tuple(node):
-            continue
-        layers = [str(each.target) for each in current if is_layer(graph, each, nn.Conv2d, nn.Linear)]
-        if layers or not found:
-            found.append(Unit(_common(layers), current))
-        else:
-            found[-1].nodes += current
-        current = []
-    return found
-
-
-def _is_tuple(node: fx.Node) -> bool:
-    """Whether a node gives several tensors, to be told apart by number: a chunk, a split."""
-    return bool(node.users) and all(
-        user.target is operator.getitem and isinstance(user.args[1], int) for user in node.users
-    )
-
-
-def _common(names: list[str]) -> str:
-    """The longest path that all names begin with: `layer1.0` of `layer1.0.conv1` and `layer1.0.conv2`."""
-    parts = [name.split(".") for name in names]
-    if not parts:
-        return "input"
-    shared = list(takewhile(lambda same: len(set(same)) == 1, zip(*parts)))
-    return ".".join(same[0] for same in shared) or f"{names[0]} to {names[-1]}"
-
-
-def extract(graph: fx.GraphModule, nodes: list[fx.Node], name: str) -> tuple[fx.GraphModule, fx.Node, fx.Node]:
-    """Some of a graph's nodes as a module of their own (sharing the layers), its input node and its output node there.
-
-    Raises UserError where the nodes take or give more than one tensor.
-    """
-    inside = set(nodes)
-    sources = list(dict.fromkeys(i for node in nodes for i in node.all_input_nodes if i not in inside))
-    fixed = [node for node in sources if node.op == "get_attr"]
-    sources = [node for node in sources if node.op != "get_attr"]
-    sinks = [node for node in nodes if any(user not in inside for user in node.users)]
-    if len(sources) != 1 or len(sinks) != 1:
-        raise UserError(f"{name} has {len(sources)} inputs and {len(sinks)} outputs where a unit has one of each")
-    part = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {sources[0]: part.placeholder("x")}
-    for node in [*fixed, *nodes]:
-        copies[node] = part.node_copy(node, lambda old: copies[old])
-    part.output(copies[sinks[0]])
-    return fx.GraphModule(graph, part), sources[0], sinks[0]
-
-
-def mark(graph: fx.GraphModule) -> list[str]:
-    """Put an identity layer behind every unit but the last, in place, so that its output can be watched by name."""
-    names = []
-    for k, unit in enumerate(units(graph)[:-1]):
-        names.append(f"hint{k}")
-        graph.add_submodule(names[-1], nn.Identity())
-        end = unit.nodes[-1]
-        with graph.graph.inserting_after(end):
-            marker = graph.graph.call_module(names[-1], (end,))
-        for user in [user for user in end.users if user is not marker]:
-            user.replace_input_with(end, marker)
-    graph.recompile()
-    return names
 
 
 @dataclass(frozen=True)

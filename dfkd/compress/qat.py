@@ -13,7 +13,6 @@ from dfkd.compress.fit import Batches, Fit, Hints, check_length, hold_zeros
 from dfkd.compress.graph import (
     fold,
     images_of,
-    mark,
     network_input,
     network_of,
     remove_call,
@@ -32,6 +31,7 @@ from dfkd.compress.quantize import (
 )
 from dfkd.compress.reconstruct import reconstruct
 from dfkd.compress.result import Compressed
+from dfkd.compress.units import mark
 from dfkd.cuda_graphs import DIRECT
 from dfkd.errors import UserError
 from dfkd.runtime import full_precision
@@ -121,7 +121,7 @@ class Training:
         seed: int = 0,
         accelerator: Any = None,
     ) -> None:
-        check_length(stream, steps)
+        check_length(stream, steps)  # before the warm start, which may take minutes
         self.given = model
         self.inputs = calibration_inputs(model, stream if calibration is None else calibration, images)
         reference = trace(network_of(model))

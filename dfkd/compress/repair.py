@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd.compress.graph import ADDS, affine, extract, is_layer, kind, norms, own_name, trace, units, watch
+from dfkd.compress.graph import ADDS, affine, is_layer, kind, norms, own_name, trace, watch
+from dfkd.compress.units import extract, units
 from dfkd.errors import UserError
 
 LARGEST = 8192  # inputs of a filter: above, the normal equations alone take more than half a gigabyte
