@@ -121,6 +121,7 @@ def _qat(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         hints=keys.hints,
         accelerator=parts.accelerator,
     )
+    say(f"qat trains with a peak learning rate of {training.fit.rates[0]:g}")
     train(training.fit)
     return training.result()
 

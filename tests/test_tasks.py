@@ -56,7 +56,9 @@ def accuracy_of(folder: Path) -> float:
 def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs) -> None:
     chosen = "tasks=[distill,prune,qat,ptq,udfc]"
     pipeline = ("qat.input=prune", "ptq.input=student", "udfc.bits=4")
-    assert runs.run("all", chosen, *pipeline, *SHORT).code == 0
+    done = runs.run("all", chosen, *pipeline, *SHORT)
+    assert done.code == 0
+    assert "qat trains with a peak learning rate of 0.01\n" in done.out  # 4 bits
     found = results(runs.folder / "all")["tasks"]
     assert list(found) == ["prune", "qat", "ptq", "udfc"]
     for name, task in found.items():
