@@ -12,17 +12,16 @@ from dfkd.runtime import Shard, rng, to_device
 def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, repeats: int = 1) -> Tensor:
     """Labels [batch] int64 of this rank, balanced over the global batch, as equal neighbours where repeats is 2.
 
-    Every class appears equally often (to one) where the global batch holds all of them `repeats` times; else as many
-    classes as fit are picked at random.
+    Every class appears equally often (to `repeats`) where the global batch holds all of them `repeats` times; else as
+    many classes as fit are picked at random. What is left of a batch that `repeats` does not divide is one class more.
     """
     total = batch * shard.world
     generator = rng("cpu", *position, "labels")  # so small that on a GPU every line would cost more than the copy
+    blocks = -(-total // repeats)
     chosen = torch.randperm(classes, generator=generator)[: max(1, total // repeats)]
-    labels = chosen[torch.arange(total).mul(len(chosen)).div(total, rounding_mode="floor")]
-    blocks = total // repeats
-    order = torch.randperm(blocks, generator=generator)
-    shuffled = labels[: blocks * repeats].view(blocks, repeats)[order].reshape(-1)
-    return to_device(shard.take(torch.cat([shuffled, labels[blocks * repeats :]])), shard.device)
+    labels = chosen[torch.arange(blocks) * len(chosen) // blocks]
+    labels = labels[torch.randperm(blocks, generator=generator)].repeat_interleave(repeats)[:total]
+    return to_device(shard.take(labels), shard.device)
 
 
 def draw_latents(shard: Shard, batch: int, latent: int, *position: int | str) -> Tensor:

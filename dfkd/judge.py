@@ -109,8 +109,8 @@ def _generated(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> S
     device = zoo[0].mean.device
     generator, about = assemble.make_generator(recipe, zoo, device)
     if isinstance(generator, PoolGenerator):  # it draws with replacement: duplicates that the pool may not have
-        held = generator.labels < generator.classes
-        images, labels = _thinned(generator.images[held].cpu(), generator.labels[held].cpu(), count)
+        labels = generator.labels[generator.labels < generator.classes]
+        images, labels = _thinned(generator.kept().cpu(), labels.cpu(), count)
     else:
         images, labels = _streamed(recipe, from_generator(generator), count, device)
     conditional = "conditional" in generator.keys and about["conditional"]

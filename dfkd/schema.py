@@ -299,11 +299,11 @@ class Prune:
 
 @dataclass
 class Udfc:
-    """Pruning and weight quantisation in closed form, without data (Bai et al. 2023)."""
+    """Pruning and weight quantisation in closed form, without data (docs/closed_form.md)."""
 
     input: str = key("main", INPUT)
     method: Literal["rectified", "udfc"] = key(
-        "rectified", "udfc: the paper's; rectified: regression of rectified units"
+        "rectified", "udfc: our derivation of Bai et al. 2023; rectified: regression of rectified units"
     )
     ratio: float = key(0.2, "share of the channels that goes; 0: none", 0, 0.99)
     bits: int | None = key(None, "bits of the weights' grid (they are stored as float); null: no rounding", 2, 8)

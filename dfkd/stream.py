@@ -219,6 +219,10 @@ class SyntheticStream(IterableDataset):
 
     def _random_draws(self, images: Tensor, position: tuple[int | str, ...]) -> dict[str, Tensor]:
         """What is drawn for images besides: where they move to, and the boxes of a batch that is mixed."""
+        if self.mix is not None and not self.teachers:
+            raise UserError(
+                "mixed images have no one label; give the stream a teacher=, whose logits they get, or mix=0"
+            )
         drawn = {}
         if self.shift or self.flip:
             drawn["moves"] = draw_moves(self.shard, len(images), *position)

@@ -28,12 +28,12 @@ from dfkd.data import opened
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx
 from dfkd.inputs import bits_by_layer, settings, task_input, task_source
-from dfkd.runtime import Shard, autocast_of, say
+from dfkd.runtime import Shard, autocast_of, say, to_float
 from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream
 from dfkd.teachers import Teacher, have_features
 from dfkd.verify import verify
-from generators import ImageGenerator
+from generators import ImageGenerator, PoolGenerator
 
 HELD_OUT_EPOCH = 1_000_003  # an epoch that nothing ever trains on
 HELD_OUT, HELD_OUT_BATCH = 2048, 256  # images
@@ -253,7 +253,13 @@ def measure(parts: Parts, model: nn.Module) -> Accuracy | None:
 def held_out(
     parts: Parts, count: int = HELD_OUT, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> Iterator[Tensor]:
-    """Batches of synthetic images, `count` in all, that nothing has trained on."""
+    """Batches of synthetic images, `count` in all, that nothing has trained on; of a pool its own, each once and no
+    more than it has: what trained on the pool has seen them all."""
+    if isinstance(parts.generator, PoolGenerator):
+        kept = parts.generator.kept()
+        some = min(count, len(kept))
+        rows = torch.arange(some, device=kept.device) * len(kept) // max(1, some)  # spread over its rounds
+        return (to_float(each) for each in kept[rows].split(HELD_OUT_BATCH) if len(each))
     stream = SyntheticStream(
         parts.generator,
         batch_size=HELD_OUT_BATCH,

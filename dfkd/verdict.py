@@ -124,8 +124,8 @@ def verdict(
     control = student and student.get("source", "generator") != "generator"  # not made for the generator's images
     if student and not control and student["agreement"]["percent"] < DISAGREES:
         found.append(
-            f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of fresh images: raise "
-            "distill.steps, synthesis.student_steps or synthesis.fade, or choose a larger student"
+            f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of synthetic images: "
+            "raise distill.steps, synthesis.student_steps or synthesis.fade, or choose a larger student"
         )
     quarter = student and student["last_quarter"]
     if quarter and quarter["lowest"] < quarter["mean"] - SWING:

@@ -90,7 +90,7 @@ def verify(
     share of equal classes in %, max_error the largest difference of logits, relative_error that of all logits (root
     mean square, over that of the model's). latency_ms is a median per image, latency_32_ms per batch of 32; with a
     float_path the float file is timed in turns with it. nodes counts what runs on integers and in float. simulated
-    says that some codes have fewer than 8 bits and run in float: small storage, no speed. Raises UserError where a
+    says that most layers of a quantised network run in float: small storage, no speed. Raises UserError where a
     package is missing, no image came or images have another size than the file's.
     """
     runtime, onnx = package("onnxruntime"), package("onnx")
@@ -111,7 +111,8 @@ def verify(
     expected, given = torch.cat(mine), torch.cat(theirs)
     error = given - expected
     about = json.loads({entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}.get("dfkd", "{}"))
-    low = any(min(pair) < 8 for pair in about.get("bits", {}).values())
+    bits = about.get("bits", {})
+    low = any(min(pair) < 8 for pair in bits.values())
     nodes = _kernels(path, threads)
     result: dict[str, Any] = {
         "agreement": round(100 * (given.argmax(1) == expected.argmax(1)).float().mean().item(), 2),
@@ -132,7 +133,7 @@ def verify(
         result |= {f"{which}{name}": value for which, value in _latencies(sessions, shown, repeats).items()}
     integer = nodes["integer_convolutions"] + nodes["integer_linear"]
     total = integer + nodes["float_convolutions"] + nodes["float_linear"]
-    result["simulated"] = low and 2 * integer < total
+    result["simulated"] = bool(bits) and 2 * integer < total
     few = (
         "; fewer bits than 8 save storage" + (", and where they run in float no time" if integer < total else "")
         if low

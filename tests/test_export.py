@@ -165,8 +165,9 @@ def test_few_bits_run_on_integers_and_agree(tmp_path: Path) -> None:
     assert result["relative_error"] < 0.02
 
 
-def test_few_bits_that_run_in_float_are_called_simulated(tmp_path: Path) -> None:
-    model = quantised(of_every_width(), (4, 4), ignore=["0", "1.*"], ends=(4, 4))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_that_run_in_float_are_called_simulated(tmp_path: Path, bits: int) -> None:
+    model = quantised(of_every_width(), (bits, bits), ignore=["0", "1.*"], ends=(bits, bits))
     assert verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)["simulated"] is True
 
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from networks_fixture import functional, images, named, vary
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import (
@@ -126,6 +127,47 @@ def test_a_norm_of_tokens_is_not_taken_into_a_linear_layer(rows: Any, tokens: in
     graph = trace(network)
     assert norms(graph) == ({"a": "b"} if found else {})
     same(fold(graph)(x), network(x))
+
+
+def discarded(call: Any) -> Any:
+    """What works in place, its result taken from the tensor that it was given."""
+
+    def act(x: Tensor, *arguments: Any) -> Tensor:
+        call(x, *arguments)
+        return x
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda m, x: F.relu(x, inplace=True),
+        lambda m, x: F.hardtanh(x, -0.1, 0.2, True),
+        lambda m, x: torch.relu_(x),
+        lambda m, x: x.relu_(),
+        lambda m, x: m.act(x),
+        lambda m, x: discarded(m.act)(x),
+        lambda m, x: discarded(F.leaky_relu_)(x, 0.2),
+        lambda m, x: discarded(lambda y: y.add_(m.other(y)))(x),
+        lambda m, x: x.add_(m.other(x)).mul_(2),
+    ],
+)
+@torch.no_grad()
+def test_what_works_in_place_overwrites_nothing_in_a_graph(act: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        made = m.conv(x)
+        changed = act(m, made)
+        return m.last(changed) + m.short(made)  # which sees what has been made of it
+
+    layers = {name: nn.Conv2d(4, 4, 1) for name in ("other", "last", "short")}
+    network = Small(forward, conv=nn.Conv2d(3, 4, 3), act=nn.ReLU(inplace=True), **layers).double().eval()
+    x = images(5, 3, 6, 6, dtype=torch.float64)
+    graph, wanted = trace(network), network(x)
+    assert (wanted - network.last(network.conv(x)) - network.short(network.conv(x))).abs().max() > 0.1
+    with watch(graph, ["conv"]) as seen:
+        same(graph(x), wanted)
+    same(seen["conv"], network.conv(x))  # what a quantiser would be calibrated on
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")

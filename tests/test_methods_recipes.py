@@ -103,3 +103,4 @@ def test_a_method_runs(runs: Runs, base: str, method: str) -> None:
     if isinstance(generator, PoolGenerator):
         assert int((generator.labels < 10).sum()) == 2 * 16 == generator.capacity
         assert generator.description["made_by"] == recipe.generator.arch
+        assert found["student"]["agreement"]["n"] == generator.capacity  # all there are, each once

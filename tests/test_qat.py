@@ -290,6 +290,32 @@ def test_a_frozen_teacher_is_trained_too_and_what_was_pruned_stays_so() -> None:
     assert not any(parameter.requires_grad for parameter in given.parameters())
 
 
+class Scaled(nn.Module):
+    """A network with a number of its own that is called as quantisers call theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.tensor(-1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.conv(x)).mean((2, 3)) * self.scale)
+
+
+def test_training_keeps_steps_above_zero_and_lets_a_networks_own_scale_be() -> None:
+    torch.manual_seed(0)
+    training = Training(Scaled().eval(), STREAM, 4, images=32, warm_start=0, steps=3, lr=1e-5)
+    student: Any = network_of(training.student)
+    with torch.no_grad():
+        student.norm.weight[0] = -0.5  # as a training that goes too far may have it
+        student.conv.quantizer.scale.neg_()
+    training.fit.run()
+    assert student.scale.item() == pytest.approx(-1, abs=0.01)
+    assert bool((student.norm.weight >= 0).all())
+    folded = network_of(training.result().model)
+    assert all(bool((layer.quantizer.scale > 0).all()) for layer in quantized_layers(folded).values())
+
+
 def test_with_many_bits_the_rate_is_a_tenth() -> None:
     """LSQ, section 3: 0.01 for 2 to 4 bits, 0.001 for 8."""
     for bits, overrides, rate in ((8, {}, 0.001), (8, {"*conv2": (8, 4)}, 0.01), ((2, 8), {}, 0.01), (4, {}, 0.01)):

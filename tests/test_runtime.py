@@ -1,5 +1,8 @@
 """Where and how a run computes: torch's own generators by position, mixed precision."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from runs_fixture import reset_accelerate
@@ -74,3 +77,13 @@ def test_a_prepared_network_keeps_its_own_forward(precision: str, own: bool) -> 
     assert "_original_forward" not in vars(network)
     with autocast_of(accelerator)():
         assert network(x).dtype == (torch.bfloat16 if precision == "bf16" and not own else torch.float32)
+
+
+def test_a_prepared_network_goes_when_nobody_has_it_any_longer() -> None:
+    reset_accelerate()
+    accelerator, _ = make_accelerator("fp32")
+    network = torch.nn.Linear(3, 2)
+    prepared, alive = prepare(accelerator, network), weakref.ref(network)
+    del network, prepared
+    gc.collect()
+    assert alive() is None

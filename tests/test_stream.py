@@ -75,8 +75,10 @@ def test_a_batch_is_images_in_range_with_labels_or_logits(
     assert torch.equal(logits, teacher(images))
 
 
-def test_batches_depend_on_seed_epoch_and_index_alone(make_stream: MakeStream) -> None:
-    options = {"num_batches": 4, "seed": 3, "shift": 0.2, "flip": True, "mix": 0.5}
+def test_batches_depend_on_seed_epoch_and_index_alone(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher]
+) -> None:
+    options = {"num_batches": 4, "seed": 3, "shift": 0.2, "flip": True, "mix": 0.5, "teacher": make_teacher()}
     stream = make_stream(**options)
     torch.manual_seed(1)
     first = list(stream)
@@ -87,6 +89,11 @@ def test_batches_depend_on_seed_epoch_and_index_alone(make_stream: MakeStream) -
     assert same(first[2], stream.batch(2))  # out of order
     others = [*first[1:], make_stream(**options | {"seed": 4}).batch(0), stream.batch(0, epoch=1)]
     assert not any(torch.equal(first[0][0], images) for images, _ in others)
+
+
+def test_mixed_images_without_a_teacher_have_no_label(make_stream: MakeStream) -> None:
+    with pytest.raises(UserError, match="mixed images have no one label; give the stream a teacher="):
+        make_stream(mix=1.0).batch(0)
 
 
 def test_epochs_differ_and_come_back(make_stream: MakeStream) -> None:

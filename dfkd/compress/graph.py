@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd.classifier import Classifier
 from dfkd.errors import UserError
 
-ADDS: set[object] = {operator.add, operator.iadd, torch.add, "add", "add_"}
-RELUS: set[object] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+# A traced graph has none that work in place (see _out_of_place).
+ADDS: set[object] = {operator.add, torch.add, "add"}
+RELUS: set[object] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu"}
 # What hands on the values it is given, or some of them, at other places: quantised before or after is the same.
 CARRIERS: set[object] = {
     *(nn.Identity, nn.Flatten, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.PixelUnshuffle),
@@ -88,16 +89,16 @@ class _Tracer(fx.Tracer):
 def trace(network: nn.Module) -> fx.GraphModule:
     """A copy of a network as a graph, in eval mode, its layers under their own names.
 
-    timm's joint batch norm and activation are taken apart, activations no longer work in place. Raises UserError
+    timm's joint batch norm and activation are taken apart, nothing works in place any longer. Raises UserError
     where the network's forward depends on values, a layer with weights is used twice or a weight is no parameter.
     """
     check_weights(network)
-    network = copy.deepcopy(network).eval()
+    network, in_place = copy.deepcopy(network).eval(), set()
     for name, module in list(network.named_modules()):
         if isinstance(module, BatchNormAct2d):
             network.set_submodule(name, _taken_apart(module))
-        else:
-            _not_in_place(module)
+        elif _not_in_place(module):
+            in_place.add(name)
     _with_one_input(network)
     tracer = _Tracer()
     try:
@@ -107,6 +108,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
         raise UserError(
             f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on values"
         ) from None
+    _out_of_place(graph, in_place)
     traced = fx.GraphModule(tracer.root, graph).eval()
     _refuse_shared(traced)
     return traced
@@ -157,9 +159,53 @@ def _taken_apart(norm: BatchNormAct2d) -> nn.Sequential:
     return nn.Sequential(plain, norm.drop, norm.act).eval()
 
 
-def _not_in_place(module: Any) -> None:
-    if hasattr(module, "inplace"):
+def _not_in_place(module: Any) -> bool:
+    """Let a module work in place no longer; whether it did."""
+    did = bool(getattr(module, "inplace", False))
+    if did:
         module.inplace = False
+    return did
+
+
+def _out_of_place(graph: fx.Graph, modules: Iterable[str]) -> None:
+    """Let what worked in place, these modules and functions and methods, make a tensor of its own, which all that comes
+    after reads: else a quantiser would be calibrated on a tensor that was overwritten behind it."""
+    place = {node: k for k, node in enumerate(graph.nodes)}
+    for node in list(place):
+        if node.target in modules if node.op == "call_module" else _call_not_in_place(node):
+            given = node.all_input_nodes[0]
+            given.replace_all_uses_with(node, delete_user_cb=lambda user: place[user] > place[node])  # noqa: B023
+
+
+def _call_not_in_place(node: fx.Node) -> bool:
+    """Let a call of a function or method work in place no longer; whether it did."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    target: Any = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):  # add_, torch.relu_
+        owners = [Tensor] if isinstance(target, str) else [torch, F]
+        plain = next((getattr(owner, name[:-1]) for owner in owners if hasattr(owner, name[:-1])), None)
+        if plain is None:
+            return False
+        node.target = name[:-1] if isinstance(target, str) else plain
+    else:  # F.relu(x, inplace=True)
+        if isinstance(target, str) or "inplace" not in _parameters(target):
+            return False
+        call = inspect.signature(target).bind(*node.args, **node.kwargs)
+        if not call.arguments.get("inplace"):
+            return False
+        call.arguments["inplace"] = False
+        node.args, node.kwargs = call.args, call.kwargs
+    return True
+
+
+def _parameters(function: Callable[..., Any]) -> Iterable[str]:
+    """The names of a function's parameters; none where it is built in and does not tell."""
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return ()
 
 
 def kind(graph: fx.GraphModule, node: fx.Node) -> object:
@@ -262,8 +308,8 @@ def affine(norm: Any) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def positive_scales(graph: fx.GraphModule) -> None:
     """Make the scale of every batch norm behind a convolution positive, in place and without changing what the network
-    computes: filter, running mean and scale change sign together. Folding then cannot turn a quantised weight of
-    -2^(b-1) into 2^(b-1), which its type does not hold."""
+    computes: filter, running mean and scale change sign together. Folding multiplies a quantised weight's step by that
+    scale, and the files' steps are to be positive."""
     for layer_name, norm_name in norms(graph).items():
         layer: Any = graph.get_submodule(layer_name)
         norm: Any = graph.get_submodule(norm_name)

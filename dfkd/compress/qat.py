@@ -15,6 +15,7 @@ from dfkd.compress.graph import (
     images_of,
     network_input,
     network_of,
+    norms,
     remove_call,
     trace,
     watch,
@@ -154,12 +155,16 @@ class Training:
             hints=Hints(network, reference, [(name, name) for name in self.names], hints) if hints else None,
             accelerator=accelerator,
         )
-        # A step that reached zero would divide by it, one below would turn the grid round.
-        scales = [scale for name, scale in network.named_parameters() if name.endswith(".scale")]
-        floors = [float(scale.detach().min()) * 1e-3 for scale in scales]
+        # A step that reached zero would divide by it, one below would turn the grid round, as would the scale of a norm
+        # that is folded into it.
+        quantizers = [layer.quantizer for layer in quantized_layers(network).values()]
+        quantizers += activation_quantizers(network).values()
+        floors = [(each.scale, float(each.scale.detach().min()) * 1e-3) for each in quantizers]
+        folded: list[Any] = [network.get_submodule(name) for name in norms(network).values()]
+        floors += [(norm.weight, 0.0) for norm in folded if norm.weight is not None]
 
         def keep_positive(*_: object) -> None:
-            for scale, floor in zip(scales, floors):
+            for scale, floor in floors:
                 scale.data.clamp_(min=floor)
 
         self.fit.optimizer.register_step_post_hook(keep_positive)
