@@ -7,7 +7,6 @@ generator came out bit for bit as without a budget. On a CPU "the device" is a s
 """
 
 import argparse
-import dataclasses
 from statistics import median
 
 import torch
@@ -18,14 +17,15 @@ from dfkd.recipe import load_recipe
 from dfkd.runtime import Shard, make_accelerator
 from dfkd.schema import Recipe
 from dfkd.synthesis import Synthesizer
-from dfkd.teachers import Teacher, load_zoo
+from dfkd.teachers import SPEC, Teacher, load_zoo
 from generators import ConvGenerator
 
 
 def make_zoo(recipe: Recipe, budget: float, shard: Shard) -> list[Teacher]:
     """The recipe's teachers with random weights that do not depend on the budget."""
     torch.manual_seed(0)
-    specs = {name: {**dataclasses.asdict(spec), "weights": ""} for name, spec in recipe.zoo_specs.items()}
+    own = SPEC - {"weights", "moves"}
+    specs = {name: {key: getattr(spec, key) for key in own} for name, spec in recipe.zoo_specs.items()}
     size = recipe.image.size
     return load_zoo(specs, classes=recipe.classes, size=size, device=shard.device, channels_last=True, memory_gb=budget)
 

@@ -25,7 +25,7 @@ from dfkd.models.selection import select_weights
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import Deadline, Shard, eval_mode, resolve_precision, rng
 from dfkd.schema import SELECTED, Recipe, StudentSpec, TeacherSpec
-from dfkd.teachers import Teacher, load_zoo
+from dfkd.teachers import SPEC, Teacher, load_zoo
 from generators import GENERATORS, ImageGenerator, PoolGenerator, build_generator, load_generator
 
 TRAINABLE = tuple(name for name, kind in GENERATORS.items() if kind is not PoolGenerator)
@@ -118,7 +118,8 @@ def load_recipe_zoo(
     """The enabled teachers, checked, on the device; those without weights are trained first, or with train=False left
     as they are built. Raises Paused where the deadline comes first."""
     specs = {
-        name: {**dataclasses.asdict(spec), "moves": training_moves(recipe, spec)}
+        name: {key: value for key, value in dataclasses.asdict(spec).items() if key in SPEC}
+        | {"moves": training_moves(recipe, spec)}
         for name, spec in recipe.zoo_specs.items()
     }
     for name, spec in recipe.zoo_specs.items():

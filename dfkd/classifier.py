@@ -1,7 +1,8 @@
 """A network together with the normalisation and input size it was trained for."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +24,16 @@ class _StridedDepthwise(nn.Conv2d):
         return output.to(torch.get_autocast_dtype("cpu"))
 
 
-def _spare_slow_kernels(model: nn.Module) -> None:
-    for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1 and max(module.stride) > 1:
-            module.__class__ = _StridedDepthwise
+@contextmanager
+def _slow_kernels_spared(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Let strided depthwise convolutions be _StridedDepthwise within its scope alone: the network is the user's."""
+    for layer in layers:
+        layer.__class__ = _StridedDepthwise
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Conv2d
 
 
 def head(network: nn.Module) -> nn.Linear | None:
@@ -59,7 +66,11 @@ class Classifier(nn.Module):
             raise UserError(
                 f"{name}: mean {list(mean)} and std {list(std)} must be one value per channel each, std > 0"
             )
-        _spare_slow_kernels(model)
+        self.slow = [
+            module
+            for module in model.modules()
+            if type(module) is nn.Conv2d and module.groups == module.in_channels > 1 and max(module.stride) > 1
+        ]
         self.normalisation = (list(mean), list(std))
         self.register_buffer("mean", torch.tensor(self.normalisation[0] or [0.0]).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(self.normalisation[1] or [1.0]).view(1, -1, 1, 1))
@@ -76,7 +87,8 @@ class Classifier(nn.Module):
         return (self.resized(images) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        return full_precision(self.model(self.network_input(images)))
+        with _slow_kernels_spared(self.slow):
+            return full_precision(self.model(self.network_input(images)))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import copy
 import gc
 import hashlib
 import math
+import operator
 import os
 import re
 import shlex
@@ -66,7 +67,9 @@ class Deadline:
 
 def rng(device: torch.device | str, *position: int | str) -> torch.Generator:
     """A random generator that depends on its position (seed, purpose, step, ...) alone, so nothing need be saved."""
-    digest = hashlib.blake2b(repr(position).encode(), digest_size=8).digest()
+    # numpy's whole numbers have another repr.
+    plain = tuple(each if isinstance(each, str) else operator.index(each) for each in position)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

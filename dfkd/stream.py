@@ -1,6 +1,7 @@
 """Batches of synthetic images with their targets, ready on the device, deterministic in (seed, rank, epoch, batch)."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -30,41 +31,55 @@ Watch = Callable[[], AbstractContextManager[Sequence[Tensor]]]  # collects tenso
 
 def from_generator(generator: ImageGenerator, graphs: Calls = DIRECT) -> Source:
     """Images of a generator, of balanced classes."""
-
     graphs = graphs if any(True for _ in generator.parameters()) else DIRECT  # pixels and pools: nothing to gain
+    return partial(_generated, generator, graphs)  # not a closure: workers that are spawned are sent it
 
+
+def _generated(
+    generator: ImageGenerator, graphs: Calls, shard: Shard, count: int, position: tuple[int | str, ...]
+) -> tuple[Tensor, Tensor]:
     def images(latents: Tensor, labels: Tensor) -> tuple[Tensor]:
         return (full_precision(generator(latents, labels)),)
 
-    def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
-        labels = draw_labels(shard, count, generator.classes, *position)
-        latents = draw_latents(shard, count, generator.latent, *position)
-        return graphs.call(("stream", "generator"), generator, images, latents, labels)[0], labels
-
-    return draw
+    labels = draw_labels(shard, count, generator.classes, *position)
+    latents = draw_latents(shard, count, generator.latent, *position)
+    return graphs.call(("stream", "generator"), generator, images, latents, labels)[0], labels
 
 
 def from_noise(channels: int, size: int, classes: int, mean: float = 0.5, std: float = 0.25) -> Source:
     """A control: normal noise clamped to [0, 1], its labels random."""
+    return partial(_noise, (channels, size, size), classes, mean, std)
 
-    def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
-        labels = draw_labels(shard, count, classes, *position)
-        shape = (count * shard.world, channels, size, size)
-        noise = torch.randn(shape, generator=rng(shard.device, *position, "noise"), device=shard.device)
-        return (shard.take(noise) * std + mean).clamp(0, 1), labels
 
-    return draw
+def _noise(
+    shape: tuple[int, ...], classes: int, mean: float, std: float, shard: Shard, count: int, position: Any
+) -> tuple[Tensor, Tensor]:
+    labels = draw_labels(shard, count, classes, *position)
+    generator = rng(shard.device, *position, "noise")
+    noise = torch.randn((count * shard.world, *shape), generator=generator, device=shard.device)
+    return (shard.take(noise) * std + mean).clamp(0, 1), labels
 
 
 def from_images(images: Tensor, labels: Tensor) -> Source:
-    """A control: given images [N, C, H, W], uint8 or float in [0, 1], and labels [N], drawn at random."""
+    """A control: given images [N, C, H, W], uint8 or float in [0, 1], and labels [N], drawn at random.
 
-    def draw(shard: Shard, count: int, position: tuple[int | str, ...]) -> tuple[Tensor, Tensor]:
-        generator = rng("cpu", *position, "images")
-        rows = shard.take(torch.randint(len(images), (count * shard.world,), generator=generator))
-        return to_float(to_device(images[rows], shard.device)), to_device(labels[rows], shard.device)
+    Raises UserError where they are none, are other numbers, or have not one label each.
+    """
+    shapes = f"{list(images.shape)} {images.dtype} with labels {list(labels.shape)}"
+    if images.dim() != 4 or not len(images) or labels.shape != images.shape[:1]:
+        raise UserError(f"from_images takes images [N, C, H, W] and a label for each, labels [N]; got {shapes}")
+    whole = images.dtype == torch.uint8
+    if not whole and not (images.is_floating_point() and images.min() >= 0 and images.max() <= 1):
+        raise UserError(f"from_images takes images in uint8, or float ones in [0, 1]; got {shapes}; divide by 255")
+    return partial(_given, images, labels)
 
-    return draw
+
+def _given(
+    images: Tensor, labels: Tensor, shard: Shard, count: int, position: tuple[int | str, ...]
+) -> tuple[Tensor, Tensor]:
+    generator = rng("cpu", *position, "images")
+    rows = shard.take(torch.randint(len(images), (count * shard.world,), generator=generator))
+    return to_float(to_device(images[rows], shard.device)), to_device(labels[rows], shard.device)
 
 
 def drawn_anew(batch_size: int, replay: int, fresh: float) -> int:
@@ -124,6 +139,7 @@ class SyntheticStream(IterableDataset):
     is not conditional they mean nothing). Batch b of epoch e depends on (seed, rank, e, b) alone, unless replay is on:
     then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8 bits, and stands first; the rest are
     images of the last `replay` batches as they were, with the targets they had, which costs neither network anything.
+    A generator in training mode draws as in training, by the statistics of the batch: `.eval()` it first.
     With `features` targets are [B, K + D]: behind the logits what the teachers' last linear layers are given, for Fit.
     """
 
@@ -152,6 +168,8 @@ class SyntheticStream(IterableDataset):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
         if replay < 0:
             raise UserError(f"a stream needs replay >= 0, past batches that are kept, got {replay}")
+        if not (0 <= shift <= 1 and 0 <= mix <= 1):
+            raise UserError(f"a stream needs shift, a share of the side, and mix from 0 to 1, got {shift} and {mix}")
         if not 0 < fresh <= 1:
             raise UserError(f"a stream needs fresh above 0 and at most 1, the share of a batch drawn anew, got {fresh}")
         self.shard = shard or default_shard(source)
@@ -187,23 +205,25 @@ class SyntheticStream(IterableDataset):
         return self.num_batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration draw other batches."""
+        """Make the next iteration draw other batches. Workers that a DataLoader keeps (persistent_workers) do not hear
+        of it."""
         self.epoch = epoch
 
-    def batch(self, index: int, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Batch `index` of an epoch: images and targets. Raises UserError past the end of a counted stream."""
+    def batch(self, index: int, epoch: int | None = None) -> tuple[Tensor, Tensor]:
+        """Batch `index` of an epoch (None: that of set_epoch): images and targets. Raises UserError past the end of a
+        counted stream."""
         images, targets, *_ = self.watched_batch(index, epoch)
         return images, targets
 
     @torch.no_grad()
-    def watched_batch(self, index: int, epoch: int = 0, watch: Watch | None = None) -> tuple[Tensor, ...]:
+    def watched_batch(self, index: int, epoch: int | None = None, watch: Watch | None = None) -> tuple[Tensor, ...]:
         """`batch`, and behind it what `watch` collects while the teachers look at the fresh images: with CUDA graphs
         that of the first call, so a stream with graphs has one watcher."""
         if self.num_batches is not None and index >= self.num_batches:
             raise UserError(
                 f"batch {index} is past the end of a stream of {self.num_batches}; give a larger num_batches"
             )
-        position = (self.seed, "stream", epoch, index)
+        position = (self.seed, "stream", self.epoch if epoch is None else epoch, index)
         with self.autocast():
             images, labels = self.source(self.shard, self.fresh, position)
             draws = self._random_draws(images, position)
@@ -266,10 +286,22 @@ def feature_widths(networks: Sequence[nn.Module]) -> list[int]:
 
 
 def default_shard(source: object) -> Shard:
-    """This process's shard, on the device of a generator, else on Accelerate's."""
-    state = PartialState()
-    device = source.device if isinstance(source, ImageGenerator) else state.device
-    return Shard(device, state.process_index, state.num_processes)
+    """This process's part of torch's process group, where there is one, on the device of a generator, else on that
+    which torch or Accelerate has chosen. Raises UserError where several processes have no group yet."""
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    elif (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"this is one of {launched} processes without a process group, so that each would stream the same images; "
+            "make an Accelerator, or call torch.distributed.init_process_group, before the stream; or give it shard="
+        )
+    if isinstance(source, ImageGenerator):
+        return Shard(source.device, rank, world)
+    if PartialState._shared_state:
+        return Shard(PartialState().device, rank, world)
+    chosen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return Shard(chosen or torch.device("cpu"), rank, world)
 
 
 def as_dataloader(stream: SyntheticStream) -> DataLoader:
@@ -289,7 +321,7 @@ class CalibrationReader:
         """The next feed of the session, float32 on the host; None past the last."""
         if self.index >= self.batches:
             return None
-        images, _ = self.stream.batch(self.index, self.stream.epoch)
+        images, _ = self.stream.batch(self.index)
         self.index += 1
         return {self.input_name: images.float().cpu().numpy()}
 
@@ -314,7 +346,7 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     targets: list[Tensor] = []
     index = 0
     while sum(len(each) for each in images) < count:
-        batch, target = stream.batch(index, stream.epoch)
+        batch, target = stream.batch(index)
         images.append(batch.float().cpu().contiguous())
         targets.append(target.cpu())
         index += 1

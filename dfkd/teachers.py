@@ -54,8 +54,9 @@ def map_layers(model: nn.Module) -> list[nn.Module]:
 class Teacher(Classifier):
     """A trained classifier, frozen: images [B, C, H, W] in [0, 1] -> logits [B, K] in float32.
 
-    Wraps any nn.Module; mean, std and input_size are those it was trained with, moves is how its training moved images
-    at random, weight its share in the zoo's means. Where it has a pager, its network comes to the device when called.
+    Wraps any nn.Module and freezes that very one: eval mode, no gradients (give a copy of what is to be trained). mean,
+    std and input_size are those it was trained with, moves is how its training moved images at random, weight its share
+    in the zoo's means. Where it has a pager, its network comes to the device when called.
     """
 
     pager: Pager | None = None
@@ -207,6 +208,9 @@ def check_teacher(
         check_trainable(teacher, images, f"teacher {name}")
 
 
+SPEC = {"model", "weights", "mean", "std", "input_size", "moves", "weight", "kwargs"}  # keys of a teacher in load_zoo
+
+
 def load_zoo(
     specs: Mapping[str, Mapping[str, Any]],
     *,
@@ -219,15 +223,19 @@ def load_zoo(
     trust_code: bool = False,
     memory_gb: float = 0.0,
 ) -> list[Teacher]:
-    """The teachers of `{name: {model, weights, mean, std, input_size, moves, weight, kwargs}}`, checked and frozen.
+    """The teachers of `{name: {model, weights, mean, std, input_size, moves, weight, kwargs}}`, checked and frozen;
+    moves, a dfkd.draws.Moves, stands for a recipe's pad and flip.
 
     With memory_gb their networks are on the host, and on the device as many as so many GB (10^9 bytes) hold. Raises
-    UserError for a model, checkpoint, class count or output that does not fit (see check_teacher), or where one of them
-    takes more than memory_gb.
+    UserError for an unknown key, a model, checkpoint, class count or output that does not fit (see check_teacher), or
+    where one of them takes more than memory_gb.
     """
     zoo = []
     pager = Pager(torch.device(device), memory_gb * 1e9) if memory_gb else None
     for name, spec in specs.items():
+        if "model" not in spec or (unknown := sorted({*spec} - SPEC)):
+            wrong = "has no model" if "model" not in spec else f"has unknown keys {unknown}"
+            raise UserError(f"teachers.{name} {wrong}; allowed are {', '.join(sorted(SPEC))}")
         try:
             model = build_model(
                 spec["model"],

@@ -38,7 +38,11 @@ def _session(path: str | Path, threads: int, optimised: str = "") -> Any:
     options.log_severity_level = 3
     options.optimized_model_filepath = optimised
     options.add_session_config_entry("session.x64quantprecision", "1")  # else sums overflow on x86 without VNNI
-    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's have no common class
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"ONNX Runtime cannot read {path}: {reason}; give a file of dfkd.export.export_onnx") from None
 
 
 def _logits(session: Any, images: Tensor) -> Tensor:
@@ -94,6 +98,10 @@ def verify(
     package is missing, no image came or images have another size than the file's.
     """
     runtime, onnx = package("onnxruntime"), package("onnx")
+    if getattr(images, "num_batches", 0) is None:
+        raise UserError("the stream of images has no end; give it num_batches")
+    if repeats < 1:
+        raise UserError(f"repeats={repeats} is not allowed; a latency takes 1 or more")
     batches = images.split(128) if isinstance(images, Tensor) else images_of(images)
     session = _session(path, threads)
     device = next(model.parameters(), torch.empty(0)).device
@@ -109,6 +117,8 @@ def verify(
     if not len(last):
         raise UserError("no image to verify the file on; give at least one")
     expected, given = torch.cat(mine), torch.cat(theirs)
+    if not (expected.isfinite().all() and given.isfinite().all()):
+        raise UserError(f"logits of the model or of {path} are NaN or infinite; there is nothing to compare")
     error = given - expected
     about = json.loads({entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}.get("dfkd", "{}"))
     bits = about.get("bits", {})

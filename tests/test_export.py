@@ -1,6 +1,8 @@
 """ONNX files compute what the torch model computes, in the integers they promise, and verify() notices where not."""
 
+import copy
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from dfkd.compress.graph import with_network
 from dfkd.compress.quantize import QUANTIZED, prepare, quantized_layers, round_biases
 from dfkd.errors import UserError
 from dfkd.export import export_onnx, stored_type
+from dfkd.stream import SyntheticStream, from_noise
 from dfkd.teachers import Teacher
 from dfkd.verify import verify
 
@@ -163,6 +166,26 @@ def test_few_bits_run_on_integers_and_agree(tmp_path: Path) -> None:
     assert result["simulated"] is False
     assert result["agreement"] == 100
     assert result["relative_error"] < 0.02
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    path = export_onnx(network, images(2, size=8), tmp_path / "m.onnx")
+    (tmp_path / "none.onnx").write_text("no graph")
+    endless = SyntheticStream(from_noise(1, 8, 3))
+    with torch.no_grad():
+        broken = copy.deepcopy(network)
+        broken[1].bias[0] = math.nan
+    cases: list[tuple[Path, nn.Module, Any, int, str]] = [
+        (tmp_path / "gone.onnx", network, images(2, size=8), 1, "ONNX Runtime cannot read .*gone.onnx"),
+        (tmp_path / "none.onnx", network, images(2, size=8), 1, "ONNX Runtime cannot read .*none.onnx"),
+        (path, network, endless, 1, "the stream of images has no end; give it num_batches"),
+        (path, network, images(2, size=8), 0, "repeats=0 is not allowed"),
+        (path, broken, images(2, size=8), 1, "NaN or infinite"),
+    ]
+    for file, model, given, repeats, message in cases:
+        with pytest.raises(UserError, match=message):
+            verify(file, model, given, repeats=repeats)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

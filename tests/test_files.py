@@ -112,13 +112,17 @@ def test_bits_signs_and_float_layers_come_back(tmp_path: Path) -> None:
     assert loaded.meta["bits"] == {name: list(pair) for name, pair in done.model.model.meta["bits"].items()}
 
 
-def test_a_description_alone_says_the_normalisation(tmp_path: Path) -> None:
+def test_what_a_description_does_not_say_of_the_images_is_the_models(tmp_path: Path) -> None:
     given = wrapped("dfkd:tiny_plain")
-    save_compressed(tmp_path, given, {"model": "dfkd:tiny_plain", "classes": 3, "channels": 1, "kwargs": {"width": 4}})
-    loaded = load_compressed(tmp_path)
+    about = {"model": "dfkd:tiny_plain", "classes": 3, "channels": 1, "kwargs": {"width": 4}}
+    save_compressed(tmp_path / "own", given, about)
+    assert torch.equal(load_compressed(tmp_path / "own")(X), given(X))
+    save_compressed(tmp_path / "said", given, {**about, "mean": [], "std": [], "input_size": None})
+    loaded = load_compressed(tmp_path / "said")
     assert loaded.normalisation == ([], [])
     assert loaded.input_size is None
     assert torch.equal(loaded(X), given.model(X))
+    assert not torch.equal(loaded(X), given(X))
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def test_a_student_learns_its_teacher(
     assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_a_student_trains_in_training_mode_and_the_teacher_stays(
+def test_a_student_trains_in_training_mode_comes_back_in_eval_mode_and_the_teacher_stays(
     make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
 ) -> None:
     teacher = make_teacher()
@@ -208,9 +208,36 @@ def test_a_student_trains_in_training_mode_and_the_teacher_stays(
     student = network().eval()
     returned = fit(student, make_stream(teacher=teacher), steps=3)
     assert returned is student
-    assert all(module.training for module in student.modules())
-    assert int(student[1].num_batches_tracked) == 3
+    assert int(student[1].num_batches_tracked) == 3  # in training mode
+    assert not any(module.training for module in student.modules())
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+
+
+def test_an_epoch_is_other_images_and_torchs_generator_stays_as_it_was(
+    make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
+) -> None:
+    def trained(epoch: int) -> Tensor:
+        stream = make_stream(teacher=make_teacher())
+        stream.set_epoch(epoch)
+        student, before = network(), torch.get_rng_state()
+        fit(student, stream, steps=2)
+        assert torch.equal(torch.get_rng_state(), before)
+        return torch.cat([x.detach().flatten() for x in student.parameters()])
+
+    first = trained(0)
+    assert torch.equal(trained(0), first)
+    assert not torch.equal(trained(1), first)
+
+
+def test_a_student_that_cannot_learn_is_refused(
+    make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
+) -> None:
+    student = network()
+    Teacher(student)  # freezes it
+    with pytest.raises(UserError, match=r"the student has no parameter that learns; .*\(a Teacher freezes"):
+        fit(student, make_stream(teacher=make_teacher()), steps=3)
+    with pytest.raises(UserError, match="steps=-1 is not allowed"):
+        fit(network(), make_stream(teacher=make_teacher()), steps=-1)
 
 
 @pytest.mark.parametrize("features", [False, True])

@@ -169,6 +169,18 @@ def test_a_network_without_channels_to_take_is_refused() -> None:
             prune(alone, [IMAGES], 0.5, images=16, inner_only=inner_only)
 
 
+def test_images_that_the_network_does_not_take_are_told_as_such() -> None:
+    for given, images in ((tiny(), IMAGES[:, :2]), (tiny().double(), IMAGES)):
+        with pytest.raises(UserError, match=r"Sequential does not take images \[.*give a stream of its own size"):
+            prune(given, [images], images=16)
+
+
+def test_bytes_are_255ths_of_an_image() -> None:
+    whole = (IMAGES.clamp(0, 1) * 255).round().to(torch.uint8)
+    pruned = [prune(tiny(), [images], images=16).model(IMAGES) for images in (whole, whole.float() / 255)]
+    assert torch.equal(*pruned)
+
+
 def test_without_torch_pruning_inner_channels_can_still_go(monkeypatch: pytest.MonkeyPatch) -> None:
     without_torch_pruning(monkeypatch)
     with pytest.raises(UserError, match=r"pip install 'dfkd\[prune\]'"):

@@ -245,6 +245,18 @@ def test_what_cannot_be_done_is_refused(options: dict[str, Any], message: str) -
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["nearest", "train"])
+def test_bytes_are_255ths_of_an_image(method: str) -> None:
+    torch.manual_seed(0)
+    whole = [torch.randint(256, (16, *STREAM[0].shape[1:]), dtype=torch.uint8) for _ in range(2)]
+    options = {"steps": 1, "warm_start": 1} if method == "train" else {}
+    done = [
+        quantize(model(), images, 8, method=method, images=32, **options).model(STREAM[0])
+        for images in (whole, [each.float() / 255 for each in whole])
+    ]
+    assert torch.equal(*done)
+
+
 def test_a_stream_that_cannot_be_begun_again_is_refused() -> None:
     with pytest.raises(UserError, match="an iterable that can be gone through more than once"):
         quantize(model(), iter(STREAM), 8, method="train", images=96, steps=1)

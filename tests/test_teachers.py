@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -382,6 +383,26 @@ def test_a_zoo_is_built_from_its_description(tmp_path: Path) -> None:
     assert zoo[1](x).shape == (6, 4)
     with pytest.raises(UserError, match="unknown model 'dfkd:tiny_plane'"):
         load_zoo({"a": plain | {"model": "dfkd:tiny_plane"}}, classes=4, channels=1, size=8)
+    with pytest.raises(UserError, match=r"teachers\.b has unknown keys \['flip', 'pad'\]; allowed are .*moves"):
+        load_zoo({"b": plain | {"pad": 4, "flip": True}}, classes=4, channels=1, size=8)
+    with pytest.raises(UserError, match=r"teachers\.b has no model"):
+        load_zoo({"b": {}}, classes=4, channels=1, size=8)
+
+
+def test_a_networks_layers_are_its_own_and_slow_ones_compute_in_float() -> None:
+    """Strided depthwise convolutions, under a CPU's bfloat16 and in a forward alone: the network stays the user's."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, 2, groups=4), nn.Flatten(), nn.Linear(36, 3))
+    teacher, x = Teacher(network, input_size=8), torch.rand(2, 4, 8, 8)
+    seen: list[Tensor] = []
+    handle = network[0].register_forward_hook(lambda layer, given, output: seen.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher(x)
+    handle.remove()
+    assert torch.equal(seen[0], F.conv2d(x, network[0].weight, network[0].bias, 2, groups=4).bfloat16())  # type: ignore[arg-type]
+    assert type(network[0]) is nn.Conv2d
+    assert torch.fx.symbolic_trace(network)(x).shape == (2, 3)
+    assert b"dfkd" not in pickle.dumps(network)
 
 
 @pytest.mark.parametrize("black", [False, True])

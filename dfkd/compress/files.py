@@ -20,9 +20,13 @@ def save_compressed(folder: str | os.PathLike[str], model: nn.Module, descriptio
     """Write model.safetensors and model.json; quantised weights as int8 codes with their scales.
 
     description is that of dfkd.models.save_model, with `structure`: {"channels": ...} of a pruned network,
-    {"quantized": {"bits", "signed"}} of a quantised one, both or neither (see Compressed.structure).
+    {"quantized": {"bits", "signed"}} of a quantised one, both or neither (see Compressed.structure). What it does not
+    say of normalisation and input size is the model's, where it is a Classifier.
     """
     network = network_of(model)
+    if isinstance(model, Classifier):
+        mean, std = model.normalisation
+        description = {"mean": mean, "std": std, "input_size": model.input_size, **description}
     tensors = {key: value.detach() for key, value in network.state_dict().items()}
     for name, layer in quantized_layers(network).items():
         tensors[f"{name}.weight"] = layer.quantizer.codes(layer.weight)

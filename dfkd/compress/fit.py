@@ -18,7 +18,7 @@ from dfkd.losses import STUDENT_LOSSES, feature_error, hints
 from dfkd.models.selection import last_blocks
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew
-from dfkd.runtime import Shard, autocast_of, eval_mode, prepare, reseed
+from dfkd.runtime import Shard, autocast_of, eval_mode, prepare, reseed, to_float
 from dfkd.stream import SyntheticStream, Watch, feature_widths
 from dfkd.teachers import Teacher, batch_norms, features_of, shares_of, tap_features
 
@@ -55,7 +55,7 @@ class Batches:
         self.iterator: Iterator[Tensor] = iter(())
 
     @torch.no_grad()
-    def watched_batch(self, step: int, epoch: int = 0, watch: Watch | None = None) -> tuple[Tensor, ...]:
+    def watched_batch(self, step: int, epoch: int | None = None, watch: Watch | None = None) -> tuple[Tensor, ...]:
         """The next batch, and what `watch` collects of the teacher's forward; `step` counts them."""
         images = next(self.iterator, None)
         if images is None:
@@ -63,7 +63,7 @@ class Batches:
             images = next(self.iterator, None)
         if images is None:
             raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
-        images = images.to(self.teachers[0].mean.device)
+        images = to_float(images.to(self.teachers[0].mean.device))
         with watch() if watch else nullcontext([]) as seen:
             targets = self.teachers[0](images)
         return images, targets, *seen
@@ -164,7 +164,9 @@ def hold_zeros(model: nn.Module) -> None:
 
 
 def check_length(stream: Any, steps: int) -> None:
-    """Raise UserError where a stream ends before so many updates are done."""
+    """Raise UserError where a stream ends before so many updates are done, or they are none."""
+    if steps < 1:
+        raise UserError(f"steps={steps} is not allowed; training takes 1 update or more")
     if isinstance(stream, SyntheticStream) and stream.num_batches is not None and stream.num_batches < steps:
         raise UserError(
             f"{steps} updates need as many batches, the stream has num_batches={stream.num_batches}; give it more, or "
@@ -207,6 +209,11 @@ class Fit:
         if loss not in STUDENT_LOSSES:
             raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
         self.loss = STUDENT_LOSSES[loss]
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise UserError(
+                "the student has no parameter that learns; call student.requires_grad_(True) (a Teacher freezes the "
+                "network it is made of: give it a copy)"
+            )
         groups, self.rates = no_decay_split(student, weight_decay), [lr, lr]
         self.learners, self.projector = nn.ModuleList([student]), None
         if stream.widths and features:
@@ -280,17 +287,21 @@ class Fit:
             self.stream.replay.load_state_dict(state["replay"])
 
     def run(self, start: int = 0) -> nn.Module:
-        """All steps from `start`; returns the student."""
-        for step in range(start, self.steps):
-            self.step(step)
-        return self.student
+        """All steps from `start`; returns the student in eval mode. torch's global generators are left as they were."""
+        device = next(self.student.parameters()).device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            for step in range(start, self.steps):
+                self.step(step)
+        return self.student.eval()
 
 
 def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: Any) -> nn.Module:
-    """Train a student in place on a stream with a teacher (and maybe features); options are those of Fit.
+    """Train a student in place on a stream with a teacher (and maybe features), and return it in eval mode; options are
+    those of Fit.
 
-    Raises UserError where the stream is none, is too short, or has no teacher or one of other classes than the
-    student's.
+    The student is given images in [0, 1] as they are streamed: one with a normalisation of its own is wrapped in a
+    dfkd.classifier.Classifier. A stream's set_epoch says which images. Raises UserError where the stream is none, is
+    too short, has no teacher or one of other classes than the student's, or nothing in the student learns.
     """
     if not (isinstance(stream, SyntheticStream | Batches) and stream.teachers):
         raise UserError(

@@ -79,11 +79,10 @@ def with_network(model: nn.Module, network: nn.Module) -> nn.Module:
 
 
 class _Tracer(fx.Tracer):
-    """torch.nn's layers are leaves; so are ours and timm's that compute the same."""
+    """torch.nn's layers are leaves; so is timm's that computes the same."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        ours = type(m).__module__ == "dfkd.classifier"
-        return ours or type(m) is timm.layers.Linear or super().is_leaf_module(m, module_qualified_name)
+        return type(m) is timm.layers.Linear or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(network: nn.Module) -> fx.GraphModule:

@@ -26,6 +26,7 @@ from dfkd.compress.graph import (
 from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
 from dfkd.errors import UserError
+from dfkd.runtime import to_float
 
 KINDS = ("channels", "weights")
 REPAIRS = ("least_squares", "batch_norm", "none")
@@ -79,8 +80,9 @@ def prune(
     prunable = _prunable(network_of(model), ignore)
     network = copy.deepcopy(network_of(model)).eval()
     with torch.no_grad():
-        batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters()).device)
-        inputs = network_input(model, batch)
+        batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters(), torch.empty(0)).device)
+        inputs = network_input(model, to_float(batch))
+        _try(network, inputs[:PROBE])
     cut, supports = _what_goes(network, inputs[:PROBE], ratio, kind, prunable, inner_only)
     naive = _remove(copy.deepcopy(network), cut)
     _mask(naive, supports or {})
@@ -126,6 +128,18 @@ def _check(ratio: float, kind: str, repair: str, images: int, ridge: float) -> N
         raise UserError(f"ratio is the share removed, above 0 and below 1, not {ratio}")
     if images < PROBE or ridge <= 0:
         raise UserError(f"pruning needs images >= {PROBE} and ridge > 0, got {images} and {ridge}")
+
+
+def _try(network: nn.Module, images: Tensor) -> None:
+    """Raise UserError where a network does not take its images: else it would look as if no channel could go."""
+    try:
+        network(images)
+    except Exception as error:  # whatever a stranger's network may raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{type(network).__name__} does not take images {list(images.shape)} in {images.dtype}: {reason}; give a "
+            "stream of its own size, and the network in float32"
+        ) from None
 
 
 def _what_goes(

@@ -35,7 +35,7 @@ from dfkd.compress.result import Compressed
 from dfkd.compress.units import mark
 from dfkd.cuda_graphs import DIRECT
 from dfkd.errors import UserError
-from dfkd.runtime import full_precision
+from dfkd.runtime import to_float
 from dfkd.stream import Replay, SyntheticStream
 from dfkd.teachers import Teacher
 
@@ -56,7 +56,7 @@ def quantize(
     autocast: Autocast = nullcontext,
     **options: Any,
 ) -> Compressed:
-    """A model with weights and activations in few bits, from a stream of its input images [B, C, H, W].
+    """A model with weights and activations in few bits, from a stream of its input images [B, C, H, W] (uint8: 255ths).
 
     bits: 2 to 8, or a pair (weights, activations); `ends` those of the first and last layer; overrides maps name
     patterns to bits, ignore names layers left float. method: `nearest` rounds to nearest with ranges calibrated on
@@ -87,8 +87,8 @@ def quantize(
 @torch.no_grad()
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream, in batches."""
-    device = next(model.parameters()).device
-    return [network_input(model, full_precision(batch.to(device))) for batch in images_of(stream, images)]
+    device = next(model.parameters(), torch.empty(0)).device
+    return [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
 
 
 class Training:
