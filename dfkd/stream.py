@@ -334,7 +334,8 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     """The first `count` images of a stream with their targets, as a TensorDataset on the host.
 
     With a folder, new or empty, they are also written there as an image folder, LABEL/NNNNN.png; targets that are
-    logits give their argmax as label. Raises UserError for another folder, or images that nobody gave a label.
+    logits give their argmax as label, and a label that no image has gets no folder (torchvision's ImageFolder counts
+    folders). Raises UserError for another folder, or images that nobody gave a label.
     """
     if count < 1:
         raise UserError(f"materialize takes a count of 1 image or more, got {count}")

@@ -58,7 +58,7 @@ def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
 
     Raises GeneratorError where a file is missing, torn or does not fit.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     try:
         description = json.loads((folder / "generator.json").read_text())
         weights = load_file(folder / "model.safetensors")

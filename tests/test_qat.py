@@ -257,6 +257,14 @@ def test_bytes_are_255ths_of_an_image(method: str) -> None:
     assert torch.equal(*done)
 
 
+def test_networks_that_do_not_take_the_images_or_are_quantised_already_are_refused() -> None:
+    with pytest.raises(UserError, match=r"does not take images \[2, .* in torch.float32: .*the network in float32"):
+        quantize(model().bfloat16(), STREAM, 8, images=16)
+    done = quantize(model(), STREAM, 8, method="nearest", images=16)
+    with pytest.raises(UserError, match="the network is quantised already"):
+        quantize(done.model, STREAM, 8, images=16)
+
+
 def test_a_stream_that_cannot_be_begun_again_is_refused() -> None:
     with pytest.raises(UserError, match="an iterable that can be gone through more than once"):
         quantize(model(), iter(STREAM), 8, method="train", images=96, steps=1)

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.classifier import Classifier
 from dfkd.errors import UserError
+from dfkd.runtime import eval_mode
 
 # A traced graph has none that work in place (see _out_of_place).
 ADDS: set[object] = {operator.add, torch.add, "add"}
@@ -67,6 +68,20 @@ def network_of(model: nn.Module) -> nn.Module:
 def network_input(model: nn.Module, images: Tensor) -> Tensor:
     """What the network is given for the model's images: normalised by a Classifier, else the images themselves."""
     return model.network_input(images) if isinstance(model, Classifier) else images
+
+
+@torch.no_grad()
+def check_takes(network: nn.Module, images: Tensor) -> None:
+    """Raise UserError where a network does not take images, its inputs: what follows would blame something else."""
+    try:
+        with eval_mode(network):
+            network(images)
+    except Exception as error:  # whatever a stranger's network may raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{type(network).__name__} does not take images {list(images.shape)} in {images.dtype}: {reason}; give a "
+            "stream of its own size, and the network in float32"
+        ) from None
 
 
 def with_network(model: nn.Module, network: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from dfkd.compress import channels
 from dfkd.compress.graph import (
     Chain,
     chains,
+    check_takes,
     check_weights,
     images_of,
     network_input,
@@ -82,7 +83,7 @@ def prune(
     with torch.no_grad():
         batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters(), torch.empty(0)).device)
         inputs = network_input(model, to_float(batch))
-        _try(network, inputs[:PROBE])
+    check_takes(network, inputs[:PROBE])
     cut, supports = _what_goes(network, inputs[:PROBE], ratio, kind, prunable, inner_only)
     naive = _remove(copy.deepcopy(network), cut)
     _mask(naive, supports or {})
@@ -128,18 +129,6 @@ def _check(ratio: float, kind: str, repair: str, images: int, ridge: float) -> N
         raise UserError(f"ratio is the share removed, above 0 and below 1, not {ratio}")
     if images < PROBE or ridge <= 0:
         raise UserError(f"pruning needs images >= {PROBE} and ridge > 0, got {images} and {ridge}")
-
-
-def _try(network: nn.Module, images: Tensor) -> None:
-    """Raise UserError where a network does not take its images: else it would look as if no channel could go."""
-    try:
-        network(images)
-    except Exception as error:  # whatever a stranger's network may raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{type(network).__name__} does not take images {list(images.shape)} in {images.dtype}: {reason}; give a "
-            "stream of its own size, and the network in float32"
-        ) from None
 
 
 def _what_goes(

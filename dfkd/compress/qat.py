@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Batches, Fit, Hints, check_length, hold_zeros
 from dfkd.compress.graph import (
+    check_takes,
     fold,
     images_of,
     network_input,
@@ -88,7 +89,9 @@ def quantize(
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream, in batches."""
     device = next(model.parameters(), torch.empty(0)).device
-    return [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
+    inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
+    check_takes(network_of(model), inputs[0][:2])
+    return inputs
 
 
 class Training:

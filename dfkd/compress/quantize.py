@@ -343,6 +343,8 @@ def prepare(
     folded takes the batch norms into the weights; without it they stay (in eval mode, scales made positive), and
     fold() takes them in later, exactly, as scales per channel.
     """
+    if quantized_layers(network):
+        raise UserError("the network is quantised already; give the float one that it was made from")
     graph = trace(network)
     if folded:
         fold(graph)
