@@ -196,7 +196,7 @@ class AskedAgain:
         self.seed, self.shard, self.replay = stream.seed, stream.shard, stream.replay
 
     @torch.no_grad()
-    def watched_batch(self, step: int, epoch: int = 0, watch: None = None) -> tuple[Tensor, Tensor]:
+    def watched_batch(self, step: int, epoch: int | None = None, watch: None = None) -> tuple[Tensor, Tensor]:
         """Images and the zoo's logits and features, as Fit asks for them."""
         images, _ = self.stream.batch(step, epoch)
         return images, logits_and_features(self.teachers, images)

@@ -13,11 +13,11 @@ from dfkd.runtime import full_precision
 
 
 class _StridedDepthwise(nn.Conv2d):
-    """A strided depthwise convolution, in float32 under a CPU's autocast: oneDNN has no bfloat16 kernel for its input
-    gradient and its reference code takes 20 to 100 times as long."""
+    """A strided depthwise convolution, on a CPU under its autocast in float32: oneDNN has no bfloat16 kernel for its
+    input gradient and its reference code takes 20 to 100 times as long."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        if input.device.type != "cpu":
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             output = super().forward(input.float())
@@ -27,12 +27,13 @@ class _StridedDepthwise(nn.Conv2d):
 @contextmanager
 def _slow_kernels_spared(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Let strided depthwise convolutions be _StridedDepthwise within its scope alone: the network is the user's."""
-    for layer in layers:
+    swapped = [layer for layer in layers if type(layer) is nn.Conv2d]  # some may have become another since
+    for layer in swapped:
         layer.__class__ = _StridedDepthwise
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in swapped:
             layer.__class__ = nn.Conv2d
 
 
@@ -87,8 +88,11 @@ class Classifier(nn.Module):
         return (self.resized(images) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
+        given = self.network_input(images)
+        if not (self.slow and torch.is_autocast_enabled("cpu")):
+            return full_precision(self.model(given))
         with _slow_kernels_spared(self.slow):
-            return full_precision(self.model(self.network_input(images)))
+            return full_precision(self.model(given))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, re
     """Labels [batch] int64 of this rank, balanced over the global batch, as equal neighbours where repeats is 2.
 
     Every class appears equally often (to `repeats`) where the global batch holds all of them `repeats` times; else as
-    many classes as fit are picked at random. What is left of a batch that `repeats` does not divide is one class more.
+    many classes as fit are picked at random. A batch that `repeats` does not divide ends in a part of a row of them.
     """
     total = batch * shard.world
     generator = rng("cpu", *position, "labels")  # so small that on a GPU every line would cost more than the copy

@@ -110,8 +110,9 @@ def prepare(accelerator: Accelerator | None, network: nn.Module) -> Any:
         return network
     places = ("forward", "_original_forward")  # where Accelerate does it, and where a network may have its own
     before = {name: vars(network)[name] for name in places if name in vars(network)}
+    held = list(accelerator._models)
     prepared = accelerator.prepare(network)
-    accelerator.free_memory()  # else it would hold every network of a run, with its gradients, to the run's end
+    accelerator._models[:] = held  # else it would hold every network of a run, with its gradients, to the run's end
     for name in places:
         vars(network).pop(name, None)
     vars(network).update(before)
@@ -312,5 +313,6 @@ def say(text: str) -> None:
 def shut_down(accelerator: Accelerator) -> None:
     """Leave the process group; DDP's buckets must be gone before it is, or gloo aborts at exit."""
     accelerator.wait_for_everyone()
+    accelerator.free_memory()
     gc.collect()
     accelerator.end_training()

@@ -136,9 +136,10 @@ class SyntheticStream(IterableDataset):
 
     source is a generator, or one of from_generator, from_noise and from_images. targets are the logits [B, K] of
     `teacher` (a Teacher, or a zoo of them: its weighted mean), or labels [B] where there is none (of a generator that
-    is not conditional they mean nothing). Batch b of epoch e depends on (seed, rank, e, b) alone, unless replay is on:
-    then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8 bits, and stands first; the rest are
-    images of the last `replay` batches as they were, with the targets they had, which costs neither network anything.
+    is not conditional they mean nothing, of a mixed image it is one of two). Batch b of epoch e depends on (seed, rank,
+    e, b) alone, unless replay is on: then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8
+    bits, and stands first; the rest are images of the last `replay` batches as they were, with the targets they had,
+    which costs neither network anything.
     A generator in training mode draws as in training, by the statistics of the batch: `.eval()` it first.
     With `features` targets are [B, K + D]: behind the logits what the teachers' last linear layers are given, for Fit.
     """
@@ -239,10 +240,6 @@ class SyntheticStream(IterableDataset):
 
     def _random_draws(self, images: Tensor, position: tuple[int | str, ...]) -> dict[str, Tensor]:
         """What is drawn for images besides: where they move to, and the boxes of a batch that is mixed."""
-        if self.mix is not None and not self.teachers:
-            raise UserError(
-                "mixed images have no one label; give the stream a teacher=, whose logits they get, or mix=0"
-            )
         drawn = {}
         if self.shift or self.flip:
             drawn["moves"] = draw_moves(self.shard, len(images), *position)
@@ -341,6 +338,8 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
         raise UserError(f"materialize takes a count of 1 image or more, got {count}")
     if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise UserError(f"{folder} is no empty folder; give one for these images alone")
+    if folder is not None and stream.mix is not None and not stream.teachers:
+        raise UserError("mixed images have no one label; give the stream a teacher, whose class they get, or mix=0")
     if folder is not None and not (stream.labelled or stream.teachers):
         raise UserError("this generator draws no class on request: its labels mean nothing; give the stream a teacher")
     images: list[Tensor] = []

@@ -16,7 +16,7 @@ from dfkd.classifier import Classifier
 from dfkd.compress.graph import images_of
 from dfkd.errors import UserError
 from dfkd.export import package
-from dfkd.runtime import eval_mode
+from dfkd.runtime import eval_mode, to_float
 
 # ONNX Runtime's names after its optimisation: on integers, and in float.
 KERNELS = {
@@ -108,6 +108,7 @@ def verify(
     mine, theirs, last = [], [], torch.empty(0)
     with eval_mode(model):
         for batch in batches:
+            batch = to_float(batch)
             last = batch.cpu().float()
             last = model.resized(last) if isinstance(model, Classifier) else last
             if (shape := list(last.shape[1:])) != (own := session.get_inputs()[0].shape[1:]):

@@ -1,6 +1,7 @@
 """Networks as graphs: the same function traced, folded or cut into units; what is found where, on networks known."""
 
 import copy
+import operator
 from itertools import pairwise
 from typing import Any
 
@@ -29,6 +30,7 @@ from dfkd.compress.graph import (
     with_network,
 )
 from dfkd.compress.prune import prune
+from dfkd.compress.qat import quantize
 from dfkd.compress.quantize import layer_names
 from dfkd.compress.units import extract, mark, units
 from dfkd.errors import UserError
@@ -168,6 +170,38 @@ def test_what_works_in_place_overwrites_nothing_in_a_graph(act: Any) -> None:
     with watch(graph, ["conv"]) as seen:
         same(graph(x), wanted)
     same(seen["conv"], network.conv(x))  # what a quantiser would be calibrated on
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda y: discarded(lambda v: v.relu_())(y.flatten(1)),
+        lambda y: y.chunk(2, 1)[0].relu_(),
+        lambda y: y[:, :2].mul_(2),
+        lambda y: operator.iadd(y, 1),
+        lambda y: F.relu(y.view(-1), inplace=True),
+    ],
+)
+@torch.no_grad()
+def test_what_a_graph_would_compute_otherwise_is_refused(act: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        made = m.conv(x)
+        act(made)  # changes what is read again
+        return m.last(made).mean((2, 3))
+
+    torch.manual_seed(0)
+    network = Small(forward, conv=nn.Conv2d(3, 4, 3), last=nn.Conv2d(4, 4, 1)).eval()
+    x = images(5, 3, 6, 6)
+    trace(network)  # without images nothing tells
+    for run in (lambda: trace(network, x), lambda: quantize(network, [x], 8, method="nearest", images=5)):
+        with pytest.raises(UserError, match="Small computes something else once it is traced"):
+            run()
+
+
+def test_a_forward_may_ask_for_gradients() -> None:
+    network = Small(lambda m, x: m.head(x.requires_grad_().flatten(1)), head=nn.Linear(108, 2)).eval()
+    x = images(5, 3, 6, 6)
+    assert torch.equal(trace(network, x)(x), network(x))
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")

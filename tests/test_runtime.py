@@ -2,10 +2,12 @@
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 from runs_fixture import reset_accelerate
+from safetensors.torch import load_file
 
 from dfkd.runtime import autocast_of, make_accelerator, prepare, reseed
 
@@ -87,3 +89,14 @@ def test_a_prepared_network_goes_when_nobody_has_it_any_longer() -> None:
     del network, prepared
     gc.collect()
     assert alive() is None
+
+
+def test_what_else_an_accelerator_has_prepared_stays(tmp_path: Path) -> None:
+    reset_accelerate()
+    accelerator, _ = make_accelerator("fp32")
+    own = accelerator.prepare(torch.nn.Linear(3, 2))
+    prepare(accelerator, torch.nn.Linear(3, 2))
+    accelerator.save_state(str(tmp_path))
+    files = [path for path in tmp_path.iterdir() if path.name.startswith("model")]
+    assert len(files) == 1
+    assert load_file(files[0])["weight"].equal(own.weight)

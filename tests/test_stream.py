@@ -91,9 +91,9 @@ def test_batches_depend_on_seed_epoch_and_index_alone(
     assert not any(torch.equal(first[0][0], images) for images, _ in others)
 
 
-def test_mixed_images_without_a_teacher_have_no_label(make_stream: MakeStream) -> None:
-    with pytest.raises(UserError, match="mixed images have no one label; give the stream a teacher="):
-        make_stream(mix=1.0).batch(0)
+def test_mixed_images_without_a_teacher_have_no_folder(make_stream: MakeStream, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="mixed images have no one label; give the stream a teacher"):
+        materialize(make_stream(mix=1.0), 8, tmp_path / "images")
 
 
 def test_epochs_differ_and_come_back(make_stream: MakeStream) -> None:

@@ -164,9 +164,7 @@ def hold_zeros(model: nn.Module) -> None:
 
 
 def check_length(stream: Any, steps: int) -> None:
-    """Raise UserError where a stream ends before so many updates are done, or they are none."""
-    if steps < 1:
-        raise UserError(f"steps={steps} is not allowed; training takes 1 update or more")
+    """Raise UserError where a stream ends before so many updates are done."""
     if isinstance(stream, SyntheticStream) and stream.num_batches is not None and stream.num_batches < steps:
         raise UserError(
             f"{steps} updates need as many batches, the stream has num_batches={stream.num_batches}; give it more, or "
@@ -307,4 +305,6 @@ def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: A
         raise UserError(
             "fit() takes a SyntheticStream with a teacher, whose logits the student learns; give it teacher="
         )
+    if steps < 1:
+        raise UserError(f"steps={steps} is not allowed; training takes 1 update or more")
     return Fit(student, stream, steps=steps, **options).run()

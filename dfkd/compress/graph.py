@@ -100,14 +100,15 @@ class _Tracer(fx.Tracer):
         return type(m) is timm.layers.Linear or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(network: nn.Module) -> fx.GraphModule:
+def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     """A copy of a network as a graph, in eval mode, its layers under their own names.
 
-    timm's joint batch norm and activation are taken apart, nothing works in place any longer. Raises UserError
-    where the network's forward depends on values, a layer with weights is used twice or a weight is no parameter.
+    timm's joint batch norm and activation are taken apart, activations and arithmetic no longer work in place. Raises
+    UserError where the network's forward depends on values, a layer with weights is used twice or a weight is no
+    parameter, and where of images, its inputs, the graph makes something else than the network.
     """
     check_weights(network)
-    network, in_place = copy.deepcopy(network).eval(), set()
+    given, network, in_place = network, copy.deepcopy(network).eval(), set()
     for name, module in list(network.named_modules()):
         if isinstance(module, BatchNormAct2d):
             network.set_submodule(name, _taken_apart(module))
@@ -125,7 +126,21 @@ def trace(network: nn.Module) -> fx.GraphModule:
     _out_of_place(graph, in_place)
     traced = fx.GraphModule(tracer.root, graph).eval()
     _refuse_shared(traced)
+    if images is not None:
+        _compare(given, traced, images)
     return traced
+
+
+@torch.no_grad()
+def _compare(network: nn.Module, traced: fx.GraphModule, images: Tensor) -> None:
+    """Raise UserError where a graph does not compute what its network does."""
+    with eval_mode(network):
+        expected, given = network(images), traced(images)
+    if (given - expected).norm() > 1e-3 * expected.norm():
+        raise UserError(
+            f"{type(network).__name__} computes something else once it is traced, as where its forward works in place "
+            "on a view of a tensor that it reads again (y[:, :2].mul_(2), y *= 2); let it make new tensors"
+        )
 
 
 def check_weights(network: nn.Module) -> None:
@@ -199,8 +214,8 @@ def _call_not_in_place(node: fx.Node) -> bool:
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):  # add_, torch.relu_
         owners = [Tensor] if isinstance(target, str) else [torch, F]
-        plain = next((getattr(owner, name[:-1]) for owner in owners if hasattr(owner, name[:-1])), None)
-        if plain is None:
+        plain = next((found for owner in owners if callable(found := getattr(owner, name[:-1], None))), None)
+        if plain is None:  # requires_grad_
             return False
         node.target = name[:-1] if isinstance(target, str) else plain
     else:  # F.relu(x, inplace=True)

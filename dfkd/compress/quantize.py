@@ -345,7 +345,7 @@ def prepare(
     """
     if quantized_layers(network):
         raise UserError("the network is quantised already; give the float one that it was made from")
-    graph = trace(network)
+    graph = trace(network, images[0][:2])
     if folded:
         fold(graph)
     else:
