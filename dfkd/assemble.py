@@ -123,6 +123,10 @@ def load_recipe_zoo(
         for name, spec in recipe.zoo_specs.items()
     }
     for name, spec in recipe.zoo_specs.items():
+        about = folder_about(spec.weights)
+        specs[name] |= {
+            key: about[key] for key in ("mean", "std", "input_size") if not specs[name][key] and key in about
+        }
         if train and not spec.weights:
             specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say, deadline))
     return load_zoo(
@@ -138,14 +142,20 @@ def load_recipe_zoo(
     )
 
 
+def folder_about(weights: str) -> dict[str, Any]:
+    """The description of weights that are a folder which a run made; empty of all others."""
+    made = weights and (Path(weights).expanduser() / "model.json").exists()
+    return read_description(Path(weights).expanduser()) if made else {}
+
+
 def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:
     """How a teacher's training moved images at random: as `training` says where it is trained here, as its folder says
     where it was trained here before, not at all as far as is known of others; but as its spec says."""
     moves = STILL
     if not spec.weights:
         moves = Moves(round(recipe.training.shift * recipe.image.size), recipe.training.flip)
-    elif (Path(spec.weights).expanduser() / "model.json").exists():
-        moves = Moves(*read_description(spec.weights).get("moves", STILL))
+    else:
+        moves = Moves(*folder_about(spec.weights).get("moves", STILL))
     if spec.pad is not None:
         moves = moves._replace(shift=spec.pad, black=spec.pad > 0)
     return moves if spec.flip is None else moves._replace(flip=spec.flip)
@@ -169,9 +179,13 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
 
 
 def training_images(recipe: Recipe) -> list[dict[str, Any]]:
-    """What real images the teachers without weights were trained on, in this run or in the one that cached them."""
-    untrained = {name: spec for name, spec in recipe.zoo_specs.items() if not spec.weights}
-    return [read_description(teacher_folder(recipe, name, spec))["trained_on"] for name, spec in untrained.items()]
+    """What real images the teachers were trained on here, each once: in this run, the one that cached them or those
+    that made their folders."""
+    found: list[dict[str, Any]] = []
+    for name, spec in recipe.zoo_specs.items():
+        about = folder_about(spec.weights) if spec.weights else read_description(teacher_folder(recipe, name, spec))
+        found += [entry for entry in made_from(about) if entry not in found]
+    return found
 
 
 def trained_teacher(
@@ -270,7 +284,7 @@ def main_teachers(recipe: Recipe, zoo: list[Teacher]) -> list[Teacher]:
 
 def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tuple[Classifier, dict[str, Any]]:
     """The student and its description, with the normalisation of its (main or first) teacher, and maybe a selection of
-    its weights; checked on an image of the recipe's size."""
+    its weights, or with that of the folder it begins with; checked on an image of the recipe's size."""
     spec, like = recipe.student, main_teachers(recipe, zoo)[0]
     if selects := spec.weights == SELECTED:
         spec = dataclasses.replace(spec, weights="")
@@ -279,10 +293,11 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     except UserError as error:
         raise UserError(f"student: {error}") from error
     mean, std = like.normalisation
-    student = Classifier(model, name="student", mean=mean, std=std).to(device)
+    made = folder_about(spec.weights)
+    student = Classifier(model, name="student", mean=made.get("mean", mean), std=made.get("std", std)).to(device)
     if recipe.runtime.channels_last:
         student.to(memory_format=torch.channels_last)
-    about = describe(recipe, spec.model, spec.kwargs, student)
+    about = describe(recipe, spec.model, spec.kwargs, student) | {"opened": made_from(made)}
     if selects:
         about["selected"] = {"teacher": like.name, "share": select_weights(model, like.model)}
     size = recipe.image.size

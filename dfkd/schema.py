@@ -60,7 +60,7 @@ class TeacherSpec:
 
     model: str = key("", "model string: timm:NAME, torchvision:NAME, dfkd:NAME, hub:..., python:...")
     weights: str = key("", "checkpoint path or URL, `pretrained`, or empty: trained from data.dataset")
-    mean: list[float] = key([], "per-channel mean the teacher was trained with; empty: zeros")
+    mean: list[float] = key([], "per-channel mean the teacher was trained with; empty: zeros, or its folder's")
     std: list[float] = key([], "per-channel standard deviation it was trained with; empty: ones")
     input_size: int | None = key(None, "height and width the teacher takes, pixels; null: image.size", 4, 1024)
     pad: int | None = key(

@@ -25,6 +25,7 @@ from dfkd.compress.prune import prune
 from dfkd.compress.qat import Training, as_teacher, quantize
 from dfkd.compress.result import Compressed
 from dfkd.data import opened
+from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx
 from dfkd.inputs import bits_by_layer, settings, task_input, task_source
@@ -272,7 +273,16 @@ def held_out(
 
 
 def export(parts: Parts, folder: Path, before: nn.Module, after: nn.Module) -> dict[str, Any]:
-    """Write the files to deploy beside the model, with the float model they are compared with, and verify them."""
+    """Write the files to deploy beside the model, with the float model they are compared with, and verify them. What
+    cannot be exported is said, and costs nothing else: the model is there."""
+    try:
+        return _export(parts, folder, before, after)
+    except UserError as error:
+        say(f"{folder.name} is not exported: {error}")
+        return {"error": str(error)}
+
+
+def _export(parts: Parts, folder: Path, before: nn.Module, after: nn.Module) -> dict[str, Any]:
     keys, recipe = parts.recipe.export, parts.recipe
     example = torch.rand(2, recipe.image.channels, recipe.image.size, recipe.image.size)
     after, before = (copy.deepcopy(model).cpu() for model in (after, before))  # .cpu() would move the zoo's own

@@ -101,7 +101,10 @@ def verdict(
     beside them, as `warnings`, what looked wrong on the way."""
     found = list(notes.values())
     for name, task in results["tasks"].items():
-        agree = (task.get("export") or {}).get("agreement")
+        exported = task.get("export") or {}
+        if error := exported.get("error"):
+            found.append(f"task {name} is not exported: {error}")
+        agree = exported.get("agreement")
         if agree is not None and agree < 99.5:
             found.append(
                 f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"

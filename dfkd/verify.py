@@ -4,12 +4,13 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
@@ -67,13 +68,20 @@ def _kernels(path: str | Path, threads: int) -> dict[str, int]:
     return found
 
 
+def _sized(images: Tensor, size: Sequence[int]) -> Tensor:
+    """Images [B, C, H, W] of a size (H, W): to be timed on, so how they are resized does not matter."""
+    return images if list(images.shape[2:]) == list(size) else F.interpolate(images, size=tuple(size))
+
+
 def _latencies(sessions: dict[str, Any], images: Tensor, repeats: int) -> dict[str, float]:
     """Median milliseconds per batch by session, measured in turns: what else the machine does then hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
+    # A student's teacher may take images of another size.
+    given = {name: _sized(images, session.get_inputs()[0].shape[2:]) for name, session in sessions.items()}
     for _ in range(repeats + 3):  # the first three warm up
         for name, session in sessions.items():
             started = time.perf_counter()
-            _logits(session, images)
+            _logits(session, given[name])
             times[name].append(1000 * (time.perf_counter() - started))
     return {name: round(statistics.median(each[3:]), 3) for name, each in times.items()}
 

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from dfkd import assemble
-from dfkd.assemble import teacher_folder, trained_teacher, training_moves
+from dfkd.assemble import (
+    load_recipe_zoo,
+    made_from,
+    make_student,
+    teacher_folder,
+    trained_teacher,
+    training_images,
+    training_moves,
+)
 from dfkd.errors import Paused
+from dfkd.models import build_model, save_model
 from dfkd.recipe import load_recipe
 from dfkd.schema import Recipe
 
@@ -67,6 +76,27 @@ def test_a_folder_says_how_the_teacher_in_it_was_trained_unless_the_recipe_does(
     for keys, moves in cases.items():
         recipe = load(WEIGHTS, *keys)
         assert training_moves(recipe, recipe.zoo_specs["plain"]) == moves
+
+
+def test_a_folder_says_how_its_images_were_normalised_and_what_it_was_trained_on(tmp_path: Path) -> None:
+    entry = {"source": "digits", "split": "test", "purpose": "control", "n": 540}
+    about = {"model": "dfkd:tiny_plain", "kwargs": {"width": 4}, "classes": 10, "channels": 1}
+    about |= {"mean": [0.9], "std": [0.7], "input_size": 32, "trained_on": entry}
+    save_model(tmp_path / "made", build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 4}), about)
+    of_it = f"={tmp_path / 'made'}"
+    bare = ("teachers.plain.mean=[]", "teachers.plain.std=[]", "teachers.plain.kwargs={width: 4}")
+    recipe = load(f"teachers.plain.weights{of_it}", *bare)
+    (teacher,) = load_recipe_zoo(recipe, torch.device("cpu"), print)
+    assert teacher.normalisation == ([0.9], [0.7])
+    assert teacher.input_size == 32
+    assert training_images(recipe) == [entry]
+    said = load(f"teachers.plain.weights{of_it}", "teachers.plain.mean=[0.2]", "teachers.plain.std=[0.3]", bare[2])
+    assert load_recipe_zoo(said, torch.device("cpu"), print)[0].normalisation == ([0.2], [0.3])
+
+    recipe = load("student.model=dfkd:tiny_plain", "student.kwargs={width: 4}", f"student.weights{of_it}")
+    student, described = make_student(recipe, [teacher], torch.device("cpu"))
+    assert student.normalisation == ([0.9], [0.7])
+    assert made_from(described) == [entry]
 
 
 def test_teachers_trained_otherwise_are_not_found_for_each_other() -> None:

@@ -168,6 +168,13 @@ def test_few_bits_run_on_integers_and_agree(tmp_path: Path) -> None:
     assert result["relative_error"] < 0.02
 
 
+def test_a_float_file_of_another_size_is_timed_on_its_own(tmp_path: Path) -> None:
+    """A student's teacher may take larger images than the student."""
+    small, large = (Classifier(nn.Sequential(nn.Flatten(), nn.Linear(n * n, 3)), input_size=n) for n in (8, 12))
+    paths = [export_onnx(model, images(2), tmp_path / f"{k}.onnx") for k, model in enumerate((small, large))]
+    assert verify(paths[0], small, images(4), float_path=paths[1], repeats=1)["float_latency_ms"] > 0
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     path = export_onnx(network, images(2, size=8), tmp_path / "m.onnx")

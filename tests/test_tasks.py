@@ -12,12 +12,14 @@ import torch
 from runs_fixture import Runs, reset_accelerate, start, wait_for
 from torch import nn
 
+from dfkd import tasks
 from dfkd.compress.files import load_compressed
 from dfkd.compress.fit import Fit
 from dfkd.compress.graph import network_of
 from dfkd.compress.quantize import quantized_layers
 from dfkd.compress.result import Compressed
 from dfkd.data import load_images
+from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.models.checkpoints import read_description
 from dfkd.recipe import load_recipe
@@ -123,6 +125,20 @@ def compressed(runs: Runs) -> Iterator[Callable[..., tuple[Compressed, list[Fit]
 
     yield call
     reset_accelerate()
+
+
+def test_a_model_that_cannot_be_exported_costs_nothing_else(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> Path:
+        raise UserError("this operator does not export")
+
+    monkeypatch.setattr(tasks, "export_onnx", refuse)
+    done = runs.run("unexported", "tasks=[distill,ptq]", "ptq.method=nearest", *SHORT)
+    assert done.code == 0
+    assert "ptq is not exported: this operator does not export" in done.out
+    found = results(runs.folder / "unexported")
+    assert found["tasks"]["ptq"]["export"] == {"error": "this operator does not export"}
+    assert found["verdict"]["notes"].count("task ptq is not exported: this operator does not export") == 1
+    assert accuracy_of(runs.folder / "unexported" / "ptq") == pytest.approx(found["tasks"]["ptq"]["after"], abs=1e-9)
 
 
 @pytest.mark.parametrize("task", ["prune", "qat"])

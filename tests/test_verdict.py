@@ -79,6 +79,13 @@ def test_a_task_that_does_worse_than_rounding_alone_is_told(name: str) -> None:
     assert noted((98.0, 98.6)) == noted((99.0, 99.9)) == []  # within what so many images can tell, and better
 
 
+def test_a_task_that_is_not_exported_is_told() -> None:
+    task = {"before": 90.0, "after": 89.0, "export": {"error": "no operator for it"}}
+    assert verdict({"tasks": {"ptq": task}, "student": None}, {}, [])["notes"] == [
+        "task ptq is not exported: no operator for it"
+    ]
+
+
 def test_the_last_quarter_of_few_or_no_evaluations() -> None:
     assert last_quarter([]) is None
     found = last_quarter([{"step": step, "agreement": value, "images": 9} for step, value in ((4, 80.0), (8, 70.0))])
