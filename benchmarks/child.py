@@ -86,7 +86,8 @@ def student_probe(own: Work, size: int) -> Work:
 def spend(recipe: Recipe, work: Work, accelerator: Accelerator, shard: Shard) -> float:
     """Seconds of training of a recipe with this much work, in a folder that is removed again."""
     synthesis = replace(recipe.synthesis, steps=work.rounds, inner=work.inner, student_steps=work.per)
-    synthesis = replace(synthesis, warmup=0.0, fade=0.0)  # in so few rounds its ramps are too coarse
+    # In so few rounds its ramps are too coarse: what has them is priced a little high.
+    synthesis = replace(synthesis, warmup=0.0, fade=0.0)
     with tempfile.TemporaryDirectory() as folder:
         distill = replace(recipe.distill, steps=work.frozen)
         runtime = replace(recipe.runtime, evaluations=0)  # measuring the student does not count

@@ -1,7 +1,7 @@
 """What step.py and its neighbours measure: networks of five sizes, and three ways to take a step with them.
 
-- Ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run with the default keys prepares
-  them, adversary fully ramped up.
+- Ours:  `Synthesizer.step`, `Fit.step` and `SyntheticStream.batch`, prepared as a run prepares them, with the default
+  terms (at weights of 1, which cost what others do), the adversary fully ramped up.
 - Naive: the same losses on the same draws in float32 and NCHW, with teachers that take gradients, hooks that are never
   removed, a student whose gradients are computed in the adversary, and teachers that are asked again about every
   replayed image. Drawing, replay and augmentation are ours: no loss terms or bugs of others are held against them.
