@@ -312,11 +312,15 @@ class CalibrationReader:
     """ONNX Runtime's calibration data reader of a stream: its first `batches` batches of images, by input name."""
 
     def __init__(self, stream: SyntheticStream, input_name: str, batches: int) -> None:
-        self.stream, self.input_name, self.batches, self.index = stream, input_name, batches, 0
+        self.stream, self.input_name, self.batches = stream, input_name, batches
+        self.rewind()
+
+    def __len__(self) -> int:
+        return self.batches
 
     def get_next(self) -> dict[str, Any] | None:
         """The next feed of the session, float32 on the host; None past the last."""
-        if self.index >= self.batches:
+        if self.index >= self.end:
             return None
         images, _ = self.stream.batch(self.index)
         self.index += 1
@@ -324,7 +328,11 @@ class CalibrationReader:
 
     def rewind(self) -> None:
         """Begin again."""
-        self.index = 0
+        self.set_range(0, self.batches)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Go on with batch start_index, and end before end_index: ONNX Runtime's CalibStridedMinMax asks so."""
+        self.index, self.end = start_index, min(end_index, self.batches)
 
 
 def materialize(stream: SyntheticStream, count: int, folder: str | Path | None = None) -> TensorDataset:

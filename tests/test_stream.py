@@ -442,7 +442,8 @@ def test_an_image_folder_of_logits_goes_by_their_argmax(
         assert int(path.parent.name) == int(targets[:3].argmax())
 
 
-def test_onnx_runtime_calibrates_on_a_stream(tmp_path: Path, make_generator: Callable) -> None:
+@pytest.mark.parametrize("strided", [False, True])
+def test_onnx_runtime_calibrates_on_a_stream(tmp_path: Path, make_generator: Callable, strided: bool) -> None:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
     from onnxruntime import InferenceSession
@@ -462,7 +463,11 @@ def test_onnx_runtime_calibrates_on_a_stream(tmp_path: Path, make_generator: Cal
     onnx.save(model, tmp_path / "float.onnx")
     stream = SyntheticStream(generator, batch_size=16)
     reader = CalibrationReader(stream, "images", batches=4)
-    quantize_static(tmp_path / "float.onnx", tmp_path / "int8.onnx", reader, quant_format=QuantFormat.QDQ)
+    options = {"CalibStridedMinMax": 2} if strided else {}  # two batches at a time
+    quantize_static(
+        tmp_path / "float.onnx", tmp_path / "int8.onnx", reader, quant_format=QuantFormat.QDQ, extra_options=options
+    )
+    assert reader.get_next() is None
 
     images = stream.batch(9)[0]
     got = InferenceSession(tmp_path / "int8.onnx").run(None, {"images": images.numpy()})[0]
