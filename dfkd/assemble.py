@@ -145,7 +145,7 @@ def load_recipe_zoo(
 def folder_about(weights: str) -> dict[str, Any]:
     """The description of weights that are a folder which a run made; empty of all others."""
     made = weights and (Path(weights).expanduser() / "model.json").exists()
-    return read_description(Path(weights).expanduser()) if made else {}
+    return read_description(weights) if made else {}
 
 
 def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:

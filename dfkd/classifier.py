@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -88,11 +88,9 @@ class Classifier(nn.Module):
         return (self.resized(images) - self.mean) / self.std
 
     def forward(self, images: Tensor) -> Tensor:
-        given = self.network_input(images)
-        if not (self.slow and torch.is_autocast_enabled("cpu")):
-            return full_precision(self.model(given))
-        with _slow_kernels_spared(self.slow):
-            return full_precision(self.model(given))
+        slow = self.slow and torch.is_autocast_enabled("cpu")
+        with _slow_kernels_spared(self.slow) if slow else nullcontext():
+            return full_precision(self.model(self.network_input(images)))
 
 
 @torch.no_grad()

@@ -91,6 +91,12 @@ def load_images(
     return data
 
 
+def evenly(of: int, count: int) -> Tensor:
+    """At most `count` of the row numbers below `of`, spread evenly."""
+    n = min(count, of)
+    return torch.arange(n) * of // max(1, n)
+
+
 def load_folder(
     folder: str | Path, *, channels: int, size: int, classes: int, limit: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -102,12 +108,11 @@ def load_folder(
     """
     _check_channels(channels)
     paths, labels = _listed(Path(folder), classes)
-    n = min(limit, len(paths))
-    chosen = torch.arange(n) * len(paths) // max(1, n)
-    if not n:
+    chosen = evenly(len(paths), limit)
+    if not len(chosen):
         raise UserError(f"{folder} holds no image; give a folder of images, or of a folder of images per class")
     images = _all_decoded([str(paths[row]) for row in chosen.tolist()], channels, size)
-    _ledger.append({"source": f"folder {folder}", "split": "all", "purpose": "quality", "n": n})
+    _ledger.append({"source": f"folder {folder}", "split": "all", "purpose": "quality", "n": len(chosen)})
     return images, None if labels is None else labels[chosen]
 
 

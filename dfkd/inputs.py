@@ -11,10 +11,11 @@ from dfkd.assemble import Parts
 from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
-from dfkd.compress.graph import network_of, trace
+from dfkd.compress.graph import network_of
 from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
 from dfkd.compress.quantize import layer_bits, layer_names, matching
+from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.export import require_onnx
 from dfkd.models.checkpoints import read_description

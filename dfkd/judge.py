@@ -14,7 +14,7 @@ from torchvision.utils import make_grid, save_image
 
 from dfkd import assemble
 from dfkd.checkpoints import write_atomically
-from dfkd.data import load_folder, opened
+from dfkd.data import evenly, load_folder, opened
 from dfkd.errors import UserError
 from dfkd.folder import QUALITY
 from dfkd.metrics import enlarged
@@ -148,8 +148,7 @@ CONTROLS = {"noise": _noise, "real": _real}
 
 def _thinned(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """At most `count` images with their labels, evenly out of all."""
-    n = min(count, len(images))
-    rows = torch.arange(n) * len(images) // max(1, n)
+    rows = evenly(len(images), count)
     return images[rows], labels[rows]
 
 

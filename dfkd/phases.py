@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 from torch import nn
 
 from dfkd import assemble
@@ -13,7 +12,7 @@ from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit, Hints, map_pairs, stage_hints
 from dfkd.cuda_graphs import recorder
-from dfkd.data import opened
+from dfkd.data import evenly, opened
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, agreement
 from dfkd.inputs import COMPRESSIONS, settings, task_source
@@ -225,8 +224,7 @@ def student_judge(parts: Parts, student: nn.Module) -> Callable[[], dict[str, fl
             return {"agreement": float(found["percent"]), "images": int(found["n"])}  # type: ignore[arg-type]
 
         return agrees
-    some = min(len(parts.test), JUDGED_ON_REAL)
-    rows = torch.arange(some) * len(parts.test) // some
+    rows = evenly(len(parts.test), JUDGED_ON_REAL)
     images = dataclasses.replace(parts.test, images=parts.test.images[rows], labels=parts.test.labels[rows])
 
     def measured() -> dict[str, float]:

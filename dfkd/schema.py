@@ -61,8 +61,10 @@ class TeacherSpec:
     model: str = key("", "model string: timm:NAME, torchvision:NAME, dfkd:NAME, hub:..., python:...")
     weights: str = key("", "checkpoint path or URL, `pretrained`, or empty: trained from data.dataset")
     mean: list[float] = key([], "per-channel mean the teacher was trained with; empty: zeros, or its folder's")
-    std: list[float] = key([], "per-channel standard deviation it was trained with; empty: ones")
-    input_size: int | None = key(None, "height and width the teacher takes, pixels; null: image.size", 4, 1024)
+    std: list[float] = key([], "per-channel standard deviation it was trained with; empty: ones, or its folder's")
+    input_size: int | None = key(
+        None, "height and width the teacher takes, pixels; null: image.size, or its folder's", 4, 1024
+    )
     pad: int | None = key(
         None,
         "black pixels (of image.size) put around an image before a random crop in its training: 4 for most CIFAR "

@@ -24,7 +24,7 @@ from dfkd.compress.graph import images_of
 from dfkd.compress.prune import prune
 from dfkd.compress.qat import Training, as_teacher, quantize
 from dfkd.compress.result import Compressed
-from dfkd.data import opened
+from dfkd.data import evenly, opened
 from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx
@@ -258,8 +258,7 @@ def held_out(
     more than it has: what trained on the pool has seen them all."""
     if isinstance(parts.generator, PoolGenerator):
         kept = parts.generator.kept()
-        some = min(count, len(kept))
-        rows = torch.arange(some, device=kept.device) * len(kept) // max(1, some)  # spread over its rounds
+        rows = evenly(len(kept), count).to(kept.device)  # of all its rounds
         return (to_float(each) for each in kept[rows].split(HELD_OUT_BATCH) if len(each))
     stream = SyntheticStream(
         parts.generator,

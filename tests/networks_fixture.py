@@ -72,3 +72,21 @@ def error_line(function: Callable[..., object], *arguments: Any, **options: Any)
     line = str(caught.value)
     assert "\n" not in line
     return line
+
+
+def same(found: Tensor, wanted: Tensor) -> None:
+    assert wanted.abs().max() > 1e-3
+    assert torch.allclose(found, wanted, rtol=1e-9, atol=1e-10)
+
+
+class Small(nn.Module):
+    """Layers by name, and a forward given as a function of them."""
+
+    def __init__(self, forward: Any, **layers: nn.Module) -> None:
+        super().__init__()
+        self.run = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)

@@ -11,10 +11,11 @@ from networks_fixture import functional, images, named, vary
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.graph import fold, network_of, trace
+from dfkd.compress.graph import fold, network_of
 from dfkd.compress.qat import Training, quantize
 from dfkd.compress.quantize import activation_quantizers, quantized_layers
 from dfkd.compress.result import Compressed
+from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.stream import SyntheticStream, from_noise
 from dfkd.teachers import Teacher, batch_norms

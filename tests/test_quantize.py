@@ -12,7 +12,7 @@ from networks_fixture import functional, images, named
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from dfkd.compress.graph import fold, trace
+from dfkd.compress.graph import fold
 from dfkd.compress.quantize import (
     ActivationQuantizer,
     QuantizedConv2d,
@@ -30,6 +30,7 @@ from dfkd.compress.quantize import (
     quantized_layers,
     without_quantizers,
 )
+from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 
 RANGES = {"u2": (0, 3), "s2": (-2, 1), "u4": (0, 15), "s4": (-8, 7), "s8": (-128, 127)}

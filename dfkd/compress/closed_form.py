@@ -16,21 +16,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.compress.channels import changed_shapes, largest_filters, shapes, shrink
-from dfkd.compress.graph import (
-    RELUS,
-    Chain,
-    affine,
-    chains,
-    is_layer,
-    kind,
-    network_of,
-    norms,
-    own_name,
-    trace,
-    with_network,
-)
+from dfkd.compress.graph import RELUS, Chain, affine, chains, is_layer, kind, network_of, norms, own_name, with_network
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
+from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 
 METHODS = ("rectified", "udfc")

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.channels import resize
-from dfkd.compress.graph import fold, network_of, trace
+from dfkd.compress.graph import fold, network_of
 from dfkd.compress.quantize import activation_quantizers, insert, quantized_layers
+from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.models import build_model, read_checkpoint, save_tensors
 from dfkd.models.checkpoints import own_names, read_description

@@ -198,6 +198,11 @@ class Fit:
         graphs: Calls = DIRECT,
     ) -> None:
         check_length(stream, steps)
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise UserError(
+                "the student has no parameter that learns; call student.requires_grad_(True) (a Teacher freezes the "
+                "network it is made of: give it a copy)"
+            )
         # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
         self.clip = clip
@@ -207,11 +212,6 @@ class Fit:
         if loss not in STUDENT_LOSSES:
             raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
         self.loss = STUDENT_LOSSES[loss]
-        if not any(parameter.requires_grad for parameter in student.parameters()):
-            raise UserError(
-                "the student has no parameter that learns; call student.requires_grad_(True) (a Teacher freezes the "
-                "network it is made of: give it a copy)"
-            )
         groups, self.rates = no_decay_split(student, weight_decay), [lr, lr]
         self.learners, self.projector = nn.ModuleList([student]), None
         if stream.widths and features:

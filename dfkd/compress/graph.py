@@ -1,26 +1,21 @@
 """A network as a graph of operations: batch norms next to their convolutions, channels that one layer owns."""
 
-import copy
-import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from dfkd.classifier import Classifier
 from dfkd.errors import UserError
-from dfkd.runtime import eval_mode
+from dfkd.runtime import eval_mode, to_float
 
-# A traced graph has none that work in place (see _out_of_place).
+# A traced graph has none that work in place (see tracing.py).
 ADDS: set[object] = {operator.add, torch.add, "add"}
 RELUS: set[object] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu"}
 # What hands on the values it is given, or some of them, at other places: quantised before or after is the same.
@@ -72,7 +67,16 @@ def network_input(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_takes(network: nn.Module, images: Tensor) -> None:
+def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
+    """The network's inputs for the first images of a stream (uint8: 255ths), in batches. Raises UserError where the
+    stream is too short, or the network does not take them."""
+    device = next(model.parameters(), torch.empty(0)).device
+    inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
+    _check_takes(network_of(model), inputs[0][:2])
+    return inputs
+
+
+def _check_takes(network: nn.Module, images: Tensor) -> None:
     """Raise UserError where a network does not take images, its inputs: what follows would blame something else."""
     try:
         with eval_mode(network):
@@ -94,148 +98,9 @@ def with_network(model: nn.Module, network: nn.Module) -> nn.Module:
     return wrapped.to(model.mean.device).eval()
 
 
-class _Tracer(fx.Tracer):
-    """torch.nn's layers are leaves; so is timm's that computes the same."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is timm.layers.Linear or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
-    """A copy of a network as a graph, in eval mode, its layers under their own names.
-
-    timm's joint batch norm and activation are taken apart, activations and arithmetic no longer work in place. Raises
-    UserError where the network's forward depends on values, a layer with weights is used twice or a weight is no
-    parameter, and where of images, its inputs, the graph makes something else than the network.
-    """
-    check_weights(network)
-    given, network, in_place = network, copy.deepcopy(network).eval(), set()
-    for name, module in list(network.named_modules()):
-        if isinstance(module, BatchNormAct2d):
-            network.set_submodule(name, _taken_apart(module))
-        elif _not_in_place(module):
-            in_place.add(name)
-    _with_one_input(network)
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(network)
-    except Exception as error:  # whatever a stranger's forward may do with a symbolic value
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on values"
-        ) from None
-    _out_of_place(graph, in_place)
-    traced = fx.GraphModule(tracer.root, graph).eval()
-    _refuse_shared(traced)
-    if images is not None:
-        _compare(given, traced, images)
-    return traced
-
-
-@torch.no_grad()
-def _compare(network: nn.Module, traced: fx.GraphModule, images: Tensor) -> None:
-    """Raise UserError where a graph does not compute what its network does."""
-    with eval_mode(network):
-        pairs = zip(tree_leaves(network(images)), tree_leaves(traced(images)))  # it may have several heads
-    if any((given - expected).norm() > 1e-3 * expected.norm() for expected, given in pairs):
-        raise UserError(
-            f"{type(network).__name__} computes something else once it is traced, as where its forward works in place "
-            "on a view of a tensor that it reads again (y[:, :2].mul_(2), y *= 2); let it make new tensors"
-        )
-
-
-def check_weights(network: nn.Module) -> None:
-    """Raise UserError where the weight of a layer is no parameter, as a rule since it is computed of others before each
-    forward (weight norm, spectral norm, torch's pruning masks): what is written into it would be gone at the next."""
-    for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear) and "weight" not in dict(module.named_parameters(recurse=False)):
-            raise UserError(
-                f"the weight of {name} is no parameter; if it is computed of others (weight or spectral norm, a mask) "
-                "make it plain before: torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
-                "remove_spectral_norm or prune.remove"
-            )
-
-
-def _refuse_shared(traced: fx.GraphModule) -> None:
-    remedy = "layers that share their weights cannot be compressed; give each place its own copy"
-    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    for name, module in traced.named_modules():
-        if calls.count(name) > 1 and module.state_dict():
-            raise UserError(
-                f"{name} ({type(module).__name__}) is used {calls.count(name)} times in one forward: {remedy}"
-            )
-    owner: dict[nn.Parameter, str] = {}
-    for name, parameter in traced.named_parameters(remove_duplicate=False):
-        if owner.setdefault(parameter, name) != name:
-            raise UserError(f"{owner[parameter]} and {name} are one tensor: {remedy}")
-
-
-def _with_one_input(network: nn.Module) -> None:
-    """Let forward's further arguments take their defaults: what is traced takes images alone."""
-    own: Any = type(network)
-    if len(inspect.signature(own.forward).parameters) > 2:
-        network.__class__ = type(own.__name__, (own,), {"forward": lambda self, x: own.forward(self, x)})
-
-
 def own_name(network: nn.Module, name: str) -> str:
     """A layer's name in the network by its name in the graph, where a timm BatchNormAct2d has it one level down."""
     return name if name in dict(network.named_modules()) else name.rpartition(".")[0]
-
-
-def _taken_apart(norm: BatchNormAct2d) -> nn.Sequential:
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine).to(norm.running_var)
-    plain.load_state_dict(norm.state_dict(), strict=False)
-    _not_in_place(norm.act)
-    return nn.Sequential(plain, norm.drop, norm.act).eval()
-
-
-def _not_in_place(module: Any) -> bool:
-    """Let a module work in place no longer; whether it did."""
-    did = bool(getattr(module, "inplace", False))
-    if did:
-        module.inplace = False
-    return did
-
-
-def _out_of_place(graph: fx.Graph, modules: Iterable[str]) -> None:
-    """Let what worked in place, these modules and functions and methods, make a tensor of its own, which all that comes
-    after reads: else a quantiser would be calibrated on a tensor that was overwritten behind it."""
-    place = {node: k for k, node in enumerate(graph.nodes)}
-    for node in list(place):
-        if node.target in modules if node.op == "call_module" else _call_not_in_place(node):
-            given = node.all_input_nodes[0]
-            given.replace_all_uses_with(node, delete_user_cb=lambda user: place[user] > place[node])  # noqa: B023
-
-
-def _call_not_in_place(node: fx.Node) -> bool:
-    """Let a call of a function or method work in place no longer; whether it did."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    target: Any = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):  # add_, torch.relu_
-        owners = [Tensor] if isinstance(target, str) else [torch, F]
-        plain = next((found for owner in owners if callable(found := getattr(owner, name[:-1], None))), None)
-        if plain is None:  # requires_grad_
-            return False
-        node.target = name[:-1] if isinstance(target, str) else plain
-    else:  # F.relu(x, inplace=True)
-        if isinstance(target, str) or "inplace" not in _parameters(target):
-            return False
-        call = inspect.signature(target).bind(*node.args, **node.kwargs)
-        if not call.arguments.get("inplace"):
-            return False
-        call.arguments["inplace"] = False
-        node.args, node.kwargs = call.args, call.kwargs
-    return True
-
-
-def _parameters(function: Callable[..., Any]) -> Iterable[str]:
-    """The names of a function's parameters; none where it is built in and does not tell."""
-    try:
-        return inspect.signature(function).parameters
-    except ValueError:
-        return ()
 
 
 def kind(graph: fx.GraphModule, node: fx.Node) -> object:

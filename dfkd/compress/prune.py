@@ -14,20 +14,17 @@ from torch.nn.utils import prune as torch_prune
 from dfkd.compress import channels
 from dfkd.compress.graph import (
     Chain,
+    calibration_inputs,
     chains,
-    check_takes,
-    check_weights,
-    images_of,
     network_input,
     network_of,
     own_name,
-    trace,
     with_network,
 )
 from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
+from dfkd.compress.tracing import check_weights, trace
 from dfkd.errors import UserError
-from dfkd.runtime import to_float
 
 KINDS = ("channels", "weights")
 REPAIRS = ("least_squares", "batch_norm", "none")
@@ -80,10 +77,7 @@ def prune(
     _check(ratio, kind, repair, images, ridge)
     prunable = _prunable(network_of(model), ignore)
     network = copy.deepcopy(network_of(model)).eval()
-    with torch.no_grad():
-        batch = torch.cat(list(images_of(stream, images))).to(next(model.parameters(), torch.empty(0)).device)
-        inputs = network_input(model, to_float(batch))
-    check_takes(network, inputs[:PROBE])
+    inputs = torch.cat(calibration_inputs(model, stream, images))
     cut, supports = _what_goes(network, inputs[:PROBE], ratio, kind, prunable, inner_only)
     naive = _remove(copy.deepcopy(network), cut)
     _mask(naive, supports or {})

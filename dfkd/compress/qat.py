@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.compress.fit import Batches, Fit, Hints, check_length, hold_zeros
 from dfkd.compress.graph import (
-    check_takes,
+    calibration_inputs,
     fold,
-    images_of,
-    network_input,
     network_of,
     norms,
     remove_call,
-    trace,
     watch,
     with_network,
 )
@@ -33,10 +30,10 @@ from dfkd.compress.quantize import (
 )
 from dfkd.compress.reconstruct import reconstruct
 from dfkd.compress.result import Compressed
+from dfkd.compress.tracing import trace
 from dfkd.compress.units import mark
 from dfkd.cuda_graphs import DIRECT
 from dfkd.errors import UserError
-from dfkd.runtime import to_float
 from dfkd.stream import Replay, SyntheticStream
 from dfkd.teachers import Teacher
 
@@ -83,15 +80,6 @@ def quantize(
     if method == "reconstruct":
         learned = reconstruct(graph, torch.cat(inputs), autocast=autocast, **options)
     return result(model, with_network(model, graph), naive, inputs, learned)
-
-
-@torch.no_grad()
-def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
-    """The network's inputs for the first images of a stream, in batches."""
-    device = next(model.parameters(), torch.empty(0)).device
-    inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
-    check_takes(network_of(model), inputs[0][:2])
-    return inputs
 
 
 class Training:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfkd.compress.graph import ADDS, CARRIERS, fold, is_layer, kind, positive_scales, sizes, trace, watch
+from dfkd.compress.graph import ADDS, CARRIERS, fold, is_layer, kind, positive_scales, sizes, watch
+from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.runtime import full_precision
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd.compress.graph import ADDS, affine, is_layer, kind, norms, own_name, trace, watch
+from dfkd.compress.graph import ADDS, affine, is_layer, kind, norms, own_name, watch
+from dfkd.compress.tracing import trace
 from dfkd.compress.units import extract, units
 from dfkd.errors import UserError
 
