@@ -136,21 +136,25 @@ def hints(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     return (torch.stack([(own - its).square().mean() for own, its in zip(ours, theirs)]) / powers).mean()
 
 
-def feature_error(student: Tensor, teacher: Tensor, widths: Sequence[int], weights: Tensor) -> Tensor:
-    """Weighted sum over features, weights [D], of the variance over the global batch of student - teacher / s, [B, D]
-    both. Teachers stand side by side, as many features each as widths say, and s^2 is the mean variance of its own:
-    weights of 1 / width give 1 where the student is constant, 0 where it tells images apart as the teacher.
+def unexplained(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Per pair of features or maps [B, C, ...] the variance over the global batch (and the pixels) of student - teacher
+    / s, mean over channels, [n]; s^2 is the teacher's own mean variance: 1 where the student is constant, 0 where it
+    tells images (and places) apart as the teacher.
 
-    FitNets (Romero et al. 2015) eq. 3 of the penultimate layer. Centred, since after a ReLU what all images have in
-    common is larger than what tells them apart, and in units of the latter: both are ours.
+    FitNets (Romero et al. 2015) eq. 3. Centred, since after a ReLU what all images have in common is larger than what
+    tells them apart, and in units of the latter: both are ours.
     """
-    teacher = full_precision(teacher)
-    ((mean, variance),) = global_moments([batch_moments(teacher)])
-    squares = torch.stack([each.mean() for each in variance.split(widths)])
-    scale = squares.clamp_min(1e-6).rsqrt()[_pieces(tuple(widths), teacher.device)]
-    rest = full_precision(student) - (teacher - mean) * scale
-    ((_, unexplained),) = global_moments([batch_moments(rest)])
-    return (weights * unexplained).sum()
+    theirs = [full_precision(x) for x in teacher]
+    rests = []
+    for ours, its, (mean, variance) in zip(student, theirs, global_moments([batch_moments(x) for x in theirs])):
+        shape = (-1, *[1] * (its.dim() - 2))
+        rests.append(full_precision(ours) - (its - mean.view(shape)) * variance.mean().clamp_min(1e-6).rsqrt())
+    return torch.stack([variance.mean() for _, variance in global_moments([batch_moments(x) for x in rests])])
+
+
+def map_error(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """The mean over maps of what is unexplained."""
+    return unexplained(student, teacher).mean()
 
 
 def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

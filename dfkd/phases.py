@@ -10,13 +10,12 @@ from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, map_pairs, stage_hints
+from dfkd.compress.fit import Fit, Hints, attention_hints, projected_hints, stage_hints
 from dfkd.cuda_graphs import recorder
 from dfkd.data import evenly, opened
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, agreement
 from dfkd.inputs import COMPRESSIONS, settings, task_source
-from dfkd.losses import attention
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
 from dfkd.runtime import Deadline, autocast_of, eval_mode, say
@@ -156,23 +155,26 @@ def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classi
 
 def make_hints(parts: Parts) -> Hints | None:
     """What the student learns of its (first main) teacher's layers: attention, where it has weight; else, where it
-    began with the teacher's weights, what the last block of every row of blocks gives."""
+    began with the teacher's weights, what the last block of every row of blocks gives in the same channels; else its
+    maps, projected."""
     recipe, student, distill = parts.recipe, parts.student, parts.recipe.distill
     if student is None:
         return None
     teacher = assemble.main_teachers(recipe, parts.zoo)[0]
     image = assemble.blank(recipe, teacher.mean.device)
     if distill.attention:
-        return Hints(student, teacher, map_pairs(student, teacher, image), distill.attention, attention, inputs=True)
-    return stage_hints(student, teacher, image, distill.hints) if "selected" in parts.student_about else None
+        return attention_hints(student, teacher, image, distill.attention)
+    selected = "selected" in parts.student_about
+    hints = stage_hints(student, teacher, image, distill.hints) if selected else None
+    return hints or projected_hints(student, teacher, image, distill.maps)
 
 
 def say_beginning(parts: Parts, hints: Hints | None) -> None:
-    """Say what a student that begins with its teacher's weights has of them, and what it learns of its layers."""
+    """Say what the student has of its teacher's weights, and which of the teacher's layers it learns."""
     if selected := parts.student_about.get("selected"):
-        layers = ", ".join(hints.layers) if hints else "none"
-        begins = f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}"
-        say(f"{begins}, of whose layers it learns: {layers}")
+        say(f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}")
+    through = ", through 1x1 convolutions" if hints and hints.projection else ""
+    say(f"of its teacher's layers the student learns{through}: {', '.join(hints.layers) if hints else 'none'}")
 
 
 def make_loop(

@@ -10,9 +10,9 @@ from dfkd.runtime import rng
 from generators import ImageGenerator
 
 
-def every_layer(generator: ImageGenerator) -> list[nn.Module]:
-    """The layers of a generator that hold weights."""
-    return [module for module in generator.modules() if hasattr(module, "reset_parameters")]
+def every_layer(network: nn.Module) -> list[nn.Module]:
+    """The layers of a network that hold weights."""
+    return [module for module in network.modules() if hasattr(module, "reset_parameters")]
 
 
 RENEWED: dict[str, Callable[[ImageGenerator], list[nn.Module]]] = {

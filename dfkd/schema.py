@@ -206,6 +206,12 @@ class Distill:
         "(student.weights=teacher), has as many channels there, and attention has no weight",
         0,
     )
+    maps: float = key(
+        3.0,
+        "weight of what the teacher's stages give, through 1x1 convolutions of the student's; where neither hints nor "
+        "attention has its place (0, or without stages of one size: not learned)",
+        0,
+    )
     attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
     replay: int = key(200, "batches kept of what the generator drew, with their targets; 0: fresh images only", 0)

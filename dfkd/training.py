@@ -144,8 +144,9 @@ class Loop:
         learners: dict[str, nn.Module | None] = {
             "generator": self.synthesizer.generator if self.synthesizer is not None else None,
             "student": self.fit.student if self.fit is not None else None,
-            "projector": self.fit.projector if self.fit is not None else None,
         }
+        if self.fit is not None:
+            learners |= {f"student's projector of {name}": each for name, each in self.fit.projectors.items()}
         for name, module in learners.items():
             if module is not None and (broken := not_finite(module)):
                 raise UserError(

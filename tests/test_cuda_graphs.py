@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, map_pairs
+from dfkd.compress.fit import Fit, Hints, attention_hints, projected_hints
 from dfkd.cuda_graphs import DIRECT, Calls, Graphs, recorder
 from dfkd.draws import Moves
-from dfkd.losses import attention
 from dfkd.mixing import make_mix
 from dfkd.models import build_model
 from dfkd.pretrain import train_teacher
@@ -71,10 +70,11 @@ class Trained:
         stream = SyntheticStream(
             self.generator, batch_size=32, teacher=zoo, replay=4, shift=0.1, mix=0.5, features=True, **own
         )
-        pairs = map_pairs(self.student, zoo[0], torch.zeros(1, 1, 16, 16, device=device))
+        image = torch.zeros(1, 1, 16, 16, device=device)
         kinds = {
             "": None,
-            "attention": Hints(self.student, zoo[0], pairs, 300.0, attention, inputs=True),
+            "attention": attention_hints(self.student, zoo[0], image, 300.0),
+            "projected": projected_hints(self.student, zoo[0], image, 3.0),
             "outputs": Hints(self.student, zoo[0], [("model.features.5", "model.features.5")], 10.0),
         }
         self.fit = Fit(self.student, stream, steps=100, hints=kinds[hints], graphs=graphs)
@@ -156,6 +156,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"penalise": True},
     {"jitter": 2, "flip": True},
     {"hints": "attention"},
+    {"hints": "projected"},
     {"hints": "outputs"},
     {"moves": (Moves(), Moves(2, flip=True), Moves(4, black=True))},
 ]

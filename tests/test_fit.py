@@ -10,7 +10,7 @@ import torch
 from fit_fixture import MakeTeacher, batches, network, written_out
 from torch import Tensor, nn
 
-from dfkd.compress.fit import Batches, Fit, cosine, fit, hold_zeros, no_decay_split
+from dfkd.compress.fit import Batches, Fit, cosine, fit, hold_zeros, no_decay_split, projected_hints
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES
 from dfkd.models import build_model
@@ -55,7 +55,7 @@ def test_features_are_learned_through_a_linear_map_of_the_students(
     assert teacher.linear.in_features == 32
     stream, student = make_stream(teacher=Teacher(teacher), features=True), network()
     training = Fit(student, stream, steps=30, lr=0.05, weight_decay=0.01, warmup=0, features=weight)
-    twin, projector = copy.deepcopy(student).double(), copy.deepcopy(training.projector).double()
+    twin, projector = copy.deepcopy(student).double(), copy.deepcopy(training.projectors["features"]).double()
     kernels = [twin[k].weight for k in (0, 3, 6)]
     others = [twin[k].bias for k in (0, 3, 6)] + list(twin[1].parameters())
     groups = [{"params": kernels, "weight_decay": 0.01}, {"params": others}]
@@ -75,7 +75,7 @@ def test_features_are_learned_through_a_linear_map_of_the_students(
         sgd.zero_grad()
         loss.backward()
         sgd.step()
-        for ours, wanted in ((student, twin), (training.projector, projector)):
+        for ours, wanted in ((student, twin), (training.projectors["features"], projector)):
             for (name, value), right in zip(ours.state_dict().items(), wanted.state_dict().values()):
                 assert torch.allclose(value.double(), right.double(), rtol=1e-4, atol=1e-5), (step, name)
 
@@ -91,7 +91,7 @@ def test_teachers_count_by_their_weights(
     logits, *features = targets.split([3, *stream.widths], 1)
     inner = training.student[:6](images)
     wanted = written_out("kl", training.student[6](inner), logits, 20.0)
-    guesses = inner @ training.projector.weight.mT
+    guesses = inner @ training.projectors["features"].weight.mT
     for share, guess, its in zip((0.75, 0.25, 0.0), guesses.split(stream.widths, 1), features):
         rest = guess - its / its.var(0, correction=0).mean().sqrt()
         wanted = wanted + 2 * share * rest.var(0, correction=0).mean()
@@ -244,8 +244,12 @@ def test_a_student_that_cannot_learn_is_refused(
 def test_a_run_taken_up_again_ends_bitwise_the_same(
     make_stream: Callable[..., SyntheticStream], features: bool
 ) -> None:
+    """With features also what projects maps; its first weights are drawn by position, whatever came before."""
+
     def begin(seed: int) -> Fit:
-        return Fit(network(seed), make_stream(replay=3, shift=0.125, features=features), steps=9, warmup=0)
+        student, stream = network(seed), make_stream(replay=3, shift=0.125, features=features)
+        maps = projected_hints(student, stream.teachers[0], torch.zeros(1, 1, 8, 8), float(features))
+        return Fit(student, stream, steps=9, warmup=0, hints=maps)
 
     whole = begin(1)
     whole.run()

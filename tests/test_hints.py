@@ -1,6 +1,7 @@
 """What a student learns of its teacher's layers: which are paired, and the terms of hints and attention."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,16 @@ import torch.nn.functional as F
 from fit_fixture import MakeTeacher, batches, network, written_out
 from torch import Tensor, nn
 
-from dfkd.compress.fit import Fit, Hints, map_pairs, stage_hints, stage_pairs
+from dfkd.compress.fit import (
+    Fit,
+    Hints,
+    attention_hints,
+    last_maps,
+    map_pairs,
+    projected_hints,
+    stage_hints,
+    stage_pairs,
+)
 from dfkd.compress.prune import prune
 from dfkd.errors import UserError
 from dfkd.losses import attention
@@ -48,35 +58,47 @@ def tiny(model: str, **kwargs: int) -> nn.Module:
     return build_model(f"dfkd:{model}", classes=3, channels=1, kwargs={"width": 8, "depth": 1, **kwargs}).train()
 
 
-def test_attention_is_paired_at_the_last_batch_norm_of_every_size() -> None:
+def test_maps_are_paired_at_the_ends_of_stages() -> None:
     student, teacher = tiny("tiny_plain", depth=2), tiny("tiny_residual")
     image = torch.zeros(1, 1, 16, 16)
     before = copy.deepcopy(teacher.state_dict())
-    assert map_pairs(student, teacher, image) == [
-        ("features.4", "features.3.bn2"),  # 16x16: two conv-bn-relu; a stem and a block without a projection
-        ("features.11", "features.4.shortcut.1"),  # a projection is executed after the block's last batch norm
-        ("features.18", "features.5.shortcut.1"),
-    ]
+    assert map_pairs(student, teacher, image) == {
+        ("features.5", "features.3"): (8, 8),  # 16x16: two conv-bn-relu; a stem and a block
+        ("features.12", "features.4"): (16, 16),
+        ("features", "features"): (32, 32),  # to whose end both go on
+    }
     assert all(module.training for module in (*student.modules(), *teacher.modules()))
     assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
-def test_attention_goes_by_sizes_and_leaves_out_maps_of_one_pixel() -> None:
-    teacher = build_model("dfkd:wrn_16_1", classes=3, channels=1)
-    # In a WideResNet the input of the next group's first batch norm is the last group's output, as in ZSKT.
-    assert map_pairs(tiny("tiny_plain"), teacher, torch.zeros(1, 1, 8, 8)) == [
-        ("features.1", "block2.layer.0.bn1"),
-        ("features.5", "block3.layer.0.bn1"),
-        ("features.9", "bn1"),
-    ]
+@pytest.mark.parametrize(
+    ("model", "ends"),
+    [
+        ("dfkd:wrn_40_2", {32: ("block1", 32), 16: ("block2", 64), 8: ("relu", 128)}),
+        ("dfkd:vgg11", {32: ("features.2", 64), 16: ("features.6", 128), 8: ("features.13", 256)}),
+        ("timm:resnet50", {16: ("act1", 64), 8: ("layer1", 256), 4: ("layer2", 512), 2: ("layer3", 1024)}),
+        ("timm:convnext_atto", {8: ("stages.0", 40), 4: ("stages.1", 80), 2: ("stages.2", 160)}),
+        ("timm:mobilenetv2_100", {16: ("blocks.0", 16), 8: ("blocks.1", 24), 4: ("blocks.2", 32), 2: ("blocks.4", 96)}),
+        ("timm:densenet121", {8: ("features.transition1.conv", 128), 2: ("features.transition3.conv", 512)}),
+        ("timm:vit_tiny_patch16_224", {}),
+    ],
+)
+def test_a_stage_ends_where_the_next_block_strides(model: str, ends: dict[int, tuple[str, int]]) -> None:
+    """A bottleneck's first layers are of the size before, its stage's are not; a transformer has patches alone."""
+    size = 224 if "224" in model else 32
+    found = last_maps(build_model(model, classes=3), torch.zeros(1, 3, size, size))
+    assert ends.items() <= {height: end for (height, _), end in found.items()}.items()
+    assert bool(found) == bool(ends)
+
+
+def test_maps_are_paired_by_sizes_without_those_of_one_pixel() -> None:
     small = map_pairs(tiny("tiny_plain"), tiny("tiny_residual"), torch.zeros(1, 1, 4, 4))
-    assert [ours for ours, _ in small] == ["features.1", "features.5"]  # the third stage's maps are 1x1
+    assert list(small) == [("features.2", "features.3"), ("features.6", "features.4")]  # the third stage's are 1x1
     resized = Teacher(tiny("tiny_residual"), input_size=4)
-    assert [pair[0] for pair in map_pairs(tiny("tiny_plain"), resized, torch.zeros(1, 1, 8, 8))] == [
-        "features.5",
-        "features.9",
-    ]
+    image = torch.zeros(1, 1, 8, 8)
+    assert [ours for ours, _ in map_pairs(tiny("tiny_plain"), resized, image)] == ["features.6", "features"]
+    assert projected_hints(tiny("tiny_plain"), Teacher(tiny("tiny_residual"), input_size=18), image, 1.0) is None
 
 
 def test_networks_without_a_common_size_are_refused_with_a_remedy() -> None:
@@ -84,10 +106,10 @@ def test_networks_without_a_common_size_are_refused_with_a_remedy() -> None:
     with pytest.raises(
         UserError, match=r"student has 8x8, 4x4, 2x2 and the teacher 18x18, .*; set distill.attention=0"
     ):
-        map_pairs(tiny("tiny_plain"), teacher, torch.zeros(1, 1, 8, 8))
+        attention_hints(tiny("tiny_plain"), teacher, torch.zeros(1, 1, 8, 8), 1.0)
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     with pytest.raises(UserError, match="the student has none and"):
-        map_pairs(flat, teacher, torch.zeros(1, 1, 8, 8))
+        attention_hints(flat, teacher, torch.zeros(1, 1, 8, 8), 1.0)
 
 
 def test_stages_are_paired_at_the_last_blocks_of_their_rows() -> None:
@@ -160,6 +182,10 @@ def test_blocks_that_lost_channels_are_not_compared() -> None:
     assert stage_pairs(last_kept, whole, image[:1]) == [("layer4.1", "layer4.1")]
 
 
+# Behind how many modules of `features` the stages of a tiny network end: conv-bn-relu, pooled between; blocks.
+PLAIN, RESIDUAL = (3, 7, 11), (4, 5, 6)
+
+
 def attended(maps: Tensor) -> Tensor:
     """Attention of maps [B, C, H, W] as rows [B, H W] of length 1."""
     rows = maps.pow(2).mean(1).flatten(1)
@@ -175,20 +201,15 @@ def test_attention_adds_the_maps_differences_to_the_loss_and_reaches_the_student
     twin, reference = copy.deepcopy(student).double(), copy.deepcopy(teacher.model).double()
     images, targets = make_stream(teacher=teacher, replay=replay).batch(0)
     shown = len(images) // 2 if replay else len(images)
-    pairs = map_pairs(student, teacher, images[:1])
-    hints = Hints(student, teacher, pairs, 300.0, attention, inputs=True)
+    hints = attention_hints(student, teacher, images[:1], 300.0)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     value = Fit(student, stream, steps=1, lr=0.0, hints=hints).step(0)["loss"]
 
     x, y = images.double(), (images.double() - 0.4) / 0.3
     loss, term = written_out("kl", twin(x), targets.double(), 20.0), torch.zeros(())
-    # What conv-bn-relu stages and residual blocks with a projection are made of, by hand.
-    for depth, conv in ((0, 0), (4, 4), (8, 8)):
-        ours = twin.features[conv](twin.features[:depth](x))
-        block = reference.features[3 + depth // 4]
-        given = reference.features[: 3 + depth // 4](y)
-        last = block.conv2(block.relu1(block.bn1(block.conv1(given)))) if depth == 0 else block.shortcut[0](given)
-        term = term + F.mse_loss(attended(ours)[:shown], attended(last)[:shown])
+    for ours, its in zip(PLAIN, RESIDUAL):
+        maps = twin.features[:ours](x), reference.features[:its](y)
+        term = term + F.mse_loss(*(attended(each)[:shown] for each in maps))
     assert 0.05 < 300 * float(term.detach()) / float(loss.detach()) < 50
     (loss + 300 * term).backward()
     assert float(value) == pytest.approx(float((loss + 300 * term).detach()), rel=1e-4)
@@ -210,7 +231,7 @@ def test_attention_falls_where_it_is_learnt(
         torch.manual_seed(3)
         student, stream = tiny("tiny_plain"), make_stream(teacher=teacher)
         images, _ = stream.batch(0)
-        hints = Hints(student, teacher, map_pairs(student, teacher, images[:1]), weight, attention, inputs=True)
+        hints = attention_hints(student, teacher, images[:1], weight)
         training = Fit(student, stream, steps=41, lr=0.02, hints=hints)
         for step in range(40):
             training.step(step)
@@ -221,3 +242,45 @@ def test_attention_falls_where_it_is_learnt(
             teacher(images)
         ends[weight] = float(attention(found, wanted))
     assert ends[1000.0] < 0.7 * ends[0.0]
+
+
+@pytest.mark.parametrize("replay", [0, 4])
+@pytest.mark.parametrize(("weight", "share"), [(3.0, 0.05 / (3.0 / 3 / 8)), (1.0, 1.0)])
+def test_projected_maps_are_learned_in_units_of_the_teachers_spread(
+    make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream], weight: float, share: float, replay: int
+) -> None:
+    """Two updates against the same in float64, written with torch alone, of a student of half the teacher's width."""
+    teacher = make_teacher(model="dfkd:tiny_residual", kwargs={"width": 8, "depth": 1})
+    stream, again = (make_stream(teacher=teacher, replay=replay) for _ in range(2))  # each with a ring of its own
+    student = tiny("tiny_plain", width=4)
+    hints = projected_hints(student, teacher, torch.zeros(1, 1, 8, 8), weight)
+    assert hints is not None
+    training = Fit(student, stream, steps=30, lr=0.05, weight_decay=0.01, warmup=0, hints=hints)
+    twin, reference = copy.deepcopy(student).double(), copy.deepcopy(teacher.model).double()
+    kernels = [nn.Parameter(p.detach().double()) for p in training.projectors["maps"].parameters()]
+    assert [tuple(kernel.shape) for kernel in kernels] == [(8, 4, 1, 1), (16, 8, 1, 1), (32, 16, 1, 1)]
+    parameters = [[p for p in twin.parameters() if (p.dim() > 1) == decayed] for decayed in (True, False)]
+    groups = [{"params": parameters[0], "weight_decay": 0.01}, {"params": parameters[1]}]
+    groups.append({"params": kernels, "weight_decay": 0.01, "lr": 0.05 * share})
+    sgd = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    for step, factor in enumerate((1.0, (1 + math.cos(math.pi / 30)) / 2)):
+        images, targets = again.batch(step)
+        shown = len(images) // 2 if replay else len(images)
+        loss = written_out("kl", twin(images.double()), targets.double(), 20.0)
+        for kernel, ours, its in zip(kernels, PLAIN, RESIDUAL):
+            wanted = reference.features[:its](images[:shown].double())
+            spread = wanted.var((0, 2, 3), correction=0).mean().sqrt()
+            guess = torch.einsum("oc,bchw->bohw", kernel[:, :, 0, 0], twin.features[:ours](images.double())[:shown])
+            loss = loss + weight / 3 * (guess - wanted / spread).var((0, 2, 3), correction=0).mean()
+        value = training.step(step)["loss"]
+        assert float(value) == pytest.approx(float(loss.detach()), rel=1e-4)
+        for group, rate in zip(sgd.param_groups, (0.05, 0.05, 0.05 * share)):
+            group["lr"] = rate * factor
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        learned = [*student.parameters(), *training.projectors["maps"].parameters()]
+        for ours, right in zip(learned, [*twin.parameters(), *kernels], strict=True):
+            assert torch.allclose(ours.double(), right, rtol=1e-3, atol=1e-5), step
+    assert all(p.grad is None for p in teacher.parameters())
+    assert not any(module._forward_hooks for module in (*student.modules(), *teacher.modules()))

@@ -208,31 +208,32 @@ def test_hints_have_a_finite_gradient_where_the_teacher_is_silent() -> None:
     close(L.hints([half], [2 * half]), 0.25)
 
 
-def test_a_feature_error_is_in_units_of_the_teachers_spread_between_images() -> None:
-    student = [draw(BATCH, width, seed=width) for width in (5, 2)]
-    teacher = [3 + 0.2 * draw(BATCH, 5, seed=1), 100 * draw(BATCH, 2, seed=2)]
+@pytest.mark.parametrize("places", [(), (2, 3)])
+def test_what_is_unexplained_is_in_units_of_the_teachers_spread_between_images_and_places(
+    places: tuple[int, ...],
+) -> None:
+    student = [draw(BATCH, width, *places, seed=width) for width in (5, 2)]
+    teacher = [3 + 0.2 * draw(BATCH, 5, *places, seed=1), 100 * draw(BATCH, 2, *places, seed=2)]
     errors, spreads = [], []
-    for own, rows in ((x.numpy(), y.numpy()) for x, y in zip(student, teacher)):
+    for own, its in zip(student, teacher):
+        ours, rows = (np.moveaxis(x.numpy(), 1, -1).reshape(-1, x.shape[1]) for x in (own, its))
         spreads.append(math.sqrt(((rows - rows.mean(0)) ** 2).mean()))
-        rest = own - rows / spreads[-1]
+        rest = ours - rows / spreads[-1]
         errors.append(((rest - rest.mean(0)) ** 2).mean())
-
-    def error(ours: list[Tensor], theirs: list[Tensor], *shares: float) -> Tensor:
-        weights = [s / x.shape[1] for s, x in zip(shares, theirs) for _ in range(x.shape[1])]
-        return L.feature_error(torch.cat(ours, 1), torch.cat(theirs, 1), [5, 2], torch.tensor(weights).double())
-
-    close(error(student, teacher, 0.7, 3), 0.7 * errors[0] + 3 * errors[1])
-    close(error([x + 7 for x in student], [1000 * x - 5 for x in teacher], 1, 1), sum(errors))
-    close(error([torch.ones_like(x) for x in student], teacher, 0.5, 0.5), 1)
+    for found, error in zip(L.unexplained(student, teacher), errors, strict=True):
+        close(found, error)
+    close(L.map_error(student, teacher), sum(errors) / 2)
+    close(L.map_error([x + 7 for x in student], [1000 * x - 5 for x in teacher]), sum(errors) / 2)
+    close(L.map_error([torch.ones_like(x) for x in student], teacher), 1)
     same = [x / spread for x, spread in zip(teacher, spreads)]
-    assert float(error(same, teacher, 1, 1)) == pytest.approx(0, abs=1e-12)
+    assert float(L.map_error(same, teacher)) == pytest.approx(0, abs=1e-12)
 
 
-def test_a_feature_error_is_finite_where_a_teacher_tells_no_images_apart_and_in_float16() -> None:
-    student, weights = draw(BATCH, 5), torch.ones(5)
-    assert L.feature_error(student, torch.full_like(student, 1e4), [5], weights).isfinite()
+def test_what_is_unexplained_is_finite_where_a_teacher_tells_no_images_apart_and_in_float16() -> None:
+    student = draw(BATCH, 5)
+    assert L.map_error([student], [torch.full_like(student, 1e4)]).isfinite()
     half = torch.full((2, 5), 300.0, dtype=torch.float16)  # whose square is infinite in float16
-    assert L.feature_error(half, half * torch.tensor([[1.0], [0.5]], dtype=torch.float16), [5], weights).isfinite()
+    assert L.map_error([half], [half * torch.tensor([[1.0], [0.5]], dtype=torch.float16)]).isfinite()
 
 
 def attended(maps: Tensor) -> np.ndarray:
@@ -490,7 +491,7 @@ GRADIENTS = {
     "bn_square": lambda x, y: L.bn_square([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
     "kd_mae": lambda x, y: L.kd_mae(x, y),
     "js": lambda x, y: L.js(x, y),
-    "feature_error": lambda x, y: L.feature_error(x, y, [2, CLASSES - 2], y[0].abs()),
+    "map_error": lambda x, y: L.map_error([x, x.view(2, 3, 1, CLASSES).square()], [y, y.view(2, 3, 1, CLASSES)]),
     "attention": lambda x, y: L.attention([x.view(2, 3, 1, CLASSES)], [y.view(2, 3, 1, CLASSES)]),
     "masked_divergence": lambda x, y: L.masked_divergence(x, y + draw(BATCH, CLASSES, seed=1), "js"),
     "smooth": lambda x, y: L.smooth(x.view(1, 1, BATCH, CLASSES)),

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dfkd.collectives import all_reduce_mean, sync_batchnorm
-from dfkd.compress.fit import Fit, Hints
+from dfkd.compress.fit import Fit, Hints, projected_hints
 from dfkd.mixing import make_mix
 from dfkd.models import build_model
 from dfkd.runtime import Shard, make_accelerator, shut_down
@@ -87,6 +87,8 @@ def training(
     )
     stages = [("features.2", "model.features.2"), ("features.9", "model.features.6")]
     learnt = Hints(student, teachers[0], stages, 0.5)
+    if replay:
+        learnt = projected_hints(student, teachers[0], torch.zeros(1, 1, 8, 8, dtype=dtype), 0.5) or learnt
     fitting = Fit(student, stream, steps=STEPS, lr=student_lr, warmup=2, hints=learnt, accelerator=accelerator)
     terms, gradients = [], {}
     for step in range(steps):

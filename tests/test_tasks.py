@@ -166,15 +166,16 @@ def test_what_was_pruned_learns_features_and_the_blocks_that_keep_their_channels
     assert fit.hints.pairs == list(zip(ends, ends))
     assert fit.hints.weight == 0.3
     assert f"of the layers before: {', '.join(ends)}" in capfd.readouterr().out
-    assert fit.projector.weight.shape == (64, 64)
+    assert fit.projectors["features"].weight.shape == (64, 64)
     assert float(fit.weights.sum()) == pytest.approx(7)
     assert not fit.student.training  # its batch norms hold
     assert fit.clip == 5
     _, (fit,) = compressed("prune", "prune.hints=0", "prune.features=0", "prune.repair=none")
-    assert fit.hints is fit.projector is None
+    assert fit.hints is None
+    assert fit.projectors == {}
     assert "of the layers before: none" in capfd.readouterr().out
     headless = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 10, 6), nn.Flatten())
-    assert compressed("prune", "prune.repair=none", network=headless)[1][0].projector is None
+    assert compressed("prune", "prune.repair=none", network=headless)[1][0].projectors == {}
     assert "the network before has no features" in capfd.readouterr().out
 
 

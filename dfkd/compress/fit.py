@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
-from dfkd.losses import STUDENT_LOSSES, feature_error, hints
+from dfkd.losses import STUDENT_LOSSES, attention, hints, map_error, unexplained
 from dfkd.models.selection import last_blocks
 from dfkd.norms import learning_norms
-from dfkd.renewal import draw_anew
+from dfkd.renewal import draw_anew, every_layer
 from dfkd.runtime import Shard, autocast_of, eval_mode, prepare, reseed, to_float
 from dfkd.stream import SyntheticStream, Watch, feature_widths
-from dfkd.teachers import Teacher, batch_norms, features_of, shares_of, tap_features
+from dfkd.teachers import Teacher, features_of, shares_of, tap_features
 
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -69,17 +69,30 @@ class Batches:
         return images, targets, *seen
 
 
+class Projection(nn.ModuleList):
+    """1x1 convolutions, one for each of a student's maps: what they give is compared with the teacher's."""
+
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        super().__init__(nn.Conv2d(own, its, 1, bias=False) for own, its in widths)
+        self.narrowest = min(its for _, its in widths)
+
+    def forward(self, *maps: Tensor) -> list[Tensor]:
+        """The projected maps."""
+        return [layer(x) for layer, x in zip(self, maps)]
+
+
 @dataclass
 class Hints:
-    """Layers whose outputs (or with `inputs` what they are given) a student learns besides the logits: pairs of names,
-    the student's and the teacher's, and one of losses.py's functions of the two lists of tensors."""
+    """Layers whose outputs a student learns besides the logits: pairs of names, the student's and the teacher's, one of
+    losses.py's functions of the two lists of tensors, and where the student's are not compared as they are, what is
+    trained to make the teacher's of them."""
 
     student: nn.Module
     teacher: nn.Module
     pairs: Sequence[tuple[str, str]]
     weight: float
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] = hints
-    inputs: bool = False
+    projection: Projection | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -88,52 +101,75 @@ class Hints:
 
     def watch_student(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the student's layers give in a forward within its scope, pair by pair."""
-        return collected(self.student, [name for name, _ in self.pairs], self.inputs)
+        return collected(self.student, [name for name, _ in self.pairs])
 
     def watch_teacher(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the teacher's layers give in a forward within its scope, pair by pair."""
-        return collected(self.teacher, self.layers, self.inputs)
+        return collected(self.teacher, self.layers)
 
     def term(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
-        """The weighted loss of what was collected from the student and from the teacher, a float32 scalar; of the rows
-        that the teacher saw, which are the first: a replayed image comes with no more than its targets."""
-        return self.weight * self.loss([x[: len(y)] for x, y in zip(ours, theirs)], theirs)
+        """The weighted loss of what was collected from the student and from the teacher, a float32 scalar."""
+        return self.weight * self.loss(ours, theirs)
 
 
 @contextmanager
-def collected(network: nn.Module, names: Sequence[str], inputs: bool) -> Iterator[list[Tensor]]:
+def collected(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
     """Collect as `watch` does, into a list in the order of the names, which is filled as the scope ends."""
     found: list[Tensor] = []
-    with watch(network, names, inputs) as seen:
+    with watch(network, names) as seen:
         yield found
     found += [seen[name] for name in names]
 
 
 @torch.no_grad()
-def last_maps(model: nn.Module, image: Tensor) -> dict[tuple[int, ...], str]:
-    """Per size (H, W) above 1 the last batch norm that one forward of image [1, C, H, W] gives a map of that size."""
-    with eval_mode(model), watch(model, batch_norms(model), inputs=True) as seen:
-        model(image)
-    # In order of execution: the last of a size stays.
-    return {tuple(x.shape[2:]): name for name, x in seen.items() if x.dim() == 4 and min(x.shape[2:]) > 1}
+def last_maps(model: nn.Module, image: Tensor) -> dict[tuple[int, int], tuple[str, int]]:
+    """Per size (H, W) above 1 the module that is last to give a map of it for one image [1, C, H, W], and its channels.
 
-
-def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> list[tuple[str, str]]:
-    """The layers (student's, teacher's) between which attention is transferred, to be watched by their inputs: at every
-    size that both have, the last batch norm of each for an image [1, C, H, W].
-
-    The input, since a ReLU that works in place overwrites the output; in a WideResNet, as in ZSKT, it is the output of
-    a group of blocks. Raises UserError where there is no common size.
+    A block that strides belongs to the next size with all that is in it: of a ResNet these are the stages. None where
+    there is one size alone: a Vision Transformer's is that of its patches, before its first layer.
     """
+    with eval_mode(model), watch(model, [name for name, _ in model.named_modules() if name]) as seen:
+        model(image)
+    maps = {name: x for name, x in seen.items() if isinstance(x, Tensor) and x.dim() == 4}  # in order of execution
+    blocks = [name for name in maps if not isinstance(model.get_submodule(name), nn.Sequential)]
+    found = {}
+    for name, x in maps.items():
+        size = (x.shape[2], x.shape[3])
+        strides = any(name.startswith(f"{block}.") and maps[block].shape[2:] != x.shape[2:] for block in blocks)
+        # [B, H, W, C], as Swin Transformers have it, is no map: it has not the image's proportions.
+        if not strides and min(size) > 1 and size[0] * image.shape[3] == size[1] * image.shape[2]:
+            found[size] = name, x.shape[1]
+    return found if len(found) > 1 else {}
+
+
+def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> dict[tuple[str, str], tuple[int, int]]:
+    """The modules (student's, teacher's) whose maps are of one place in both networks, `last_maps` of every size that
+    both give an image [1, C, H, W], with their channels."""
     ours, theirs = last_maps(student, image), last_maps(teacher, image)
-    pairs = [(name, theirs[size]) for size, name in ours.items() if size in theirs]
-    if not pairs:
-        found = [", ".join("x".join(map(str, size)) for size in sizes) or "none" for sizes in (ours, theirs)]
+    return {(name, theirs[size][0]): (width, theirs[size][1]) for size, (name, width) in ours.items() if size in theirs}
+
+
+def attention_hints(student: nn.Module, teacher: nn.Module, image: Tensor, weight: float) -> Hints:
+    """Attention transfer between `map_pairs`, with a weight. Raises UserError where there are none."""
+    if not (pairs := map_pairs(student, teacher, image)):
+        sizes = [", ".join("x".join(map(str, size)) for size in last_maps(x, image)) for x in (student, teacher)]
         raise UserError(
-            f"attention needs feature maps of one size at batch norms of both networks, the student has {found[0]} and "
-            f"the teacher {found[1]}; set distill.attention=0"
+            f"attention needs feature maps of one size in both networks, the student has {sizes[0] or 'none'} and the "
+            f"teacher {sizes[1] or 'none'}; set distill.attention=0"
         )
-    return pairs
+    return Hints(student, teacher, list(pairs), weight, attention)
+
+
+def projected_hints(student: nn.Module, teacher: nn.Module, image: Tensor, weight: float) -> Hints | None:
+    """Hints between `map_pairs`, with a weight, whatever the channels: a 1x1 convolution of each of the student's maps,
+    dropped afterwards, is to tell places apart as the teacher's map does; None where the weight is 0 or there are none.
+
+    FitNets (Romero et al. 2015) eq. 3 with a regressor of one layer, of several maps at once.
+    """
+    pairs = map_pairs(student, teacher, image) if weight else {}
+    if not pairs:
+        return None
+    return Hints(student, teacher, list(pairs), weight, map_error, Projection(list(pairs.values())))
 
 
 @torch.no_grad()
@@ -176,7 +212,7 @@ class Fit:
     """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits.
 
     On a stream with features it also learns, with the weight `features`, what the teachers' heads are given, which a
-    linear map (dropped afterwards) is to find in what its own head is given.
+    linear map (dropped afterwards) is to find in what its own head is given; with hints, what they say.
     """
 
     def __init__(
@@ -213,19 +249,27 @@ class Fit:
             raise UserError(f"unknown loss {loss!r}; choose from {sorted(STUDENT_LOSSES)}")
         self.loss = STUDENT_LOSSES[loss]
         groups, self.rates = no_decay_split(student, weight_decay), [lr, lr]
-        self.learners, self.projector = nn.ModuleList([student]), None
-        if stream.widths and features:
-            (own,), like = feature_widths([student]), next(student.parameters())
-            self.projector = nn.utils.skip_init(nn.Linear, own, sum(stream.widths), bias=False).to(like)
-            draw_anew([self.projector], stream.seed, "projector")
-            self.project = prepare(accelerator, self.projector)
-            self.learners.append(self.projector)
-            groups.append({"params": list(self.projector.parameters()), "weight_decay": weight_decay})
-            shares = shares_of(stream.teachers)
-            weights = [features * share / width for share, width in zip(shares, stream.widths)]
-            self.weights = torch.tensor(weights).repeat_interleave(torch.tensor(stream.widths)).to(like)
+        self.learners = nn.ModuleList([student])
+        self.projectors: dict[str, nn.Module] = {}  # trained beside the student and dropped afterwards
+        self.project: dict[str, Any] = {}  # the same, as an accelerator has them
+
+        def add(name: str, projector: nn.Module, steepest: float) -> None:
+            """Have a projector learn, whose loss has at most such a weight for one of its outputs."""
+            self.projectors[name] = projector.to(next(student.parameters()))
+            draw_anew(every_layer(projector), stream.seed, name)
+            self.project[name] = prepare(accelerator, projector)
+            self.learners.append(projector)
+            groups.append({"params": list(projector.parameters()), "weight_decay": weight_decay})
             # Its loss is then no steeper in its weights than KL is in those of a head of ten classes.
-            self.rates.append(lr * min(1.0, 0.05 / max(weights)))
+            self.rates.append(lr * min(1.0, 0.05 / steepest))
+
+        if stream.widths and features:
+            (own,), shares = feature_widths([student]), shares_of(stream.teachers)
+            self.weights = features * torch.tensor(shares).to(next(student.parameters()))
+            steepest = features * max(share / width for share, width in zip(shares, stream.widths))
+            add("features", nn.Linear(own, sum(stream.widths), bias=False), steepest)
+        if hints is not None and hints.projection is not None:
+            add("maps", hints.projection, hints.weight / len(hints.pairs) / hints.projection.narrowest)
         self.learners.train(student.training)
         self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.autocast = autocast_of(accelerator)
@@ -247,10 +291,16 @@ class Fit:
         """The student's loss, and how often it names its teacher's class; theirs is what hints watch of the teacher."""
         watched = self.hints.watch_student() if self.hints is not None else nullcontext([])
         norms = learning_norms(self.student.modules())
-        tap = tap_features(self.student) if self.projector is not None else nullcontext([])
-        with self.autocast(), norms, tap as seen, watched as ours:
-            logits = self.prepared(images)
-            projected = self.project(features_of(self.student, seen, logits)) if self.projector is not None else None
+        tap = tap_features(self.student) if "features" in self.project else nullcontext([])
+        projected = None
+        with self.autocast():
+            with norms, tap as seen, watched as ours:
+                logits = self.prepared(images)
+            if "features" in self.project:
+                projected = self.project["features"](features_of(self.student, seen, logits))
+            ours = [x[: len(y)] for x, y in zip(ours, theirs)]  # a replayed image comes with no more than its targets
+            if "maps" in self.project:
+                ours = self.project["maps"](*ours)
         classes = targets.shape[1] - sum(self.stream.widths)
         if logits.shape != (len(targets), classes):
             shape = " x ".join(map(str, logits.shape[1:]))
@@ -261,7 +311,8 @@ class Fit:
         targets, features = targets.split([classes, sum(self.stream.widths)], 1)
         loss = self.loss(logits, targets, self.temperature)
         if projected is not None:
-            loss = loss + feature_error(projected, features, self.stream.widths, self.weights)
+            widths = list(self.stream.widths)
+            loss = loss + (self.weights * unexplained(projected.split(widths, 1), features.split(widths, 1))).sum()
         if self.hints is not None:
             loss = loss + self.hints.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
@@ -269,8 +320,7 @@ class Fit:
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs: the student, its optimiser, the stream's replay ring."""
         state: dict[str, Any] = {"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.projector is not None:
-            state["projector"] = self.projector.state_dict()
+        state |= {name: projector.state_dict() for name, projector in self.projectors.items()}
         if self.stream.replay is not None:
             state["replay"] = self.stream.replay.state_dict()
         return state
@@ -279,8 +329,8 @@ class Fit:
         """Take up a state_dict."""
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.projector is not None:
-            self.projector.load_state_dict(state["projector"])
+        for name, projector in self.projectors.items():
+            projector.load_state_dict(state[name])
         if self.stream.replay is not None:
             self.stream.replay.load_state_dict(state["replay"])
 
