@@ -15,6 +15,7 @@ random.
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,12 +26,12 @@ from torch import Tensor, nn
 
 from dfkd import losses as L
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit
+from dfkd.compress.fit import Fit, Hints, projected_hints
 from dfkd.cuda_graphs import Outputs, recorder
 from dfkd.draws import draw_labels, draw_latents
 from dfkd.models import build_model
 from dfkd.runtime import Shard, autocast_of, eval_mode, frozen
-from dfkd.stream import SyntheticStream, feature_widths
+from dfkd.stream import SyntheticStream, Watch, feature_widths
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, batch_norms, load_zoo, logits_and_features, sample_teachers
 from generators import ConvGenerator
@@ -40,6 +41,7 @@ WEIGHTS = {"ce": 1.0, "bn": 1.0, "adversary": 1.0, "diversity": 1.0}
 CLIP = 5.0
 FRESH = 0.5  # of a student batch, the rest is replayed
 MIXED = 0.5  # probability that what is fresh is mixed
+MAPS = 3.0  # weight of the teacher's maps
 SCHEDULE = 10_000  # length of the run that a measured step is part of
 
 Model = tuple[str, Mapping[str, Any]]  # model string and kwargs
@@ -47,7 +49,8 @@ Model = tuple[str, Mapping[str, Any]]  # model string and kwargs
 
 @dataclass(frozen=True)
 class Case:
-    """Networks and sizes of a measurement; the student learns the mean logits and the features of all."""
+    """Networks and sizes of a measurement; the student learns the mean logits and the features of all, and the maps of
+    the first."""
 
     teachers: Sequence[Model]
     student: Model
@@ -111,6 +114,12 @@ def build(case: Case, seed: int, device: torch.device, memory_format: torch.memo
     return Networks(generator, zoo, student)
 
 
+def maps_hints(case: Case, networks: Networks) -> Hints | None:
+    """The maps of the first teacher, which the student learns besides."""
+    image = torch.zeros(1, case.channels, case.size, case.size, device=networks.student.mean.device)
+    return projected_hints(networks.student, networks.zoo[0], image, MAPS)
+
+
 class Contender(Protocol):
     """One way to take the steps."""
 
@@ -157,7 +166,8 @@ class Ours:
         options: dict[str, Any] = {"seed": seed, "shard": shard, "channels_last": True}
         options["autocast"] = autocast_of(accelerator)
         stream = SyntheticStream(generator, teacher=zoo, features=True, graphs=calls, **case.stream, **options)
-        self.fit = Fit(student, stream, steps=SCHEDULE, accelerator=accelerator, graphs=calls)
+        hints = maps_hints(case, self.networks)
+        self.fit = Fit(student, stream, steps=SCHEDULE, hints=hints, accelerator=accelerator, graphs=calls)
         self.images = SyntheticStream(generator, batch_size=case.batch, graphs=recorder(graphs, shard), **options)
 
     def generator_step(self, step: int) -> dict[str, Tensor]:
@@ -196,10 +206,12 @@ class AskedAgain:
         self.seed, self.shard, self.replay = stream.seed, stream.shard, stream.replay
 
     @torch.no_grad()
-    def watched_batch(self, step: int, epoch: int | None = None, watch: None = None) -> tuple[Tensor, Tensor]:
-        """Images and the zoo's logits and features, as Fit asks for them."""
+    def watched_batch(self, step: int, epoch: int | None = None, watch: Watch | None = None) -> tuple[Tensor, ...]:
+        """Images, the zoo's logits and features, and what `watch` collects, as Fit asks for them."""
         images, _ = self.stream.batch(step, epoch)
-        return images, logits_and_features(self.teachers, images)
+        with watch() if watch else nullcontext([]) as seen:
+            targets = logits_and_features(self.teachers, images)
+        return images, targets, *seen
 
 
 class Naive:
@@ -214,7 +226,8 @@ class Naive:
         self.hooks = {t.name: [StatisticsHook(norm) for norm in batch_norms(t.model).values()] for t in self.zoo}
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=1e-3, betas=(0.5, 0.999))
         stream = AskedAgain(SyntheticStream(self.generator, seed=seed, shard=shard, **case.stream), self.zoo)
-        self.fit = Fit(self.student, stream, steps=SCHEDULE)  # type: ignore[arg-type]
+        hints = maps_hints(case, self.networks)
+        self.fit = Fit(self.student, stream, steps=SCHEDULE, hints=hints)  # type: ignore[arg-type]
         self.images = SyntheticStream(self.generator, batch_size=case.batch, seed=seed, shard=shard)
         self.start = self._measure_start()
 

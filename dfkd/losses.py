@@ -144,11 +144,12 @@ def unexplained(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     FitNets (Romero et al. 2015) eq. 3. Centred, since after a ReLU what all images have in common is larger than what
     tells them apart, and in units of the latter: both are ours.
     """
-    theirs = [full_precision(x) for x in teacher]
     rests = []
-    for ours, its, (mean, variance) in zip(student, theirs, global_moments([batch_moments(x) for x in theirs])):
-        shape = (-1, *[1] * (its.dim() - 2))
-        rests.append(full_precision(ours) - (its - mean.view(shape)) * variance.mean().clamp_min(1e-6).rsqrt())
+    for ours, its, (_, variance) in zip(student, teacher, global_moments([batch_moments(x) for x in teacher])):
+        # As precise as the finer of both: maps are large, and their moments are summed in float32 whatever they are.
+        wide = torch.promote_types(ours.dtype, its.dtype)
+        scale = variance.mean().clamp_min(1e-6).rsqrt().to(wide)
+        rests.append(torch.addcmul(ours.to(wide), its.to(wide), scale, value=-1))
     return torch.stack([variance.mean() for _, variance in global_moments([batch_moments(x) for x in rests])])
 
 

@@ -244,6 +244,22 @@ def test_attention_falls_where_it_is_learnt(
     assert ends[1000.0] < 0.7 * ends[0.0]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_hints_add_to_a_gradient_lies_in_memory_as_the_rest(
+    make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream], layout: torch.memory_format
+) -> None:
+    """Gradients of two layouts are added at a tenth of the speed; the gradient of a slice of images is contiguous."""
+    teacher = make_teacher()
+    student, found = tiny("tiny_plain").to(memory_format=layout), []
+    hints = projected_hints(student, teacher, torch.zeros(1, 1, 8, 8), 1.0)
+    training = Fit(student, make_stream(teacher=teacher, replay=4), steps=1, hints=hints)
+    student.features[4].register_forward_pre_hook(lambda _, given: given[0].register_hook(found.append) and None)
+    student.features[6].register_forward_hook(lambda _, given, output: output.register_hook(found.append) and None)
+    training.step(0)
+    assert len(found) == 2
+    assert all(gradient.is_contiguous(memory_format=layout) for gradient in found)
+
+
 @pytest.mark.parametrize("replay", [0, 4])
 @pytest.mark.parametrize(("weight", "share"), [(3.0, 0.05 / (3.0 / 3 / 8)), (1.0, 1.0)])
 def test_projected_maps_are_learned_in_units_of_the_teachers_spread(

@@ -112,6 +112,21 @@ class Hints:
         return self.weight * self.loss(ours, theirs)
 
 
+class _First(torch.autograd.Function):
+    """The first rows of a batch; its gradient lies in memory as the batch does, a slice's would be contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int) -> Tensor:
+        ctx.layout = x.shape, x.stride()
+        return x[:rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        whole = grad.new_empty_strided(*ctx.layout).zero_()
+        whole[: len(grad)] = grad
+        return whole, None
+
+
 @contextmanager
 def collected(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]]:
     """Collect as `watch` does, into a list in the order of the names, which is filled as the scope ends."""
@@ -298,7 +313,8 @@ class Fit:
                 logits = self.prepared(images)
             if "features" in self.project:
                 projected = self.project["features"](features_of(self.student, seen, logits))
-            ours = [x[: len(y)] for x, y in zip(ours, theirs)]  # a replayed image comes with no more than its targets
+            # A replayed image comes with no more than its targets.
+            ours = [_First.apply(x, len(y)) for x, y in zip(ours, theirs)]
             if "maps" in self.project:
                 ours = self.project["maps"](*ours)
         classes = targets.shape[1] - sum(self.stream.widths)
