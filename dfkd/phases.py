@@ -154,18 +154,19 @@ def learns_features(recipe: Recipe, teachers: Sequence[Teacher], student: Classi
 
 
 def make_hints(parts: Parts) -> Hints | None:
-    """What the student learns of its (first main) teacher's layers: attention, where it has weight; else, where it
-    began with the teacher's weights, what the last block of every row of blocks gives in the same channels; else its
-    maps, projected."""
+    """What the student learns of a teacher's layers: attention, where it has weight; else, where it began with the
+    teacher's weights, what the last block of every row of blocks gives in the same channels; else its maps, projected.
+    """
     recipe, student, distill = parts.recipe, parts.student, parts.recipe.distill
     if student is None:
         return None
-    teacher = assemble.main_teachers(recipe, parts.zoo)[0]
+    teachers = assemble.main_teachers(recipe, parts.zoo)
+    teacher = max(teachers, key=lambda each: each.weight)  # the first, where all weigh as much
     image = assemble.blank(recipe, teacher.mean.device)
     if distill.attention:
         return attention_hints(student, teacher, image, distill.attention)
     selected = "selected" in parts.student_about
-    hints = stage_hints(student, teacher, image, distill.hints) if selected else None
+    hints = stage_hints(student, teachers[0], image, distill.hints) if selected else None
     return hints or projected_hints(student, teacher, image, distill.maps)
 
 
@@ -173,7 +174,7 @@ def say_beginning(parts: Parts, hints: Hints | None) -> None:
     """Say what the student has of its teacher's weights, and which of the teacher's layers it learns."""
     if selected := parts.student_about.get("selected"):
         say(f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}")
-    through = ", through 1x1 convolutions" if hints and hints.projection else ""
+    through = ", through 1x1 convolutions" if hints and hints.projector else ""
     say(f"of its teacher's layers the student learns{through}: {', '.join(hints.layers) if hints else 'none'}")
 
 

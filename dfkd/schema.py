@@ -208,11 +208,13 @@ class Distill:
     )
     maps: float = key(
         3.0,
-        "weight of what the teacher's stages give, through 1x1 convolutions of the student's; where neither hints nor "
-        "attention has its place (0, or without stages of one size: not learned)",
+        "weight of what the stages of a main teacher (of the largest weight) give, which 1x1 convolutions are to find "
+        "in the student's; where neither hints nor attention applies (0, or without stages of one size: not learned)",
         0,
     )
-    attention: float = key(0.0, "weight of attention transfer from the first main teacher (ZSKT eq. 2)", 0)
+    attention: float = key(
+        0.0, "weight of attention transfer from a main teacher, of the largest weight (ZSKT eq. 2)", 0
+    )
     clip: float = key(0.0, "largest gradient norm of the student; 0: no clipping", 0)
     replay: int = key(200, "batches kept of what the generator drew, with their targets; 0: fresh images only", 0)
     fresh: float = key(0.5, "replay above 0: share of a batch that is drawn anew", 0.05, 1)

@@ -217,10 +217,10 @@ def test_an_epoch_is_other_images_and_torchs_generator_stays_as_it_was(
     make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
 ) -> None:
     def trained(epoch: int) -> Tensor:
-        stream = make_stream(teacher=make_teacher())
+        stream = make_stream(teacher=make_teacher(), features=True)
         stream.set_epoch(epoch)
         student, before = network(), torch.get_rng_state()
-        fit(student, stream, steps=2)
+        fit(student, stream, steps=2, hints=projected_hints(student, stream.teachers[0], torch.zeros(1, 1, 8, 8), 1.0))
         assert torch.equal(torch.get_rng_state(), before)
         return torch.cat([x.detach().flatten() for x in student.parameters()])
 

@@ -231,12 +231,12 @@ def test_marks_let_every_unit_be_watched_and_come_out_again() -> None:
 
 def test_watch_leaves_no_hook() -> None:
     network = named("dfkd:tiny_plain", width=4)
-    with pytest.raises(RuntimeError), watch(network, ["linear"], inputs=True) as seen:
+    with pytest.raises(RuntimeError), watch(network, ["linear"]) as seen:
         network(images(2, 3, 8, 8))
     assert not seen
-    with watch(network, ["linear"], inputs=True) as seen:
+    with watch(network, ["linear"]) as seen:
         network(images(2, 1, 8, 8))
-    assert seen["linear"].shape == (2, 16)
+    assert seen["linear"].shape == (2, 3)
     assert not network.linear._forward_hooks
 
 

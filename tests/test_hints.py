@@ -16,7 +16,7 @@ from dfkd.compress.fit import (
     Hints,
     attention_hints,
     last_maps,
-    map_pairs,
+    pairs_of,
     projected_hints,
     stage_hints,
     stage_pairs,
@@ -62,7 +62,7 @@ def test_maps_are_paired_at_the_ends_of_stages() -> None:
     student, teacher = tiny("tiny_plain", depth=2), tiny("tiny_residual")
     image = torch.zeros(1, 1, 16, 16)
     before = copy.deepcopy(teacher.state_dict())
-    assert map_pairs(student, teacher, image) == {
+    assert pairs_of(last_maps(student, image), last_maps(teacher, image)) == {
         ("features.5", "features.3"): (8, 8),  # 16x16: two conv-bn-relu; a stem and a block
         ("features.12", "features.4"): (16, 16),
         ("features", "features"): (32, 32),  # to whose end both go on
@@ -81,24 +81,64 @@ def test_maps_are_paired_at_the_ends_of_stages() -> None:
         ("timm:convnext_atto", {8: ("stages.0", 40), 4: ("stages.1", 80), 2: ("stages.2", 160)}),
         ("timm:mobilenetv2_100", {16: ("blocks.0", 16), 8: ("blocks.1", 24), 4: ("blocks.2", 32), 2: ("blocks.4", 96)}),
         ("timm:densenet121", {8: ("features.transition1.conv", 128), 2: ("features.transition3.conv", 512)}),
-        ("timm:vit_tiny_patch16_224", {}),
+        ("timm:swin_tiny_patch4_window7_224", {56: ("patch_embed.proj", 96)}),  # its others are [B, H, W, C]
     ],
 )
 def test_a_stage_ends_where_the_next_block_strides(model: str, ends: dict[int, tuple[str, int]]) -> None:
-    """A bottleneck's first layers are of the size before, its stage's are not; a transformer has patches alone."""
+    """A bottleneck's first layers are of the size before, its stage's are not."""
     size = 224 if "224" in model else 32
     found = last_maps(build_model(model, classes=3), torch.zeros(1, 3, size, size))
     assert ends.items() <= {height: end for (height, _), end in found.items()}.items()
-    assert bool(found) == bool(ends)
+    assert "swin" not in model or len(found) == 1
+
+
+class Trunk(nn.Module):
+    """All of a network but its head, of no container's class."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_a_trunk_is_no_block_that_strides() -> None:
+    network, image = tiny("tiny_plain"), torch.zeros(1, 1, 16, 16)
+    plain = last_maps(network, image)
+    network.features = Trunk(network.features)
+    assert list(last_maps(network, image)) == list(plain) == [(16, 16), (8, 8), (4, 4)]
+    assert last_maps(network, image)[16, 16] == ("features.layers.2", 8)
+
+
+def test_patches_are_no_stage_though_attention_may_be_asked_for_where_there_is_one_size() -> None:
+    patches = build_model("timm:vit_tiny_patch16_224", classes=3)
+    for block in patches.blocks:  # the attention [B, heads, N, N] goes through a dropout then
+        block.attn.fused_attn = False
+    image = torch.zeros(1, 3, 224, 224)
+    assert last_maps(patches, image) == {(14, 14): ("patch_embed.proj", 192)}
+    assert projected_hints(patches, build_model("timm:resnet18", classes=3), image, 1.0) is None
+    one_size = nn.Sequential(nn.Conv2d(1, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    image = torch.zeros(1, 1, 8, 8)
+    assert projected_hints(one_size, tiny("tiny_plain"), image, 1.0) is None
+    assert attention_hints(one_size, tiny("tiny_plain"), image, 1.0).pairs == [("2", "features.6")]
 
 
 def test_maps_are_paired_by_sizes_without_those_of_one_pixel() -> None:
-    small = map_pairs(tiny("tiny_plain"), tiny("tiny_residual"), torch.zeros(1, 1, 4, 4))
-    assert list(small) == [("features.2", "features.3"), ("features.6", "features.4")]  # the third stage's are 1x1
-    resized = Teacher(tiny("tiny_residual"), input_size=4)
+    student, teacher = tiny("tiny_plain"), tiny("tiny_residual")
+    small = attention_hints(student, teacher, torch.zeros(1, 1, 4, 4), 1.0)
+    assert small.pairs == [("features.2", "features.3"), ("features.6", "features.4")]  # the third stage's are 1x1
     image = torch.zeros(1, 1, 8, 8)
-    assert [ours for ours, _ in map_pairs(tiny("tiny_plain"), resized, image)] == ["features.6", "features"]
-    assert projected_hints(tiny("tiny_plain"), Teacher(tiny("tiny_residual"), input_size=18), image, 1.0) is None
+    resized = Teacher(teacher, input_size=4)
+    assert [ours for ours, _ in attention_hints(student, resized, image, 1.0).pairs] == ["features.6", "features"]
+
+
+def test_maps_are_not_learned_of_a_teacher_whose_sizes_are_of_other_depths() -> None:
+    student, image = tiny("tiny_plain"), torch.zeros(1, 1, 8, 8)
+    for size, learned in ((None, True), (8, True), (16, False), (4, False)):
+        hints = projected_hints(student, Teacher(tiny("tiny_residual"), input_size=size), image, 1.0)
+        assert (hints is not None) == learned, size
+    assert projected_hints(student, tiny("tiny_residual"), image, 0.0) is None
 
 
 def test_networks_without_a_common_size_are_refused_with_a_remedy() -> None:

@@ -88,14 +88,16 @@ def training(
     stages = [("features.2", "model.features.2"), ("features.9", "model.features.6")]
     learnt = Hints(student, teachers[0], stages, 0.5)
     if replay:
-        learnt = projected_hints(student, teachers[0], torch.zeros(1, 1, 8, 8, dtype=dtype), 0.5) or learnt
+        projected = projected_hints(student, teachers[0], torch.zeros(1, 1, 8, 8, dtype=dtype), 0.5)
+        assert projected is not None
+        learnt = projected
     fitting = Fit(student, stream, steps=STEPS, lr=student_lr, warmup=2, hints=learnt, accelerator=accelerator)
     terms, gradients = [], {}
     for step in range(steps):
         found = {**synthesizer.step(step), **{f"student {k}": v for k, v in fitting.step(step).items()}}
         terms.append({name: all_reduce_mean(value) for name, value in found.items()})
         if step == 0:
-            networks = {"generator": generator, "student": student}
+            networks = {"generator": generator, "student": student, **fitting.projectors}
             gradients = {name: [p.grad.clone() for p in m.parameters()] for name, m in networks.items()}
     return {
         "terms": terms,

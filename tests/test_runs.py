@@ -304,6 +304,26 @@ def test_a_student_learns_features_where_it_has_a_linear_layer(runs: Runs, no_da
     assert losses[0] > losses[1] + 0.5
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), "model.features.2, model.features.6, model.features"),
+        (("teachers.residual.weight=2",), "model.features.3, model.features.4, model.features"),
+        (("zoo.main=residual",), "model.features.3, model.features.4, model.features"),
+        (("distill.maps=0",), None),
+        (("teachers.plain.input_size=16",), None),
+    ],
+    ids=str,
+)
+def test_a_student_learns_the_stages_of_the_teacher_that_counts_most(
+    runs: Runs, no_data: tuple[str, ...], given: tuple[str, ...], said: str | None
+) -> None:
+    called = runs.run("dry", "--dry-run", *no_data, *given)
+    assert (called.code, called.err) == (0, "")
+    through = f"learns, through 1x1 convolutions: {said}\n" if said else "learns: none\n"
+    assert f"of its teacher's layers the student {through}" in called.out
+
+
 def image_folder(folder: Path, classes: int, each: int, size: int) -> None:
     for label in range(classes):
         (folder / f"kind-{label}").mkdir(parents=True)

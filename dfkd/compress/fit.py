@@ -69,11 +69,11 @@ class Batches:
         return images, targets, *seen
 
 
-class Projection(nn.ModuleList):
+class MapProjector(nn.ModuleList):
     """1x1 convolutions, one for each of a student's maps: what they give is compared with the teacher's."""
 
     def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
-        super().__init__(nn.Conv2d(own, its, 1, bias=False) for own, its in widths)
+        super().__init__(nn.utils.skip_init(nn.Conv2d, own, its, 1, bias=False) for own, its in widths)
         self.narrowest = min(its for _, its in widths)
 
     def forward(self, *maps: Tensor) -> list[Tensor]:
@@ -92,7 +92,7 @@ class Hints:
     pairs: Sequence[tuple[str, str]]
     weight: float
     loss: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor] = hints
-    projection: Projection | None = None
+    projector: MapProjector | None = None
 
     @property
     def layers(self) -> list[str]:
@@ -117,12 +117,14 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: int) -> Tensor:
-        ctx.layout = x.shape, x.stride()
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        ctx.like = x.shape, torch.channels_last if last else torch.contiguous_format
         return x[:rows]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        whole = grad.new_empty_strided(*ctx.layout).zero_()
+        shape, layout = ctx.like
+        whole = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout).zero_()
         whole[: len(grad)] = grad
         return whole, None
 
@@ -136,55 +138,73 @@ def collected(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]
     found += [seen[name] for name in names]
 
 
+Maps = dict[tuple[int, int], tuple[str, int]]  # by size: a module's name and its channels
+NO_MAPS = (nn.Identity, nn.Dropout, nn.Softmax)  # whose outputs may be as square as a map: attention
+
+
 @torch.no_grad()
-def last_maps(model: nn.Module, image: Tensor) -> dict[tuple[int, int], tuple[str, int]]:
+def last_maps(model: nn.Module, image: Tensor) -> Maps:
     """Per size (H, W) above 1 the module that is last to give a map of it for one image [1, C, H, W], and its channels.
 
-    A block that strides belongs to the next size with all that is in it: of a ResNet these are the stages. None where
-    there is one size alone: a Vision Transformer's is that of its patches, before its first layer.
+    A block that strides belongs to the size it ends with, and nothing in it is looked at that has the size it begins
+    with: of a ResNet these are the stages. Modules that hold several stages, whatever their class, are no such blocks.
     """
     with eval_mode(model), watch(model, [name for name, _ in model.named_modules() if name]) as seen:
         model(image)
-    maps = {name: x for name, x in seen.items() if isinstance(x, Tensor) and x.dim() == 4}  # in order of execution
-    blocks = [name for name in maps if not isinstance(model.get_submodule(name), nn.Sequential)]
+    maps = {  # in order of execution; [B, H, W, C], as Swin Transformers have it, has not the image's proportions
+        name: x
+        for name, x in seen.items()
+        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] * image.shape[3] == x.shape[3] * image.shape[2]
+        if not isinstance(model.get_submodule(name), NO_MAPS)
+    }
+    sizes = {name: (x.shape[2], x.shape[3]) for name, x in maps.items()}
+    within = {block: [sizes[name] for name in maps if name.startswith(f"{block}.")] for block in maps}
+    blocks = [
+        name
+        for name in maps
+        if not isinstance(model.get_submodule(name), nn.Sequential) and len({*within[name]} - {(1, 1)}) < 3
+    ]
     found = {}
     for name, x in maps.items():
-        size = (x.shape[2], x.shape[3])
-        strides = any(name.startswith(f"{block}.") and maps[block].shape[2:] != x.shape[2:] for block in blocks)
-        # [B, H, W, C], as Swin Transformers have it, is no map: it has not the image's proportions.
-        if not strides and min(size) > 1 and size[0] * image.shape[3] == size[1] * image.shape[2]:
-            found[size] = name, x.shape[1]
-    return found if len(found) > 1 else {}
+        own = all(sizes[block] == sizes[name] for block in blocks if name.startswith(f"{block}."))
+        if own and min(sizes[name]) > 1:
+            found[sizes[name]] = name, x.shape[1]
+    return found
 
 
-def map_pairs(student: nn.Module, teacher: nn.Module, image: Tensor) -> dict[tuple[str, str], tuple[int, int]]:
-    """The modules (student's, teacher's) whose maps are of one place in both networks, `last_maps` of every size that
-    both give an image [1, C, H, W], with their channels."""
-    ours, theirs = last_maps(student, image), last_maps(teacher, image)
+def pairs_of(ours: Maps, theirs: Maps) -> dict[tuple[str, str], tuple[int, int]]:
+    """The modules (student's, teacher's) whose `last_maps` are of one size, with their channels."""
     return {(name, theirs[size][0]): (width, theirs[size][1]) for size, (name, width) in ours.items() if size in theirs}
 
 
 def attention_hints(student: nn.Module, teacher: nn.Module, image: Tensor, weight: float) -> Hints:
-    """Attention transfer between `map_pairs`, with a weight. Raises UserError where there are none."""
-    if not (pairs := map_pairs(student, teacher, image)):
-        sizes = [", ".join("x".join(map(str, size)) for size in last_maps(x, image)) for x in (student, teacher)]
+    """Attention transfer, with a weight, where both networks have maps of one size for an image [1, C, H, W]. Raises
+    UserError where there are none."""
+    ours, theirs = last_maps(student, image), last_maps(teacher, image)
+    if not (pairs := pairs_of(ours, theirs)):
+        sizes = [", ".join("x".join(map(str, size)) for size in maps) or "none" for maps in (ours, theirs)]
         raise UserError(
-            f"attention needs feature maps of one size in both networks, the student has {sizes[0] or 'none'} and the "
-            f"teacher {sizes[1] or 'none'}; set distill.attention=0"
+            f"attention needs feature maps of one size in both networks, the student has {sizes[0]} and the teacher "
+            f"{sizes[1]}; set distill.attention=0"
         )
     return Hints(student, teacher, list(pairs), weight, attention)
 
 
 def projected_hints(student: nn.Module, teacher: nn.Module, image: Tensor, weight: float) -> Hints | None:
-    """Hints between `map_pairs`, with a weight, whatever the channels: a 1x1 convolution of each of the student's maps,
-    dropped afterwards, is to tell places apart as the teacher's map does; None where the weight is 0 or there are none.
+    """Hints, with a weight, of the maps that both networks have of one size for an image [1, C, H, W], whatever their
+    channels: a 1x1 convolution of each of the student's, dropped afterwards, is to tell images and places apart as the
+    teacher's map does.
 
-    FitNets (Romero et al. 2015) eq. 3 with a regressor of one layer, of several maps at once.
+    None where the weight is 0, where there are none, where one network has maps of one size alone (a Vision
+    Transformer's patches: that is no stage) and where they resize images to other sizes: a size would then be of
+    another depth. FitNets (Romero et al. 2015) eq. 3 with a regressor of one layer, of several maps at once.
     """
-    pairs = map_pairs(student, teacher, image) if weight else {}
-    if not pairs:
+    ours, theirs = last_maps(student, image), last_maps(teacher, image)
+    given = {getattr(network, "input_size", None) or image.shape[-1] for network in (student, teacher)}
+    pairs = pairs_of(ours, theirs)
+    if not (weight and pairs and len(given) == 1 and min(len(ours), len(theirs)) > 1):
         return None
-    return Hints(student, teacher, list(pairs), weight, map_error, Projection(list(pairs.values())))
+    return Hints(student, teacher, list(pairs), weight, map_error, MapProjector(list(pairs.values())))
 
 
 @torch.no_grad()
@@ -269,7 +289,7 @@ class Fit:
         self.project: dict[str, Any] = {}  # the same, as an accelerator has them
 
         def add(name: str, projector: nn.Module, steepest: float) -> None:
-            """Have a projector learn, whose loss has at most such a weight for one of its outputs."""
+            """Have a projector learn, of whose outputs none weighs more in the loss than `steepest`."""
             self.projectors[name] = projector.to(next(student.parameters()))
             draw_anew(every_layer(projector), stream.seed, name)
             self.project[name] = prepare(accelerator, projector)
@@ -282,9 +302,9 @@ class Fit:
             (own,), shares = feature_widths([student]), shares_of(stream.teachers)
             self.weights = features * torch.tensor(shares).to(next(student.parameters()))
             steepest = features * max(share / width for share, width in zip(shares, stream.widths))
-            add("features", nn.Linear(own, sum(stream.widths), bias=False), steepest)
-        if hints is not None and hints.projection is not None:
-            add("maps", hints.projection, hints.weight / len(hints.pairs) / hints.projection.narrowest)
+            add("features", nn.utils.skip_init(nn.Linear, own, sum(stream.widths), bias=False), steepest)
+        if hints is not None and hints.projector is not None:
+            add("maps", hints.projector, hints.weight / len(hints.pairs) / hints.projector.narrowest)
         self.learners.train(student.training)
         self.optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
         self.autocast = autocast_of(accelerator)
@@ -314,7 +334,7 @@ class Fit:
             if "features" in self.project:
                 projected = self.project["features"](features_of(self.student, seen, logits))
             # A replayed image comes with no more than its targets.
-            ours = [_First.apply(x, len(y)) for x, y in zip(ours, theirs)]
+            ours = [_First.apply(x, len(y)) if len(y) < len(x) else x for x, y in zip(ours, theirs)]
             if "maps" in self.project:
                 ours = self.project["maps"](*ours)
         classes = targets.shape[1] - sum(self.stream.widths)

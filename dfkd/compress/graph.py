@@ -279,14 +279,13 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
 
 
 @contextmanager
-def watch(network: nn.Module, names: Iterable[str], inputs: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs (or with `inputs` the first inputs) of named modules in the forwards of its scope: the
-    newest, by name."""
+def watch(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the outputs of named modules in the forwards of its scope: the newest, by name."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = given[0] if inputs else output
+            seen[name] = output
 
         return hook
 
