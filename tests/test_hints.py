@@ -305,13 +305,13 @@ def test_what_hints_add_to_a_gradient_lies_in_memory_as_the_rest(
 def test_projected_maps_are_learned_in_units_of_the_teachers_spread(
     make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream], weight: float, share: float, replay: int
 ) -> None:
-    """Two updates against the same in float64, written with torch alone, of a student of half the teacher's width."""
+    """Three updates against the same in float64, written with torch alone, of a student of half the teacher's width."""
     teacher = make_teacher(model="dfkd:tiny_residual", kwargs={"width": 8, "depth": 1})
     stream, again = (make_stream(teacher=teacher, replay=replay) for _ in range(2))  # each with a ring of its own
     student = tiny("tiny_plain", width=4)
     hints = projected_hints(student, teacher, torch.zeros(1, 1, 8, 8), weight)
     assert hints is not None
-    training = Fit(student, stream, steps=30, lr=0.05, weight_decay=0.01, warmup=0, hints=hints)
+    training = Fit(student, stream, steps=6, lr=0.05, weight_decay=0.01, warmup=0, hints=hints)
     twin, reference = copy.deepcopy(student).double(), copy.deepcopy(teacher.model).double()
     kernels = [nn.Parameter(p.detach().double()) for p in training.projectors["maps"].parameters()]
     assert [tuple(kernel.shape) for kernel in kernels] == [(8, 4, 1, 1), (16, 8, 1, 1), (32, 16, 1, 1)]
@@ -319,7 +319,7 @@ def test_projected_maps_are_learned_in_units_of_the_teachers_spread(
     groups = [{"params": parameters[0], "weight_decay": 0.01}, {"params": parameters[1]}]
     groups.append({"params": kernels, "weight_decay": 0.01, "lr": 0.05 * share})
     sgd = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
-    for step, factor in enumerate((1.0, (1 + math.cos(math.pi / 30)) / 2)):
+    for step, factor in enumerate((1 + math.cos(math.pi * k / 6)) / 2 for k in range(3)):
         images, targets = again.batch(step)
         shown = len(images) // 2 if replay else len(images)
         loss = written_out("kl", twin(images.double()), targets.double(), 20.0)
@@ -327,7 +327,7 @@ def test_projected_maps_are_learned_in_units_of_the_teachers_spread(
             wanted = reference.features[:its](images[:shown].double())
             spread = wanted.var((0, 2, 3), correction=0).mean().sqrt()
             guess = torch.einsum("oc,bchw->bohw", kernel[:, :, 0, 0], twin.features[:ours](images.double())[:shown])
-            loss = loss + weight / 3 * (guess - wanted / spread).var((0, 2, 3), correction=0).mean()
+            loss = loss + factor * weight / 3 * (guess - wanted / spread).var((0, 2, 3), correction=0).mean()
         value = training.step(step)["loss"]
         assert float(value) == pytest.approx(float(loss.detach()), rel=1e-4)
         for group, rate in zip(sgd.param_groups, (0.05, 0.05, 0.05 * share)):

@@ -247,7 +247,8 @@ class Fit:
     """A student in training: SGD with momentum and cosine schedule on a stream whose targets are teacher logits.
 
     On a stream with features it also learns, with the weight `features`, what the teachers' heads are given, which a
-    linear map (dropped afterwards) is to find in what its own head is given; with hints, what they say.
+    linear map (dropped afterwards) is to find in what its own head is given; with hints, what they say: projected ones
+    fade out as the learning rate does, since a small student cannot learn maps and logits to the end.
     """
 
     def __init__(
@@ -287,6 +288,7 @@ class Fit:
         self.learners = nn.ModuleList([student])
         self.projectors: dict[str, nn.Module] = {}  # trained beside the student and dropped afterwards
         self.project: dict[str, Any] = {}  # the same, as an accelerator has them
+        self.ramp = torch.ones((), device=next(student.parameters()).device)  # of the hints: a CUDA graph reads it
 
         def add(name: str, projector: nn.Module, steepest: float) -> None:
             """Have a projector learn, of whose outputs none weighs more in the loss than `steepest`."""
@@ -316,6 +318,8 @@ class Fit:
         reseed(images.device, self.stream.seed, "student", self.stream.shard.rank, step)  # the same after a resume
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * cosine(step, self.steps, self.warmup)
+        if "maps" in self.project:
+            self.ramp.fill_(cosine(step, self.steps, 0))
         loss, agree = self.graphs.learn(("student",), self.learners, self._loss_and_agreement, *given)
         if self.clip:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
@@ -350,7 +354,7 @@ class Fit:
             widths = list(self.stream.widths)
             loss = loss + (self.weights * unexplained(projected.split(widths, 1), features.split(widths, 1))).sum()
         if self.hints is not None:
-            loss = loss + self.hints.term(ours, theirs)
+            loss = loss + self.ramp * self.hints.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
 
     def state_dict(self) -> dict[str, Any]:
