@@ -82,7 +82,7 @@ VARIANTS: dict[str, Keys] = {
 }
 # Last words of keys that change nothing of what an update does; GRADED: where they were above 0 and stay so.
 FREE = ("lr", "temperature", "redraw")
-GRADED = ("warmup", "fade", "replay", "bn", "ce", "diversity", "adversary")
+GRADED = ("warmup", "fade", "replay", "bn", "ce", "diversity", "adversary", "maps")
 
 
 def make_variant(name: str, given: Keys) -> Method:

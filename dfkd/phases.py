@@ -174,8 +174,13 @@ def say_beginning(parts: Parts, hints: Hints | None) -> None:
     """Say what the student has of its teacher's weights, and which of the teacher's layers it learns."""
     if selected := parts.student_about.get("selected"):
         say(f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}")
-    through = ", through 1x1 convolutions" if hints and hints.projector else ""
-    say(f"of its teacher's layers the student learns{through}: {', '.join(hints.layers) if hints else 'none'}")
+    if hints is None:
+        say(
+            "the student learns no layers of a teacher: distill.{maps,hints,attention} are 0, or there are none to pair"
+        )
+    else:
+        through = ", through 1x1 convolutions" if hints.projector else ""
+        say(f"the student learns layers of {hints.teacher.name}{through}: {', '.join(hints.layers)}")
 
 
 def make_loop(

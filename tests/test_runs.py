@@ -307,9 +307,19 @@ def test_a_student_learns_features_where_it_has_a_linear_layer(runs: Runs, no_da
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((), "model.features.2, model.features.6, model.features"),
-        (("teachers.residual.weight=2",), "model.features.3, model.features.4, model.features"),
-        (("zoo.main=residual",), "model.features.3, model.features.4, model.features"),
+        ((), "plain, through 1x1 convolutions: model.features.2, model.features.6, model.features"),
+        (
+            ("teachers.residual.weight=2",),
+            "residual, through 1x1 convolutions: model.features.3, model.features.4, model.features",
+        ),
+        (
+            ("zoo.main=residual",),
+            "residual, through 1x1 convolutions: model.features.3, model.features.4, model.features",
+        ),
+        (  # with half the channels of every layer: there is none to learn as it is
+            ("student.weights=teacher",),
+            "plain, through 1x1 convolutions: model.features.2, model.features.6, model.features",
+        ),
         (("distill.maps=0",), None),
         (("teachers.plain.input_size=16",), None),
     ],
@@ -320,8 +330,7 @@ def test_a_student_learns_the_stages_of_the_teacher_that_counts_most(
 ) -> None:
     called = runs.run("dry", "--dry-run", *no_data, *given)
     assert (called.code, called.err) == (0, "")
-    through = f"learns, through 1x1 convolutions: {said}\n" if said else "learns: none\n"
-    assert f"of its teacher's layers the student {through}" in called.out
+    assert f"the student learns {f'layers of {said}' if said else 'no layers of a teacher'}" in called.out
 
 
 def image_folder(folder: Path, classes: int, each: int, size: int) -> None:

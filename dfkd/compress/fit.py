@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from dfkd.classifier import Classifier
 from dfkd.compress.graph import images_of, watch
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
@@ -135,11 +136,17 @@ def collected(network: nn.Module, names: Sequence[str]) -> Iterator[list[Tensor]
     found: list[Tensor] = []
     with watch(network, names) as seen:
         yield found
+    if missing := [name for name in names if name not in seen]:
+        raise UserError(
+            f"{missing[0]} was not called in training, though it is otherwise; set distill.maps, distill.hints and "
+            "distill.attention to 0, in Python hints=None"
+        )
     found += [seen[name] for name in names]
 
 
 Maps = dict[tuple[int, int], tuple[str, int]]  # by size: a module's name and its channels
-NO_MAPS = (nn.Identity, nn.Dropout, nn.Softmax)  # whose outputs may be as square as a map: attention
+# Whose outputs are no stages of a network: some may be as square as a map (attention), or larger than the last.
+NO_MAPS = (nn.Identity, nn.Dropout, nn.Softmax, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 
 @torch.no_grad()
@@ -147,27 +154,34 @@ def last_maps(model: nn.Module, image: Tensor) -> Maps:
     """Per size (H, W) above 1 the module that is last to give a map of it for one image [1, C, H, W], and its channels.
 
     A block that strides belongs to the size it ends with, and nothing in it is looked at that has the size it begins
-    with: of a ResNet these are the stages. Modules that hold several stages, whatever their class, are no such blocks.
+    with: of a ResNet these are the stages. Modules that hold maps of three sizes or more, and nn.Sequential, are no
+    such blocks. None where what the network hands on is tokens [B, N, C] or [B, H, W, C], as a transformer does: what
+    maps it has are of its stem.
     """
     with eval_mode(model), watch(model, [name for name, _ in model.named_modules() if name]) as seen:
         model(image)
-    maps = {  # in order of execution; [B, H, W, C], as Swin Transformers have it, has not the image's proportions
+    outputs = {  # in order of execution
         name: x
         for name, x in seen.items()
-        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[2] * image.shape[3] == x.shape[3] * image.shape[2]
-        if not isinstance(model.get_submodule(name), NO_MAPS)
+        if isinstance(x, Tensor) and x.dim() > 2 and not isinstance(model.get_submodule(name), NO_MAPS)
     }
-    sizes = {name: (x.shape[2], x.shape[3]) for name, x in maps.items()}
-    within = {block: [sizes[name] for name in maps if name.startswith(f"{block}.")] for block in maps}
+    sizes = {  # of maps, which have the image's proportions
+        name: (x.shape[2], x.shape[3])
+        for name, x in outputs.items()
+        if x.dim() == 4 and (x.shape[2] * image.shape[3] == x.shape[3] * image.shape[2] or x[0, 0].numel() == 1)
+    }
+    within = {name: {sizes[each] for each in sizes if each.startswith(f"{name}.")} for name in sizes}
     blocks = [
         name
-        for name in maps
-        if not isinstance(model.get_submodule(name), nn.Sequential) and len({*within[name]} - {(1, 1)}) < 3
+        for name in sizes
+        if not isinstance(model.get_submodule(name), nn.Sequential) and len(within[name] - {(1, 1)}) < 3
     ]
     found = {}
-    for name, x in maps.items():
-        own = all(sizes[block] == sizes[name] for block in blocks if name.startswith(f"{block}."))
-        if own and min(sizes[name]) > 1:
+    for name, x in outputs.items():
+        around = [block for block in blocks if name.startswith(f"{block}.")]
+        if name not in sizes and not around:
+            return {}
+        if name in sizes and min(sizes[name]) > 1 and all(sizes[block] == sizes[name] for block in around):
             found[sizes[name]] = name, x.shape[1]
     return found
 
@@ -195,14 +209,15 @@ def projected_hints(student: nn.Module, teacher: nn.Module, image: Tensor, weigh
     channels: a 1x1 convolution of each of the student's, dropped afterwards, is to tell images and places apart as the
     teacher's map does.
 
-    None where the weight is 0, where there are none, where one network has maps of one size alone (a Vision
-    Transformer's patches: that is no stage) and where they resize images to other sizes: a size would then be of
-    another depth. FitNets (Romero et al. 2015) eq. 3 with a regressor of one layer, of several maps at once.
+    None where the weight is 0, where there are none, where one network has maps of one size alone (it has no stages)
+    and where they resize images to other sizes: a size would then be of another depth. FitNets (Romero et al. 2015) eq.
+    3 with a regressor of one layer, of several maps at once.
     """
     ours, theirs = last_maps(student, image), last_maps(teacher, image)
-    given = {getattr(network, "input_size", None) or image.shape[-1] for network in (student, teacher)}
+    resized = [network.input_size if isinstance(network, Classifier) else None for network in (student, teacher)]
     pairs = pairs_of(ours, theirs)
-    if not (weight and pairs and len(given) == 1 and min(len(ours), len(theirs)) > 1):
+    alike = len({size or image.shape[-1] for size in resized}) == 1
+    if not (weight and pairs and alike and min(len(ours), len(theirs)) > 1):
         return None
     return Hints(student, teacher, list(pairs), weight, map_error, MapProjector(list(pairs.values())))
 

@@ -280,11 +280,12 @@ def chains(graph: fx.GraphModule) -> list[Chain]:
 
 @contextmanager
 def watch(network: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of named modules in the forwards of its scope: the newest, by name."""
+    """Collect the outputs of named modules in the forwards of its scope: the newest, by name, in order of execution."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            seen.pop(name, None)  # of a module that is called again the newest comes last
             seen[name] = output
 
         return hook
