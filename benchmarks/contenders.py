@@ -8,6 +8,7 @@
 - Floor: network forward and backward at our precision and memory format, on fixed inputs, and nothing else: per sampled
   teacher and for the adversary forward and input gradient, generator forward and backward; for the student its forward
   and backward, the teachers' and the generator's forward for the fresh half; for the stream the generator's forward.
+  What finds the teachers' features and maps in the student's is not in it.
 
 On a GPU the networks of Ours and Floor are CUDA graphs where asked, as runtime.cuda_graphs has them. All weights are
 random.
