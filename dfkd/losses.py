@@ -145,11 +145,12 @@ def unexplained(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     tells them apart, and in units of the latter: both are ours.
     """
     rests = []
-    for ours, its, (_, variance) in zip(student, teacher, global_moments([batch_moments(x) for x in teacher])):
+    for ours, its, (mean, variance) in zip(student, teacher, global_moments([batch_moments(x) for x in teacher])):
         # As precise as the finer of both: maps are large, and their moments are summed in float32 whatever they are.
+        # What all have in common goes first, lest it round off what does not.
         wide = torch.promote_types(ours.dtype, its.dtype)
-        scale = variance.mean().clamp_min(1e-6).rsqrt().to(wide)
-        rests.append(torch.addcmul(ours.to(wide), its.to(wide), scale, value=-1))
+        centred = its.to(wide) - mean.to(wide).view(-1, *[1] * (its.dim() - 2))
+        rests.append(torch.addcmul(ours.to(wide), centred, variance.mean().clamp_min(1e-6).rsqrt().to(wide), value=-1))
     return torch.stack([variance.mean() for _, variance in global_moments([batch_moments(x) for x in rests])])
 
 
