@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from dfkd import losses as L
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, projected_hints
+from dfkd.compress.fit import Fit
+from dfkd.compress.hints import Hints, projected_hints
 from dfkd.cuda_graphs import Outputs, recorder
 from dfkd.draws import draw_labels, draw_latents
 from dfkd.models import build_model

@@ -10,7 +10,8 @@ from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, attention_hints, projected_hints, stage_hints
+from dfkd.compress.fit import Fit
+from dfkd.compress.hints import Hints, attention_hints, projected_hints, stage_hints
 from dfkd.cuda_graphs import recorder
 from dfkd.data import evenly, opened
 from dfkd.errors import UserError

@@ -19,8 +19,9 @@ from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
 from dfkd.compress.files import save_compressed
-from dfkd.compress.fit import Fit, hold_zeros, stage_hints
+from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.compress.graph import images_of
+from dfkd.compress.hints import stage_hints
 from dfkd.compress.prune import prune
 from dfkd.compress.qat import Training, as_teacher, quantize
 from dfkd.compress.result import Compressed

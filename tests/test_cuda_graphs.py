@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Fit, Hints, attention_hints, projected_hints
+from dfkd.compress.fit import Fit
+from dfkd.compress.hints import Hints, attention_hints, projected_hints
 from dfkd.cuda_graphs import DIRECT, Calls, Graphs, recorder
 from dfkd.draws import Moves
 from dfkd.mixing import make_mix

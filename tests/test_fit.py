@@ -10,7 +10,8 @@ import torch
 from fit_fixture import MakeTeacher, batches, network, written_out
 from torch import Tensor, nn
 
-from dfkd.compress.fit import Batches, Fit, cosine, fit, hold_zeros, no_decay_split, projected_hints
+from dfkd.compress.fit import Batches, Fit, cosine, fit, hold_zeros, no_decay_split
+from dfkd.compress.hints import projected_hints
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES
 from dfkd.models import build_model

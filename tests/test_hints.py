@@ -11,16 +11,8 @@ import torch.nn.functional as F
 from fit_fixture import MakeTeacher, batches, network, written_out
 from torch import Tensor, nn
 
-from dfkd.compress.fit import (
-    Fit,
-    Hints,
-    attention_hints,
-    last_maps,
-    pairs_of,
-    projected_hints,
-    stage_hints,
-    stage_pairs,
-)
+from dfkd.compress.fit import Fit
+from dfkd.compress.hints import Hints, attention_hints, last_maps, pairs_of, projected_hints, stage_hints, stage_pairs
 from dfkd.compress.prune import prune
 from dfkd.errors import UserError
 from dfkd.losses import attention

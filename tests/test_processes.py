@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from dfkd.collectives import all_reduce_mean, sync_batchnorm
-from dfkd.compress.fit import Fit, Hints, projected_hints
+from dfkd.compress.fit import Fit
+from dfkd.compress.hints import Hints, projected_hints
 from dfkd.mixing import make_mix
 from dfkd.models import build_model
 from dfkd.runtime import Shard, make_accelerator, shut_down

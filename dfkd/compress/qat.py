@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Batches, Fit, Hints, check_length, hold_zeros
+from dfkd.compress.fit import Batches, Fit, check_length, hold_zeros
 from dfkd.compress.graph import (
     calibration_inputs,
     fold,
@@ -19,6 +19,7 @@ from dfkd.compress.graph import (
     watch,
     with_network,
 )
+from dfkd.compress.hints import Hints
 from dfkd.compress.quantize import (
     Bits,
     GivenBits,
