@@ -208,7 +208,7 @@ class Distill:
     )
     maps: float = key(
         3.0,
-        "weight at the start (it fades by a cosine) of what the stages of a main teacher (of the largest weight) give, "
+        "weight, fading over the last quarter, of what the stages of a main teacher (of the largest weight) give, "
         "which 1x1 convolutions are to find in the student's; where neither hints nor attention applies (0, or without "
         "stages of one size: not learned)",
         0,

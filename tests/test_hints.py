@@ -333,7 +333,8 @@ def test_what_hints_add_to_a_gradient_lies_in_memory_as_the_rest(
 def test_projected_maps_are_learned_in_units_of_the_teachers_spread(
     make_teacher: MakeTeacher, make_stream: Callable[..., SyntheticStream], weight: float, share: float, replay: int
 ) -> None:
-    """Three updates against the same in float64, written with torch alone, of a student of half the teacher's width."""
+    """Updates against the same in float64, written with torch alone, of a student of half the teacher's width: three of
+    the warm-up, and one of the last quarter, over which the maps fade."""
     teacher = make_teacher(model="dfkd:tiny_residual", kwargs={"width": 8, "depth": 1})
     stream, again = (make_stream(teacher=teacher, replay=replay) for _ in range(2))  # each with a ring of its own
     student = tiny("tiny_plain", width=4)
@@ -347,9 +348,8 @@ def test_projected_maps_are_learned_in_units_of_the_teachers_spread(
     groups = [{"params": parameters[0], "weight_decay": 0.01}, {"params": parameters[1]}]
     groups.append({"params": kernels, "weight_decay": 0.01, "lr": 0.05 * share})
     sgd = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
-    for step, (warm, fade) in enumerate(
-        (warm, (1 + math.cos(math.pi * k / 20)) / 2) for k, warm in enumerate((1 / 3, 2 / 3, 1))
-    ):
+    late = (17, (1 + math.cos(math.pi * 15 / 18)) / 2, 0.6)
+    for step, factor, fade in ((0, 1 / 3, 1), (1, 2 / 3, 1), (2, 1, 1), late):
         images, targets = again.batch(step)
         shown = len(images) // 2 if replay else len(images)
         loss = written_out("kl", twin(images.double()), targets.double(), 20.0)
@@ -361,7 +361,7 @@ def test_projected_maps_are_learned_in_units_of_the_teachers_spread(
         value = training.step(step)["loss"]
         assert float(value) == pytest.approx(float(loss.detach()), rel=1e-4)
         for group, rate in zip(sgd.param_groups, (0.05, 0.05, 0.05 * share)):
-            group["lr"] = rate * warm
+            group["lr"] = rate * factor
         sgd.zero_grad()
         loss.backward()
         sgd.step()

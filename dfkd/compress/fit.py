@@ -31,6 +31,9 @@ def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
     ]
 
 
+FADE = 0.25  # share of the updates, at the end, over which a projector's maps lose their weight
+
+
 def cosine(step: int, steps: int, warmup: int) -> float:
     """Learning-rate factor: linear warm-up, then cosine to 0 at `steps`."""
     warmup = min(warmup, steps // 10)
@@ -90,7 +93,7 @@ class Fit:
 
     On a stream with features it also learns, with the weight `features`, what the teachers' heads are given, which a
     linear map (dropped afterwards) is to find in what its own head is given; with hints, what they say: projected ones
-    fade out as the learning rate does, since a small student cannot learn maps and logits to the end.
+    fade out over the last quarter of the updates, since a small student cannot learn maps and logits to the end.
     """
 
     def __init__(
@@ -161,7 +164,7 @@ class Fit:
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * cosine(step, self.steps, self.warmup)
         if "maps" in self.project:
-            self.ramp.fill_(cosine(step, self.steps, 0))
+            self.ramp.fill_(min(1.0, (1 - step / self.steps) / FADE))
         loss, agree = self.graphs.learn(("student",), self.learners, self._loss_and_agreement, *given)
         if self.clip:
             nn.utils.clip_grad_norm_(self.student.parameters(), self.clip)
