@@ -1,6 +1,7 @@
 """Networks traced into graphs: the same function of plain layers and out of place, or refused in one line."""
 
 import operator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from networks_fixture import Small, functional, images, named, same
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfkd.compress.files import load_compressed, save_compressed
 from dfkd.compress.graph import Chain, chains, fold, norms, watch
 from dfkd.compress.prune import prune
 from dfkd.compress.qat import quantize
@@ -159,3 +161,52 @@ def test_a_forward_that_depends_on_values_is_refused_in_one_line() -> None:
 def test_timms_linear_layers_are_layers() -> None:
     network = nn.Sequential(nn.Flatten(), timm.layers.Linear(12, 4))
     assert layer_names(trace(network)) == ["1"]
+
+
+def branching(classes: int = 2) -> nn.Module:
+    """A network that shrinks large maps, asking the size of what its convolution gave."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        made = m.conv(x)
+        y = m.norm(made).relu_()
+        if made.shape[-1] > 4 and max(made.shape[-2], 2) == made.shape[-2]:
+            y = F.avg_pool2d(y, 2)
+        return m.head(y.mean((2, 3)))
+
+    layers = {"conv": nn.Conv2d(3, 4, 3), "norm": nn.BatchNorm2d(4), "head": nn.Linear(4, classes)}
+    return Small(forward, **layers).eval()
+
+
+@pytest.mark.parametrize(("size", "pools"), [(5, 0), (8, 1)])
+def test_a_forward_that_branches_on_sizes_goes_where_it_goes_for_the_images(size: int, pools: int) -> None:
+    network, x = branching().double(), images(3, 3, size, size, dtype=torch.float64)
+    graph = trace(network, x[:1])  # one image must do
+    assert sum(node.target is F.avg_pool2d for node in graph.graph.nodes) == pools
+    assert [node.target for node in graph.graph.nodes if node.target in (getattr, operator.gt)] == []
+    assert norms(graph) == {"conv": "norm"}  # which a reader of the convolution's size would keep from being folded
+    same(fold(graph)(x), network(x))
+    with pytest.raises(UserError, match=r"symbolically.*must not branch on values or sizes$"):
+        trace(network)
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        lambda m, x: m.a(x) if x.sum() > 0 else x,
+        lambda m, x: m.a(x) if x.shape[0] > 1 else x,
+    ],
+)
+def test_a_forward_that_branches_on_values_or_the_number_of_images_is_refused(branch: Any) -> None:
+    with pytest.raises(UserError, match="Small cannot be traced into a graph: symbolically traced"):
+        trace(Small(branch, a=nn.Conv2d(3, 3, 1)), images(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("method", ["nearest", "train"])
+def test_what_branches_on_sizes_and_works_in_place_is_loaded_again(method: Any, tmp_path: Path) -> None:
+    """Its graph is traced once for one method and twice for the other; files know quantisers by the nodes' names."""
+    x, steps = images(32, 3, 8, 8), {} if method == "nearest" else {"steps": 1, "warm_start": 0, "warmup": 0}
+    done = quantize(branching(), [x], 8, method=method, images=32, **steps)
+    (tmp_path / "nets.py").write_text("from test_tracing import branching\n")
+    about = {"model": f"python:{tmp_path}/nets.py:branching", "classes": 2, "channels": 3, "structure": done.structure}
+    save_compressed(tmp_path / "made", done.model, about)
+    assert torch.equal(load_compressed(tmp_path / "made", trust_code=True)(x), done.model(x))

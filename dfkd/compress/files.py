@@ -21,8 +21,8 @@ def save_compressed(folder: str | os.PathLike[str], model: nn.Module, descriptio
     """Write model.safetensors and model.json; quantised weights as int8 codes with their scales.
 
     description is that of dfkd.models.save_model, with `structure`: {"channels": ...} of a pruned network,
-    {"quantized": {"bits", "signed"}} of a quantised one, both or neither (see Compressed.structure). What it does not
-    say of normalisation and input size is the model's, where it is a Classifier.
+    {"quantized": {"bits", "signed", "input"}} of a quantised one, both or neither (see Compressed.structure). What it
+    does not say of normalisation and input size is the model's, where it is a Classifier.
     """
     network = network_of(model)
     if isinstance(model, Classifier):
@@ -52,7 +52,8 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) ->
         structure = about.get("structure", {})
         resize(network, structure.get("channels", {}))
         if quantized := structure.get("quantized"):
-            network = fold(trace(network))
+            size = quantized.get("input")  # of an image; folders of before it was kept hold networks that need none
+            network = fold(trace(network, torch.zeros(1, *size) if size else None))
             insert(network, quantized["bits"], per_channel=True)
             for name, quantizer in activation_quantizers(network).items():
                 quantizer.signed = name in quantized["signed"]

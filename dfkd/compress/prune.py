@@ -172,7 +172,7 @@ def _channel_cut(network: nn.Module, probe: Tensor, ratio: float, prunable: list
             f"torch-pruning cannot read {type(network).__name__}; pass inner_only=None or True to take inner channels"
         )
     if groups is None:
-        groups = [_inner(network, chain, ratio) for chain in chains(trace(network)) if chain.first in prunable]
+        groups = [_inner(network, chain, ratio) for chain in chains(trace(network, probe)) if chain.first in prunable]
     whole = _merged(groups)
     if not _takes(network, whole, probe):
         sound = [group for group in groups if _takes(network, group, probe)]

@@ -117,7 +117,7 @@ class Training:
         check_length(stream, steps)  # before the warm start, which may take minutes
         self.given = model
         self.inputs = calibration_inputs(model, stream if calibration is None else calibration, images)
-        reference = trace(network_of(model))
+        reference = trace(network_of(model), self.inputs[0][:2])
         self.names = mark(reference)
         settings: dict[str, Any] = {"ends": ends, "overrides": overrides, "ignore": ignore}
         network = prepare(reference, bits, self.inputs, folded=False, per_channel=False, **settings)
@@ -191,7 +191,7 @@ def result(
     """What quantize hands back: figures per layer, what reconstruction had to skip, and what a file needs."""
     network: Any = network_of(quantized)
     round_biases(network)
-    signal = signal_to_noise(fold(trace(network_of(model))), network, inputs[0])
+    signal = signal_to_noise(fold(trace(network_of(model), inputs[0][:2])), network, inputs[0])
     bits: dict[str, Bits] = network.meta["bits"]
     layers = [
         {"layer": name, "weight_bits": each[0], "activation_bits": each[1], "sqnr_db": signal[name]}
@@ -203,7 +203,11 @@ def result(
         if "skipped" in each
     ]
     signed = [name for name, quantizer in activation_quantizers(network).items() if quantizer.signed]
-    about = {"bits": {name: list(each) for name, each in bits.items()}, "signed": signed}
+    about = {
+        "bits": {name: list(each) for name, each in bits.items()},
+        "signed": signed,
+        "input": list(inputs[0].shape[1:]),
+    }
     return Compressed(quantized, naive, layers, {"quantized": about})
 
 

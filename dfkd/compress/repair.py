@@ -85,7 +85,7 @@ def least_squares(
     are solved group by group; layers with more than 8192 inputs to a filter stay as they are.
     Raises UserError where a network cannot be traced or a solution is not finite.
     """
-    source, target = trace(teacher, inputs[:2]), trace(pruned)
+    source, target = trace(teacher, inputs[:2]), trace(pruned, inputs[:2])
     behind = norms(target)
     for part, nodes, values in _lockstep(source, target, inputs):
         for node in nodes:
@@ -239,7 +239,7 @@ def paired_batch_norm(teacher: nn.Module, pruned: nn.Module, inputs: Tensor, kep
     """
     check_batch_norms(pruned)
     names = {module: name for name, module in pruned.named_modules()}
-    source, target = trace(teacher, inputs[:2]), trace(pruned)
+    source, target = trace(teacher, inputs[:2]), trace(pruned, inputs[:2])
     for part, nodes, values in _lockstep(source, target, inputs):
         for node in nodes:
             if not is_layer(part, node, _BatchNorm):

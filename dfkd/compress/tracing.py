@@ -17,18 +17,65 @@ from dfkd.runtime import eval_mode
 
 
 class _Tracer(fx.Tracer):
-    """torch.nn's layers are leaves; so is timm's that computes the same."""
+    """torch.nn's layers are leaves; so is timm's that computes the same. A forward that branches on a number which is
+    alike for one of the images and for two (a size of maps) goes where it goes for these."""
+
+    def __init__(self, images: Tensor | None) -> None:
+        super().__init__()
+        self.batches = [] if images is None else [images[:1], images[:1].repeat(2, 1, 1, 1)]
+        self.runs: list[fx.Interpreter] = []  # of what is traced so far, a batch each
+        self.asked: set[fx.Node] = set()
+        self.running = False  # what the runs call is not traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) is timm.layers.Linear or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        found = self._values(obj.node)
+        if not found or any(isinstance(value, Tensor) for value in found) or found[0] != found[1]:
+            return super().to_bool(obj)  # raises
+        self.asked.add(obj.node)
+        return bool(found[0])
+
+    @torch.no_grad()
+    def _values(self, node: fx.Node) -> list[Any]:
+        """What a node comes to for each of the batches."""
+        if not self.runs:
+            self.runs = [fx.Interpreter(self.root, False, self.graph) for _ in self.batches]
+            for run, images in zip(self.runs, self.batches):
+                run.env[next(iter(self.graph.nodes))] = images
+        self.running = True
+        try:
+            for run in self.runs:
+                for each in self.graph.nodes:
+                    if each not in run.env:
+                        run.env[each] = run.run_node(each)
+        finally:
+            self.running = False
+        return [run.env[node] for run in self.runs]
+
+    def forget_conditions(self) -> None:
+        """Take numbers that were asked for alone out of the graph: a reader of a layer's output keeps norms from being
+        folded into it."""
+        for node in reversed(list(self.graph.nodes) if self.asked else []):
+            if node in self.asked and not node.users and not isinstance(self.runs[0].env[node], Tensor):
+                self.asked.update(node.all_input_nodes)
+                self.graph.erase_node(node)
 
 
 def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     """A copy of a network as a graph, in eval mode, its layers under their own names.
 
-    timm's joint batch norm and activation are taken apart, activations and arithmetic no longer work in place. Raises
-    UserError where the network's forward depends on values, a layer with weights is used twice or a weight is no
-    parameter, and where of images, its inputs, the graph makes something else than the network.
+    timm's joint batch norm and activation are taken apart, activations and arithmetic no longer work in place; a
+    forward that branches on sizes goes where it goes for images, its inputs. Raises UserError where it branches on
+    values (without images: or sizes), a layer with weights is used twice or a weight is no parameter, and where of the
+    images the graph makes something else than the network.
     """
     check_weights(network)
     given, network, in_place = network, copy.deepcopy(network).eval(), set()
@@ -38,16 +85,20 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         elif _not_in_place(module):
             in_place.add(name)
     _with_one_input(network)
-    tracer = _Tracer()
+    tracer = _Tracer(images)
     try:
         graph = tracer.trace(network)
     except Exception as error:  # whatever a stranger's forward may do with a symbolic value
         reason = " ".join(str(error).split())[:200]
+        values = "values" if images is not None else "values or sizes"
         raise UserError(
-            f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on values"
+            f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on {values}"
         ) from None
+    tracer.forget_conditions()
     _out_of_place(graph, in_place)
     traced = fx.GraphModule(tracer.root, graph).eval()
+    # Once more, since what no longer works in place is called otherwise then: files know quantisers by these names.
+    traced = fx.GraphModule(traced, _Tracer(None).trace(traced)).eval()
     _refuse_shared(traced)
     if images is not None:
         _compare(given, traced, images)
