@@ -201,6 +201,40 @@ def test_codes_that_run_in_float_are_called_simulated(tmp_path: Path, bits: int)
     assert verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)["simulated"] is True
 
 
+@pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.LeakyReLU(0.1)])
+def test_convolutions_before_any_activation_run_on_integers(tmp_path: Path, act: nn.Module) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), act, nn.Conv2d(8, 8, 3, groups=8), act, nn.Conv2d(8, 8, 1), act]
+    model = quantised(nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 4)).eval(), (8, 8))
+    result = verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)
+    assert (result["nodes"]["integer_convolutions"], result["nodes"]["float_convolutions"]) == (3, 0)
+    assert result["relative_error"] < 0.01
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_averages_that_reach_beyond_a_map_agree(tmp_path: Path, functional: bool, padded: bool) -> None:
+    """ONNX Runtime's average of integers divides by what lies beyond, too."""
+    torch.manual_seed(0)
+    given = {"ceil_mode": True, "count_include_pad": padded}
+    pool = Average(given) if functional else nn.AvgPool2d(2, **given)
+    layers = [nn.Conv2d(1, 4, 2), nn.ReLU(), pool, nn.Conv2d(4, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4)]
+    model = quantised(nn.Sequential(*layers).eval(), (8, 8))
+    path = export_onnx(model, images(2), tmp_path / "m.onnx")
+    assert verify(path, model, images(), repeats=1)["relative_error"] < 1e-4
+
+
+class Average(nn.Module):
+    """F.avg_pool2d."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 2, **self.given)
+
+
 def test_a_channel_without_weights_keeps_its_bias(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)).eval()

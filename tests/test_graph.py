@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks_fixture import Small, images, named, same, vary
 from torch import Tensor, fx, nn
 
@@ -84,6 +85,8 @@ def test_a_graph_folded_and_cut_computes_what_the_network_does(spec: str) -> Non
         (lambda y: y.mean(dim=[-1, -2]), 4, True),
         (lambda y: torch.reshape(y, shape=(-1, 36)), 36, True),
         (lambda y: torch.flatten(y, start_dim=1), 36, True),
+        (lambda y: F.adaptive_avg_pool2d(y, 1).squeeze(-1).squeeze(-1), 4, True),
+        (lambda y: y.mean((2, 3), keepdim=True).squeeze(), 4, True),
         (lambda y: y.flatten(2), 9, False),  # four tokens, as many as the layer gives: which the norm means is not seen
         (lambda y: y.flatten(2).transpose(1, 2), 4, False),
         (lambda y: y.permute(0, 2, 3, 1).flatten(1, 2), 4, False),
@@ -105,6 +108,16 @@ def test_a_norm_of_tokens_is_not_taken_into_a_linear_layer(rows: Any, tokens: in
     graph = trace(network)
     assert norms(graph) == ({"a": "b"} if found else {})
     same(fold(graph)(x), network(x))
+
+
+@torch.no_grad()
+def test_a_norm_of_a_maps_lines_is_not_taken_into_a_linear_layer() -> None:
+    """As many lines as features: a squeeze is no mean over pixels."""
+    layers = {"a": nn.Linear(4, 4), "b": nn.BatchNorm1d(4), "c": nn.Linear(16, 2)}
+    network = vary(Small(lambda m, x: m.c(m.b(m.a(x.squeeze(1))).flatten(1)), **layers).double(), low=0.5).eval()
+    x = images(5, 1, 4, 4, dtype=torch.float64)
+    assert norms(trace(network)) == {}
+    same(fold(trace(network))(x), network(x))
 
 
 @torch.no_grad()

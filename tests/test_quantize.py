@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks_fixture import functional, images, named
+from networks_fixture import Small, functional, images, named, vary
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -283,6 +283,19 @@ class Two(nn.Module):
             {("a", 8, ("adaptive_avg_pool2d",)), ("adaptive_avg_pool2d", 4, ("flatten",))},
         ),
         (lambda m, x: m.a(x).mean((2, 3)), nn.Linear(4, 2), {("a", 8, ("mean",)), ("mean", 4, ("b",))}),
+        (lambda m, x: m.a(x).mean(1, True) * x, nn.Conv2d(1, 2, 1), {("a", 8, ("mean",)), ("mul", 4, ("b",))}),
+        (lambda m, x: m.a(x) + 1, nn.Conv2d(4, 2, 1), {("a", 8, ("add",)), ("add", 4, ("b",))}),
+        (lambda m, x: F.silu(m.bn(m.a(x))), nn.Conv2d(4, 2, 1), {("a", 8, ("silu",)), ("silu", 4, ("b",))}),
+        (
+            lambda m, x: (y := m.pool(m.a(x).relu())) * m.c(y).sigmoid(),
+            nn.Conv2d(4, 2, 1),
+            {("pool", 4, ("c",)), ("c", 8, ("sigmoid",)), ("mul", 4, ("b",))},
+        ),
+        (
+            lambda m, x: F.gelu((y := m.a(x)).flatten(1)[:, : y.shape[1]]),
+            nn.Linear(4, 2),
+            {("a", 8, ("flatten",)), ("gelu", 4, ("b",))},
+        ),
     ],
 )
 def test_quantisers_stand_where_a_tensor_meets_a_layer_or_another(
@@ -295,6 +308,37 @@ def test_quantisers_stand_where_a_tensor_meets_a_layer_or_another(
     assert found - get_attr == wanted
     calibrate(graph, [images(4, 1, 4, 4)])
     assert graph(images(4, 1, 4, 4)).isfinite().all()
+
+
+@torch.no_grad()
+def test_a_layer_norm_by_hand_keeps_its_variance() -> None:
+    """In 8 bits that of a place that is nearly flat would be zero."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x = m.a(x)
+        deviation = x - x.mean(1, keepdim=True)
+        return m.b(deviation / (deviation.square().mean(1, keepdim=True) + 1e-6).sqrt()).mean((2, 3))
+
+    torch.manual_seed(0)
+    network = Small(forward, a=nn.Conv2d(3, 16, 1, bias=False), b=nn.Conv2d(16, 4, 1)).eval()
+    x = images(16, 3, 4, 4) * torch.logspace(0, -1, 16).view(16, 1, 1, 1)
+    graph = prepare(network, (8, 8), [x], folded=True, per_channel=True)
+    assert (graph(x) - network(x)).norm() < 0.04 * network(x).norm()
+
+
+@torch.no_grad()
+def test_numbers_and_weights_given_by_name_are_taken() -> None:
+    """A weight of a sum (BiFPN's) is a tensor without axes."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        share = m.share.weight.flatten().softmax(0)
+        x = m.norm(input=m.a(input=x))
+        return m.b((share[0] + m.b.bias.sum()) * x + (share[1] + share[0])).mean((2, 3))
+
+    layers = {"a": nn.Conv2d(1, 4, 3), "norm": nn.BatchNorm2d(4), "b": nn.Conv2d(4, 2, 1), "share": nn.Conv2d(1, 2, 1)}
+    network, x = vary(Small(forward, **layers), low=0.5).eval(), images(8, 1, 6, 6)
+    graph = prepare(network, (8, 8), [x], folded=True, per_channel=True)
+    assert (graph(x) - network(x)).norm() < 0.05 * network(x).norm()
 
 
 def test_layers_left_float_ask_for_no_quantiser() -> None:

@@ -30,7 +30,9 @@ MOVES: set[object] = {torch.permute, torch.transpose, "permute", "transpose"}
 FLATTENS: set[object] = {nn.Flatten, torch.flatten, "flatten"}
 RESHAPES: set[object] = {torch.reshape, "view", "reshape"}
 MEANS: set[object] = {torch.mean, "mean"}
-ROWS: set[object] = {*FLATTENS, *RESHAPES, *MEANS, torch.squeeze, "squeeze"}
+SQUEEZES: set[object] = {torch.squeeze, "squeeze"}
+ROWS: set[object] = {*FLATTENS, *RESHAPES, *MEANS, *SQUEEZES}
+POOLS: set[object] = {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 
 
 def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tensor]:
@@ -173,7 +175,17 @@ def _makes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
     numbers = named or (given[0] if given and isinstance(given[0], tuple | list) else given)
     if what in RESHAPES:
         return isinstance(numbers, tuple | list) and len(numbers) == 2
-    return what not in MEANS or (isinstance(numbers, tuple | list) and {*numbers} in ({2, 3}, {-2, -1}))
+    if what in MEANS:
+        return averages_maps(graph, node)
+    before: Any = node.args[0]  # of a squeeze
+    again = kind(graph, before) in SQUEEZES and _makes_rows(graph, before)
+    return again or kind(graph, before) in POOLS or averages_maps(graph, before)
+
+
+def averages_maps(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a node is the mean of maps [B, C, H, W] over their pixels."""
+    axes = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else ())
+    return kind(graph, node) in MEANS and isinstance(axes, tuple | list) and {*axes} in ({2, 3}, {-2, -1})
 
 
 @torch.no_grad()
@@ -221,7 +233,7 @@ def remove_call(graph: fx.GraphModule, name: str) -> None:
     """Take a module with one input out of the graph; its input goes on in its place."""
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and node.target == name:
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.graph.erase_node(node)
     graph.delete_submodule(name)
 

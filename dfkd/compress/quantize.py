@@ -9,8 +9,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd.compress.graph import ADDS, CARRIERS, fold, is_layer, kind, positive_scales, sizes, watch
+from dfkd.compress.graph import (
+    ADDS,
+    CARRIERS,
+    MEANS,
+    POOLS,
+    RELUS,
+    averages_maps,
+    fold,
+    is_layer,
+    kind,
+    positive_scales,
+    sizes,
+    watch,
+)
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.runtime import full_precision
@@ -19,10 +33,8 @@ Bits = tuple[int, int]  # of weights and of the layer's input
 GivenBits = int | Sequence[int]  # the same for both, or each
 # Additions and the like take 8 bits whatever the layers have: a residual stream in 4 bits loses much and saves nothing.
 JOINT_BITS = 8
-JOINTS: set[object] = {
-    *(*ADDS, torch.cat, nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d),
-    *(torch.mean, "mean"),
-}
+JOINTS: set[object] = {*ADDS, *POOLS, *MEANS, torch.cat, nn.AvgPool2d, F.avg_pool2d}
+AVERAGED = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")  # by F.avg_pool2d
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -113,7 +125,7 @@ class ActivationQuantizer(nn.Module):
         if not self.enabled:
             return x
         low, high = limits(self.bits, self.signed)
-        factor = (x[0].numel() * high) ** -0.5  # per sample: the batch size then does not matter
+        factor = ((x[0].numel() if x.dim() else 1) * high) ** -0.5  # per sample: whatever the batch size
         quantised = learned_step(x, self.scale, low, high, factor)
         if not self.keep:
             return quantised
@@ -184,8 +196,9 @@ def layer_bits(
     (the last that matches); what `ignore` names stays float. Raises UserError for bits outside 2..8."""
     names = layer_names(graph)
     for node in graph.graph.nodes:
-        if node.target in (F.conv2d, F.linear) and isinstance(node.args[1], fx.Node):
-            layer = _owner(node.args[1]) or node.name
+        weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+        if node.target in (F.conv2d, F.linear) and isinstance(weight, fx.Node):
+            layer = _owner(weight) or node.name
             if not any(fnmatchcase(layer, pattern) for pattern in ignore):
                 raise UserError(
                     f"{layer} calls {node.target.__name__} itself, is no nn.Conv2d or nn.Linear, and cannot be "
@@ -213,9 +226,10 @@ def _owner(node: fx.Node) -> str:
 
 
 def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_channel: bool) -> fx.GraphModule:
-    """Put quantisers into a graph, in place: on the weights of the chosen layers, on their inputs, and where a tensor
-    goes into an addition, concatenation or average (JOINT_BITS). One tensor has one quantiser per number of bits.
-    graph.meta["bits"] then tells the layers' bits."""
+    """Put quantisers into a graph, in place: on the weights of the chosen layers, on their inputs, and with JOINT_BITS
+    where a tensor goes into an addition, concatenation or average, and where what a convolution gives goes into what is
+    computed in float (SiLU, GELU, a gate): an integer kernel gives integers. One tensor has one quantiser per number of
+    bits. graph.meta["bits"] then tells the layers' bits."""
     graph.meta["bits"] = dict(chosen)
     for name, (bits, _) in chosen.items():
         layer: Any = graph.get_submodule(name)
@@ -233,6 +247,8 @@ def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_ch
             asked = _asked(graph, user, chosen)
             if len(asked) == 1 and (bits := next(iter(asked))):
                 wanted[node, user] = bits
+            elif asked == {0} and user not in numbers and _made(graph, node, chosen) and not _ends(graph, user):
+                wanted[node, user] = JOINT_BITS
     order = {node: k for k, node in enumerate(graph.graph.nodes)}
     for node, bits in dict.fromkeys((node, bits) for (node, _), bits in wanted.items()):
         users = sorted((user for user in node.users if wanted.get((node, user)) == bits), key=order.__getitem__)
@@ -270,7 +286,42 @@ def _asked(graph: fx.GraphModule, user: fx.Node, chosen: Mapping[str, Sequence[i
         return set().union(*(_asked(graph, each, chosen) for each in user.users))
     if user.op == "call_module" and user.target in chosen:
         return {chosen[str(user.target)][1]}
-    return {JOINT_BITS if what in JOINTS else 0}
+    return {JOINT_BITS if what in JOINTS and _joins(graph, user) else 0}
+
+
+def _made(graph: fx.GraphModule, node: fx.Node, chosen: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a node is what a chosen convolution gives, with a norm and ReLU behind it where they are."""
+    while kind(graph, node) in RELUS or is_layer(graph, node, _BatchNorm):
+        node = node.all_input_nodes[0]
+    return is_layer(graph, node, nn.Conv2d) and node.target in chosen
+
+
+def _ends(graph: fx.GraphModule, user: fx.Node) -> bool:
+    """Whether a convolution's reader is computed with it (norm, ReLU), is to stay float or is the network's output."""
+    if kind(graph, user) in CARRIERS:
+        return any(_ends(graph, each) for each in user.users)
+    kept = is_layer(graph, user, _BatchNorm, nn.Conv2d, nn.Linear) or _reaches_beyond(graph, user)
+    return kept or user.op == "output" or kind(graph, user) in RELUS
+
+
+def _joins(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether one of JOINTS joins tensors or averages maps, on integers as it does in float: an addition of a constant
+    and a mean of channels belong to a formula (a layer norm's, whose variance is no number of steps)."""
+    what = kind(graph, node)
+    if what in ADDS:
+        return sum(isinstance(given, fx.Node) for given in (*node.args, *node.kwargs.values())) == 2
+    if what in MEANS:
+        return averages_maps(graph, node)
+    return not _reaches_beyond(graph, node)
+
+
+def _reaches_beyond(graph: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a pooling averages what lies beyond the padding, which ONNX Runtime's average of integers divides by."""
+    if kind(graph, node) not in (nn.AvgPool2d, F.avg_pool2d):
+        return False
+    pool = vars(graph.get_submodule(str(node.target))) if node.op == "call_module" else {}
+    pool = pool or dict(zip(AVERAGED, node.args)) | node.kwargs
+    return bool(pool.get("ceil_mode")) and bool(pool.get("count_include_pad", True))
 
 
 @torch.no_grad()
