@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from conftest import randomise
+from networks_fixture import Small
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -235,3 +236,46 @@ def test_timms_joint_batch_norms_are_repaired_under_their_own_names(repair: str)
     result: Any = prune(model, [IMAGES], 0.25, repair=repair, images=16)
     assert result.structure["channels"]["1"] == [6, 6]
     assert not torch.equal(result.model[3].running_mean, result.naive[3].running_mean)
+
+
+def context(m: Any, x: Tensor) -> Tensor:
+    """What the whole image says is added everywhere (GCNet)."""
+    x = m.a(x).relu()
+    x = x + m.g2(m.g1(x.mean((2, 3), keepdim=True)).relu())
+    return m.head(m.b(x).relu().mean((2, 3)))
+
+
+def two_heads(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = m.b(m.a(x).relu()).relu().mean((2, 3))
+    return m.head(x), m.g1(x[..., None, None])
+
+
+def aside(m: Any, x: Tensor) -> Any:
+    """A head for training alone, and a layer that torch's attention does not call."""
+    x = m.b(m.a(x).relu())
+    y = x.flatten(2).transpose(1, 2)
+    y = m.head((y + m.attention(y, y, y)[0]).mean(1))
+    return (y, m.g1(x)) if m.training else y
+
+
+@pytest.mark.parametrize("kind", ["channels", "weights"])
+@pytest.mark.parametrize("forward", [context, two_heads, aside])
+def test_sums_of_maps_and_numbers_several_heads_and_layers_that_are_not_called(forward: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    layers: dict[str, nn.Module] = (
+        {"attention": nn.MultiheadAttention(8, 2, batch_first=True)} if forward is aside else {}
+    )
+    layers |= {"g2": nn.Conv2d(4, 8, 1)} if forward is context else {}
+    layers |= {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 8, 3), "g1": nn.Conv2d(8, 4, 1), "head": nn.Linear(8, 3)}
+    network, images = Small(forward, **layers).eval(), torch.rand(64, 3, 8, 8)
+    done = prune(network, [images], 0.3, kind=kind, images=64)
+    errors = [(line["error_before"], line["error_after"]) for line in done.layers]
+    assert sum(after for _, after in errors) < sum(before for before, _ in errors)
+    names = {line["layer"] for line in done.layers}
+    called = {
+        "context": {"a", "b", "g1", "g2", "head"},
+        "two_heads": {"a", "b", "g1", "head"},
+        "aside": {"a", "b", "head"},
+    }
+    assert names <= called[forward.__name__]
+    assert "a" in names

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks_fixture import functional, images, named, vary
+from networks_fixture import Small, functional, images, named, vary
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
@@ -344,3 +344,36 @@ def test_with_many_bits_the_rate_is_a_tenth() -> None:
         assert training.fit.rates == [rate, rate]
     training = Training(model(), STREAM, 8, steps=3, images=32, warm_start=0, lr=0.5)
     assert training.fit.rates == [0.5, 0.5]
+
+
+def tokens(m: Any, x: Tensor) -> Tensor:
+    """Tokens along the first axis, as torch's own attention takes them."""
+    return m.head(m.b(m.a(m.conv(x).flatten(2).permute(2, 0, 1)).relu()).mean(0))
+
+
+def quarters(m: Any, x: Tensor) -> Tensor:
+    """Every quarter of an image through one network."""
+    parts = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 1, 4, 4)
+    return m.head(m.b(m.a(m.conv(parts).mean((2, 3))).relu()).view(-1, 4, 4).mean(1))
+
+
+def checked(m: Any, x: Tensor) -> Tensor:
+    """Sizes are looked at between layers, and nothing comes of it."""
+    made = m.conv(x)
+    _, channels, _, _ = made.shape
+    torch._assert(channels == 4, "four")
+    return m.head(m.b(m.a(made.mean((2, 3))).relu()))
+
+
+@pytest.mark.parametrize("method", ["nearest", "reconstruct", "train"])
+@pytest.mark.parametrize("forward", [tokens, quarters, checked])
+def test_networks_whose_batch_is_not_the_first_axis_or_that_check_sizes(forward: Any, method: Any) -> None:
+    torch.manual_seed(0)
+    layers: dict[str, nn.Module] = {"conv": nn.Conv2d(1, 4, 2, 2), "head": nn.Linear(4, 3)}
+    network = Small(forward, **layers, a=nn.Linear(4, 4), b=nn.Linear(4, 4)).eval()
+    x, more = images(40, 1, 8, 8), {} if method == "nearest" else {"steps": 2}
+    done = quantize(network, [x], 8, method=method, images=40, **more)
+    with torch.no_grad():
+        assert (done.model(x) - network(x)).norm() < 0.05 * network(x).norm()
+    left = {line["layer"] for line in done.layers if "note" in line}
+    assert left == ({"conv", "a", "b", "head"} if method == "reconstruct" and forward is not checked else set())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune as torch_prune
+from torch.utils._pytree import tree_leaves
 
 from dfkd.compress import channels
 from dfkd.compress.graph import (
@@ -19,6 +20,7 @@ from dfkd.compress.graph import (
     network_input,
     network_of,
     own_name,
+    watch,
     with_network,
 )
 from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
@@ -75,9 +77,9 @@ def prune(
     Raises UserError on bad arguments, where nothing can be pruned, and as the repairs do.
     """
     _check(ratio, kind, repair, images, ridge)
-    prunable = _prunable(network_of(model), ignore)
     network = copy.deepcopy(network_of(model)).eval()
     inputs = torch.cat(calibration_inputs(model, stream, images))
+    prunable = _prunable(network, inputs[:PROBE], ignore)
     cut, supports = _what_goes(network, inputs[:PROBE], ratio, kind, prunable, inner_only)
     naive = _remove(copy.deepcopy(network), cut)
     _mask(naive, supports or {})
@@ -107,9 +109,8 @@ def check_prunable(
     inner_only: bool | None,
 ) -> None:
     """Raise UserError where `prune` would whatever a stream holds; images [B, C, H, W] are of the model's size."""
-    prunable = _prunable(network_of(model), ignore)
-    network = copy.deepcopy(network_of(model)).eval()
-    _what_goes(network, network_input(model, images), ratio, kind, prunable, inner_only)
+    network, inputs = copy.deepcopy(network_of(model)).eval(), network_input(model, images)
+    _what_goes(network, inputs, ratio, kind, _prunable(network, inputs, ignore), inner_only)
     if repair == "batch_norm":
         check_batch_norms(network)
 
@@ -134,8 +135,10 @@ def _what_goes(
     return Cut(), _largest_weights(network, prunable, ratio)
 
 
-def _prunable(network: nn.Module, ignore: Sequence[str]) -> list[str]:
-    """Names of the convolutions and linear layers that are not ignored."""
+@torch.no_grad()
+def _prunable(network: nn.Module, probe: Tensor, ignore: Sequence[str]) -> list[str]:
+    """Names of the convolutions and linear layers that are not ignored, and are called in eval mode: not a head for
+    training alone, nor what torch's attention computes with itself."""
     check_weights(network)
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     for pattern in ignore:
@@ -143,7 +146,9 @@ def _prunable(network: nn.Module, ignore: Sequence[str]) -> list[str]:
             raise UserError(
                 f"ignore: no convolution or linear layer is named {pattern!r}; there are {', '.join(names)}"
             )
-    return [name for name in names if not any(fnmatch(name, pattern) for pattern in ignore)]
+    with watch(network, names) as called:
+        network(probe)
+    return [name for name in names if name in called and not any(fnmatch(name, pattern) for pattern in ignore)]
 
 
 def _largest_weights(network: nn.Module, names: list[str], ratio: float) -> dict[str, Tensor]:
@@ -306,13 +311,12 @@ def _takes(network: nn.Module, cut: Cut, probe: Tensor) -> bool:
         for name, removed in cut.inputs.items():
             layer: Any = deaf.get_submodule(name)
             layer.weight[:, sorted(removed)] = 0
-        expected = deaf(probe)
-        given = _remove(copy.deepcopy(network), cut)(probe)
+        expected = tree_leaves(deaf(probe))  # it may have several heads
+        given = tree_leaves(_remove(copy.deepcopy(network), cut)(probe))
     except Exception:  # a stranger's forward with sizes it was not made for, and channels that are counted otherwise
         return False
-    if given.shape != expected.shape:
-        return False
-    return bool((given - expected).norm() <= 1e-3 * expected.norm())
+    alike = [cut.shape == whole.shape for cut, whole in zip(given, expected)]
+    return all(alike) and all((cut - whole).norm() <= 1e-3 * whole.norm() for cut, whole in zip(given, expected))
 
 
 def _lines(

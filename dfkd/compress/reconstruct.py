@@ -262,6 +262,9 @@ def reconstruct(
             start_float = values(reference, float_nodes, twin[source], x_float, twin[start])
             start_x = values(graph, block.nodes, source, x, start)
             target = values(reference, float_nodes, twin[source], x_float, twin[end])
+            if len(start_x) != len(images) or len(target) != len(images):  # tokens first, or parts of images
+                left |= dict.fromkeys(quantized_layers(part), "its first axis is not that of the images")
+                continue
             nearest = values(graph, piece.nodes, start, start_x, end)
             weight = fisher_weights(reference, images, twin[end], nearest) if fisher else None
             learner.learn(part, piece.name, start_float, start_x, target, weight)
@@ -273,4 +276,7 @@ def reconstruct(
                 left.pop(name)
         x_float = values(reference, float_nodes, twin[source], x_float, twin[sink])
         x = values(graph, block.nodes, source, x, sink)
+        if len(x) != len(images):
+            left |= dict.fromkeys(left, f"the first axis of what {block.name} gives is not that of the images")
+            break
     return figures + [{"unit": name, "skipped": reason} for name, reason in left.items()]

@@ -117,7 +117,7 @@ def _equations(
     cross: Any = 0.0
     for whole, cut in values({node.name, given} | ({other.name} if other else set())):
         lack = _lack(layer, whole[node.name], cut[node.name], keep)
-        if other is not None:
+        if other is not None and whole[other.name].shape == whole[node.name].shape:  # not one number for a whole map
             lack = lack + _lack(layer, whole[other.name], cut[other.name], keep) / _scale(norm, lack)
         places: Any = slice(None)
         if isinstance(layer, nn.Conv2d):

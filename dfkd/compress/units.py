@@ -82,12 +82,16 @@ def extract(graph: fx.GraphModule, nodes: list[fx.Node], name: str) -> tuple[fx.
 
 
 def mark(graph: fx.GraphModule) -> list[str]:
-    """Put an identity layer behind every unit but the last, in place, so that its output can be watched by name."""
+    """Put an identity layer behind every unit but the last, in place, so that its output can be watched by name; the
+    names."""
     names = []
     for k, unit in enumerate(units(graph)[:-1]):
+        ends = [node for node in unit.nodes if any(user not in unit.nodes for user in node.users)]
+        if not ends:
+            continue
         names.append(f"hint{k}")
         graph.add_submodule(names[-1], nn.Identity())
-        end = unit.nodes[-1]
+        end = ends[-1]  # behind it nothing may come but what is not read: a check of a size
         with graph.graph.inserting_after(end):
             marker = graph.graph.call_module(names[-1], (end,))
         for user in [user for user in end.users if user is not marker]:
