@@ -209,6 +209,34 @@ def _store(graph: fx.GraphModule) -> dict[str, list[int]]:
     return bits
 
 
+def _own_weights(proto: Any) -> None:
+    """Give every layer its own weights, in place, where the exporter has made one of equal ones: ONNX Runtime prepares
+    each layer's by name."""
+    stored = {initializer.name: initializer for initializer in proto.graph.initializer}
+    taken: set[str] = set()
+    for node in list(proto.graph.node):
+        if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
+            continue
+        readers = [
+            (reader, k) for reader in proto.graph.node for k, x in enumerate(reader.input) if x == node.output[0]
+        ]
+        for count, (reader, k) in enumerate(readers):
+            own = node if not count else proto.graph.node.add()
+            if count:
+                own.CopyFrom(node)
+                own.name, own.output[0] = f"{node.name}.{count}", f"{node.output[0]}.{count}"
+                reader.input[k] = own.output[0]
+            if own.input[0] in taken:
+                codes = proto.graph.initializer.add()
+                codes.CopyFrom(stored[own.input[0]])
+                own.input[0] = codes.name = f"{own.input[0]}.{own.name}"
+            taken.add(own.input[0])
+    # New nodes stand at the end, after what reads them.
+    nodes = sorted(proto.graph.node, key=lambda node: node.op_type != "DequantizeLinear" or node.input[0] not in taken)
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+
+
 def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
     """Store the weights of few bits in their own type, in place, and write out zero points.
 
@@ -218,7 +246,7 @@ def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
     onnx = package("onnx")
     helper, types = onnx.helper, onnx.TensorProto
     stored = {initializer.name: initializer for initializer in proto.graph.initializer}
-    few = {f"{layer}.quantizer.codes": stored_type(pair[0]) for layer, pair in bits.items()}
+    few = {layer: stored_type(pair[0]) for layer, pair in bits.items()}
     for node in list(proto.graph.node):
         if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
             continue
@@ -228,13 +256,13 @@ def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
             helper.make_tensor(f"{node.name}.zero", codes.data_type, scale.dims, [0] * math.prod(scale.dims))
         )
         node.input.append(f"{node.name}.zero")
-        own = few.get(name.removeprefix(prefix), "INT8")
+        layer = name.removeprefix(prefix).partition(".quantizer.codes")[0]
+        own = few.get(layer, "INT8")
         if own != "INT8":
             values = onnx.numpy_helper.to_array(codes)
             dtype = helper.tensor_dtype_to_np_dtype(types.DataType.Value(own))
             codes.CopyFrom(onnx.numpy_helper.from_array(values.astype(dtype), name))
-            wide = 8 - bits[name.removeprefix(prefix).removesuffix(".quantizer.codes")][0]
-            factor = helper.make_tensor(f"{name}.factor", types.INT32, [], [2**wide])
+            factor = helper.make_tensor(f"{name}.factor", types.INT32, [], [2 ** (8 - bits[layer][0])])
             proto.graph.initializer.append(factor)
             node.input[0] = f"{name}.wide"
             widen = [
@@ -276,10 +304,18 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, opset: i
     images = example[:1].detach().cpu().float()
     if isinstance(model, Classifier):  # a file cannot hold its antialiased resize
         images = model.resized(images)
+    if any(isinstance(each, nn.AvgPool2d) and each.divisor_override for each in model.modules()):
+        raise UserError("ONNX has no divisor_override of an average pool; multiply what the pool gives instead")
     proto = _exported(model, images, opset or needed)
+    if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise UserError(
+            f"{type(network).__name__} cannot be exported for any number of images: its forward counts them (a chunk "
+            "or a view along the first axis); let it compute with x.shape[0], or keep the model in torch"
+        )
     for node in proto.graph.node:
         del node.metadata_props[:]  # stack traces: as much again as the weights of a small network
     del proto.graph.metadata_props[:], proto.graph.value_info[:]
+    _own_weights(proto)
     _pack(proto, about["bits"], "model." if isinstance(model, Classifier) else "")
     onnx.helper.set_model_props(
         proto, {"dfkd": json.dumps({"input": ["batch", *images.shape[1:]], "range": [0, 1], **about})}

@@ -235,6 +235,43 @@ class Average(nn.Module):
         return nn.functional.avg_pool2d(x, 2, **self.given)
 
 
+class Branches(nn.Module):
+    """Two layers with the same weights, and two whose weights are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.c = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.b, self.d, self.head = copy.deepcopy(self.a), copy.deepcopy(self.c), nn.Linear(8, 3)
+        for layer in (self.c, self.d):
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(self.stem(x).relu()).relu()).relu()
+        return self.head((x + self.c(x) + self.d(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_layers_of_equal_weights_have_their_own_in_a_file(tmp_path: Path, bits: int) -> None:
+    torch.manual_seed(0)
+    model = quantised(Branches().eval(), (bits, 8))
+    result = verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)
+    assert result["relative_error"] < 0.01
+    assert result["nodes"]["float_convolutions"] == 0
+
+
+def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:  # an image and its mirror image
+            a, b = torch.cat([x, x.flip(3)]).mean((2, 3)).chunk(2)
+            return a + b
+
+    with pytest.raises(UserError, match=r"^Both cannot be exported for any number of images: its forward counts"):
+        export_onnx(Both(), images(2), tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"^ONNX has no divisor_override of an average pool; multiply"):
+        export_onnx(nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), images(2), tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_channel_without_weights_keeps_its_bias(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)).eval()
