@@ -22,7 +22,7 @@ from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.schema import Recipe
 
 FIRST_PROBE = 10  # updates
-LEAST = 0.5  # share of a run's seconds that its updates must have taken
+LEAST = 0.5  # share of a run's seconds, beyond what all have in common, that its updates must have taken
 AGAIN = 3  # times that a probe is made
 PROBE_ROUNDS = 2  # of a probe at the least
 
@@ -38,7 +38,7 @@ def train_teachers(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
 
 
 def measure_cost(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Seconds per update of generator and student, from runs that grow until they take `seconds`.
+    """Seconds per update of generator and student, from runs that grow until their updates take `seconds`.
 
     Each is made AGAIN times and the shortest counts: what else the machine does can only lengthen it.
     """
@@ -48,25 +48,40 @@ def measure_cost(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
     trials: list[tuple[Work, float]] = []
     for probe in (generator_probe, student_probe) if own.rounds else (student_probe,):
         spend(recipe, probe(own, FIRST_PROBE), accelerator, shard)  # warms up, not counted
-        size, took, tried = FIRST_PROBE, 0.0, 0
-        while took < seconds or tried < 2:
-            took, tried = min(spend(recipe, probe(own, size), accelerator, shard) for _ in range(AGAIN)), tried + 1
-            trials.append((probe(own, size), took))
-            size = round(size * min(8.0, max(2.0, 1.3 * seconds / took)))
+
+        def timed(size: int, probe: Callable[[Work, int], Work] = probe) -> float:
+            return min(spend(recipe, probe(own, size), accelerator, shard) for _ in range(AGAIN))
+
+        trials += [(probe(own, size), took) for size, took in grown(timed, seconds)]
     shut_down(accelerator)
     return {**fit_cost(trials)._asdict(), "trials": trials}
+
+
+def grown(timed: Callable[[int], float], seconds: float) -> list[tuple[int, float]]:
+    """Sizes of runs, and what they took: until one takes `seconds` longer than the first. That one's are for the most
+    part what all runs have in common: CUDA graphs are recorded, a checkpoint is written."""
+    runs = [(FIRST_PROBE, timed(FIRST_PROBE))]
+    while len(runs) < 2 or runs[-1][1] - runs[0][1] < seconds:
+        size, took = runs[-1]
+        more = took - runs[0][1]
+        each = more / (size - FIRST_PROBE) if more > 0 else took / size
+        size = round(min(8 * size, max(2 * size, FIRST_PROBE + 1.3 * seconds / each)))
+        runs.append((size, timed(size)))
+    return runs
 
 
 def fit_cost(trials: Sequence[tuple[Work, float]]) -> Cost:
     """What an update costs, and what all runs have in common, out of runs and their seconds: least squares.
 
     A machine that was slower during the shorter runs makes updates look free: none costs less than LEAST of what one
-    took on average in the run where that was the least.
+    took on average in the run where that was the least, without what all runs have in common unless that cannot be.
     """
     rows = torch.tensor([[1.0, work.generator, work.student] for work, _ in trials], dtype=torch.float64)
     seconds = torch.tensor([seconds for _, seconds in trials], dtype=torch.float64)
     found = torch.linalg.lstsq(rows, seconds.unsqueeze(1), driver="gelsd").solution.flatten()
-    least = LEAST * (seconds / rows[:, 1:].sum(1)).min() * rows[:, 1:].any(0)
+    used = rows[:, 1:].any(0)
+    common = found[0].clamp_min(0) if (found[1:] > 0)[used].all() else 0.0
+    least = LEAST * ((seconds - common).clamp_min(0) / rows[:, 1:].sum(1)).min() * used
     found[1:] = found[1:].maximum(least)
     run, generator, student = found.clamp_min(CHEAPEST).tolist()
     return Cost(generator, student, run)

@@ -1,5 +1,6 @@
 """CUDA graphs: what every step calls in the same shapes is recorded once, and replayed with one launch."""
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -101,6 +102,7 @@ class Graphs(Calls):
     def forget(self) -> None:
         self.recorded.clear()
         self.pools.clear()
+        gc.collect()  # torch's graphed callables refer to themselves: their memory would stay
 
     def _record(
         self,
@@ -118,6 +120,8 @@ class Graphs(Calls):
         samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
         buffers = list(network.buffers()) if network is not None else []
         kept, random = [buffer.clone() for buffer in buffers], torch.cuda.get_rng_state(device)
+        collects = gc.isenabled()
+        gc.disable()  # an older graph that is collected meanwhile would spoil the recording
         try:
             with torch.cuda.stream(torch.cuda.current_stream(device)):  # a recording that fails may leave another one
                 return record(samples, pool)
@@ -126,6 +130,8 @@ class Graphs(Calls):
             say(f"{' '.join(key)} could not be recorded as a CUDA graph ({reason}) and goes without: it is slower")
             return None
         finally:
+            if collects:
+                gc.enable()
             with torch.no_grad():
                 for buffer, value in zip(buffers, kept):
                     buffer.copy_(value)

@@ -132,6 +132,19 @@ def test_the_cost_is_that_of_the_trials(equal: ModuleType, child: ModuleType) ->
     assert child.fit_cost(noise) == pytest.approx((0, 0.01, 0.25), abs=2e-6)
 
 
+@pytest.mark.parametrize(("common", "each"), [(0.0, 0.5), (3.0, 0.0047), (4.0, 0.0148), (0.2, 0.02)])
+def test_probes_grow_until_their_updates_take_long_enough(
+    equal: ModuleType, child: ModuleType, common: float, each: float
+) -> None:
+    """On a GPU what all runs have in common takes as long as hundreds of updates, which must not be priced by it."""
+    runs = child.grown(lambda size: common + each * size, 2.5)
+    assert [took for _, took in runs] == [common + each * size for size, _ in runs]
+    beyond = [took - runs[0][1] for _, took in runs]
+    assert beyond[-2] < 2.5 <= beyond[-1] < max(2.5 * 2.6, 11 * each)
+    trials = [(equal.Work(0, 1, 0, size), took) for size, took in runs]
+    assert child.fit_cost(trials).student == pytest.approx(each, rel=1e-3)
+
+
 def test_no_update_looks_free_where_the_shorter_trial_was_disturbed(equal: ModuleType, child: ModuleType) -> None:
     disturbed = [(equal.Work(0, 1, 0, 10), 2.0), (equal.Work(0, 1, 0, 100), 1.0)]
     assert child.fit_cost(disturbed).student == pytest.approx(0.005)  # half of a hundredth of a second

@@ -28,6 +28,7 @@ SHAPES = [(6, 5), (3, 2, 3, 5), (9, 3, 9, 7), (4, 24, 6, 6), (2, 80, 3, 3)]
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The kernels in use, in shares so small that several programs of several tiles work on what a test gives."""
     module = importlib.import_module("dfkd.norm_kernels")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions of 10 bits would hide what norms do
     monkeypatch.setattr(module, "VALUES", 128)
     monkeypatch.setattr(module, "PROGRAMS", 4)
     start = module._Rows.start
