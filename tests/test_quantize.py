@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from networks_fixture import Small, functional, images, named, vary
+from networks_fixture import Small, functional, images, named, same, vary
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -285,11 +285,17 @@ class Two(nn.Module):
         (lambda m, x: m.a(x).mean((2, 3)), nn.Linear(4, 2), {("a", 8, ("mean",)), ("mean", 4, ("b",))}),
         (lambda m, x: m.a(x).mean(1, True) * x, nn.Conv2d(1, 2, 1), {("a", 8, ("mean",)), ("mul", 4, ("b",))}),
         (lambda m, x: m.a(x) + 1, nn.Conv2d(4, 2, 1), {("a", 8, ("add",)), ("add", 4, ("b",))}),
-        (lambda m, x: F.silu(m.bn(m.a(x))), nn.Conv2d(4, 2, 1), {("a", 8, ("silu",)), ("silu", 4, ("b",))}),
+        (lambda m, x: F.gelu(m.bn(m.a(x))), nn.Conv2d(4, 2, 1), {("a", 8, ("gelu",)), ("gelu", 4, ("b",))}),
+        (
+            lambda m, x: F.silu(m.drop(m.bn(m.a(x)))),
+            nn.Conv2d(4, 2, 1),
+            {("a", 8, ("drop",)), ("sigmoid", 8, ("mul",)), ("mul", 4, ("b",))},
+        ),
         (
             lambda m, x: (y := m.pool(m.a(x).relu())) * m.c(y).sigmoid(),
             nn.Conv2d(4, 2, 1),
-            {("pool", 4, ("c",)), ("c", 8, ("sigmoid",)), ("mul", 4, ("b",))},
+            {("pool", 4, ("c",)), ("pool", 8, ("mul",)), ("c", 8, ("sigmoid",))}
+            | {("sigmoid", 8, ("mul",)), ("mul", 4, ("b",))},
         ),
         (
             lambda m, x: F.gelu((y := m.a(x)).flatten(1)[:, : y.shape[1]]),
@@ -308,6 +314,19 @@ def test_quantisers_stand_where_a_tensor_meets_a_layer_or_another(
     assert found - get_attr == wanted
     calibrate(graph, [images(4, 1, 4, 4)])
     assert graph(images(4, 1, 4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize("act", [nn.SiLU(inplace=True), F.silu, lambda x: F.silu(x, inplace=True)])
+@torch.no_grad()
+def test_silu_is_a_gates_product_and_computes_the_same(act: Any) -> None:
+    layers = {"a": nn.Conv2d(1, 4, 3)} | ({"act": act} if isinstance(act, nn.Module) else {})
+    network = Small(lambda m, x: getattr(m, "act", act)(m.a(x)).mean((2, 3)), **layers).double().eval()
+    x = images(5, 1, 6, 6, dtype=torch.float64)
+    graph = inserted(network, (8, 8))
+    assert {at for at, _, _ in standing(graph)} == {"x", "a", "sigmoid", "mul"}
+    graph.a.quantizer = nn.Identity()
+    with without_quantizers(graph):
+        same(graph(x), network(x))
 
 
 @torch.no_grad()

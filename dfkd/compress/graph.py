@@ -17,6 +17,8 @@ from dfkd.runtime import eval_mode, to_float
 
 # A traced graph has none that work in place (see tracing.py).
 ADDS: set[object] = {operator.add, torch.add, "add"}
+MULS: set[object] = {operator.mul, torch.mul, "mul"}
+GATES: set[object] = {nn.Sigmoid, nn.Hardsigmoid, F.sigmoid, F.hardsigmoid, torch.sigmoid, "sigmoid"}
 RELUS: set[object] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu"}
 # What hands on the values it is given, or some of them, at other places: quantised before or after is the same.
 CARRIERS: set[object] = {

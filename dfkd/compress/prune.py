@@ -77,6 +77,7 @@ def prune(
     Raises UserError on bad arguments, where nothing can be pruned, and as the repairs do.
     """
     _check(ratio, kind, repair, images, ridge)
+    check_weights(network_of(model))
     network = copy.deepcopy(network_of(model)).eval()
     inputs = torch.cat(calibration_inputs(model, stream, images))
     prunable = _prunable(network, inputs[:PROBE], ignore)
@@ -109,6 +110,7 @@ def check_prunable(
     inner_only: bool | None,
 ) -> None:
     """Raise UserError where `prune` would whatever a stream holds; images [B, C, H, W] are of the model's size."""
+    check_weights(network_of(model))
     network, inputs = copy.deepcopy(network_of(model)).eval(), network_input(model, images)
     _what_goes(network, inputs, ratio, kind, _prunable(network, inputs, ignore), inner_only)
     if repair == "batch_norm":
@@ -139,7 +141,6 @@ def _what_goes(
 def _prunable(network: nn.Module, probe: Tensor, ignore: Sequence[str]) -> list[str]:
     """Names of the convolutions and linear layers that are not ignored, and are called in eval mode: not a head for
     training alone, nor what torch's attention computes with itself."""
-    check_weights(network)
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     for pattern in ignore:
         if not any(fnmatch(name, pattern) for name in names):

@@ -1,6 +1,7 @@
 """Networks that compute with few bits: learned step sizes (LSQ), where the quantisers stand, calibration."""
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -14,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd.compress.graph import (
     ADDS,
     CARRIERS,
+    GATES,
     MEANS,
+    MULS,
     POOLS,
     RELUS,
     averages_maps,
@@ -33,7 +36,7 @@ Bits = tuple[int, int]  # of weights and of the layer's input
 GivenBits = int | Sequence[int]  # the same for both, or each
 # Additions and the like take 8 bits whatever the layers have: a residual stream in 4 bits loses much and saves nothing.
 JOINT_BITS = 8
-JOINTS: set[object] = {*ADDS, *POOLS, *MEANS, torch.cat, nn.AvgPool2d, F.avg_pool2d}
+JOINTS: set[object] = {*ADDS, *MULS, *POOLS, *MEANS, torch.cat, nn.AvgPool2d, F.avg_pool2d}
 AVERAGED = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")  # by F.avg_pool2d
 
 
@@ -227,10 +230,11 @@ def _owner(node: fx.Node) -> str:
 
 def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_channel: bool) -> fx.GraphModule:
     """Put quantisers into a graph, in place: on the weights of the chosen layers, on their inputs, and with JOINT_BITS
-    where a tensor goes into an addition, concatenation or average, and where what a convolution gives goes into what is
-    computed in float (SiLU, GELU, a gate): an integer kernel gives integers. One tensor has one quantiser per number of
-    bits. graph.meta["bits"] then tells the layers' bits."""
+    where a tensor goes into an addition, a concatenation, an average or a gate's product, and where what a convolution
+    gives goes into what is computed in float (GELU, a layer norm): an integer kernel gives integers. One tensor has one
+    quantiser per number of bits. graph.meta["bits"] then tells the layers' bits."""
     graph.meta["bits"] = dict(chosen)
+    _gates_apart(graph)
     for name, (bits, _) in chosen.items():
         layer: Any = graph.get_submodule(name)
         layer.__class__ = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
@@ -247,8 +251,8 @@ def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_ch
             asked = _asked(graph, user, chosen)
             if len(asked) == 1 and (bits := next(iter(asked))):
                 wanted[node, user] = bits
-            elif asked == {0} and user not in numbers and _made(graph, node, chosen) and not _ends(graph, user):
-                wanted[node, user] = JOINT_BITS
+            elif asked in ({0}, {0, JOINT_BITS}) and user not in numbers and _made(graph, node, chosen):
+                wanted |= {} if _ends(graph, user) else {(node, user): JOINT_BITS}
     order = {node: k for k, node in enumerate(graph.graph.nodes)}
     for node, bits in dict.fromkeys((node, bits) for (node, _), bits in wanted.items()):
         users = sorted((user for user in node.users if wanted.get((node, user)) == bits), key=order.__getitem__)
@@ -260,6 +264,17 @@ def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_ch
             user.replace_input_with(node, quantised)
     graph.recompile()
     return graph
+
+
+def _gates_apart(graph: fx.GraphModule) -> None:
+    """Make every SiLU the product that it is, in place: sigmoid and product have integer kernels, SiLU has none."""
+    for node in list(graph.graph.nodes):
+        if kind(graph, node) in (nn.SiLU, F.silu):
+            given = node.all_input_nodes[0]
+            with graph.graph.inserting_before(node):
+                gate = graph.graph.call_function(torch.sigmoid, (given,))
+                node.replace_all_uses_with(graph.graph.call_function(operator.mul, (given, gate)))
+            graph.graph.erase_node(node)
 
 
 def _name(node: fx.Node, bits: int) -> str:
@@ -305,11 +320,13 @@ def _ends(graph: fx.GraphModule, user: fx.Node) -> bool:
 
 
 def _joins(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether one of JOINTS joins tensors or averages maps, on integers as it does in float: an addition of a constant
-    and a mean of channels belong to a formula (a layer norm's, whose variance is no number of steps)."""
-    what = kind(graph, node)
+    """Whether one of JOINTS joins tensors, gates one or averages maps, on integers as it does in float: an addition of
+    a constant and a mean of channels belong to a formula (a layer norm's, whose variance is no number of steps)."""
+    what, given = kind(graph, node), [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, fx.Node)]
+    if what in MULS:
+        return len(given) == 2 and any(kind(graph, each) in GATES for each in given)
     if what in ADDS:
-        return sum(isinstance(given, fx.Node) for given in (*node.args, *node.kwargs.values())) == 2
+        return len(given) == 2
     if what in MEANS:
         return averages_maps(graph, node)
     return not _reaches_beyond(graph, node)
