@@ -304,8 +304,6 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, opset: i
     images = example[:1].detach().cpu().float()
     if isinstance(model, Classifier):  # a file cannot hold its antialiased resize
         images = model.resized(images)
-    if any(isinstance(each, nn.AvgPool2d) and each.divisor_override for each in model.modules()):
-        raise UserError("ONNX has no divisor_override of an average pool; multiply what the pool gives instead")
     proto = _exported(model, images, opset or needed)
     if not proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
         raise UserError(
@@ -352,4 +350,7 @@ def _exported(model: nn.Module, images: Tensor, opset: int) -> Any:
                 f"{name} cannot be exported to ONNX: {type(cause).__name__}: {reason}; replace that operator, or keep "
                 "the model in torch"
             ) from None
+    for node in program.exported_program.graph.nodes:
+        if str(node.target).startswith("aten.avg_pool2d") and len(node.args) > 6 and node.args[6]:
+            raise UserError("ONNX has no divisor_override of an average pool; multiply what the pool gives instead")
     return program.model_proto

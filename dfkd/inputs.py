@@ -11,7 +11,7 @@ from dfkd.assemble import Parts
 from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
-from dfkd.compress.graph import network_input, network_of
+from dfkd.compress.graph import check_takes, network_input, network_of
 from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
 from dfkd.compress.quantize import layer_bits, layer_names, matching
@@ -99,7 +99,8 @@ def check_layers(parts: Parts) -> None:
         model = task_input(parts, name)[0] if fresh is None else fresh
         shape = (PROBE, recipe.image.channels, recipe.image.size, recipe.image.size)
         images = torch.rand(shape, generator=rng("cpu", "check")).to(parts.shard.device)
-        graph = trace(network_of(model), network_input(model, images))
+        check_takes(network_of(model), inputs := network_input(model, images))
+        graph = trace(network_of(model), inputs)
         if task in ("qat", "ptq"):
             layer_bits(graph, (keys.weights, keys.activations), **bits_by_layer(keys))
         for pattern in keys.ignore if task in ("prune", "udfc") else ():

@@ -267,8 +267,9 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"^Both cannot be exported for any number of images: its forward counts"):
         export_onnx(Both(), images(2), tmp_path / "m.onnx")
-    with pytest.raises(UserError, match=r"^ONNX has no divisor_override of an average pool; multiply"):
-        export_onnx(nn.Sequential(nn.AvgPool2d(2, divisor_override=3)), images(2), tmp_path / "m.onnx")
+    for pool in (nn.AvgPool2d(2, divisor_override=3), Average({"divisor_override": 3})):
+        with pytest.raises(UserError, match=r"^ONNX has no divisor_override of an average pool; multiply"):
+            export_onnx(nn.Sequential(pool), images(2), tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
 
 

@@ -110,11 +110,19 @@ def test_a_norm_of_tokens_is_not_taken_into_a_linear_layer(rows: Any, tokens: in
     same(fold(graph)(x), network(x))
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        lambda x: x.squeeze(1),
+        lambda x: torch.squeeze(input=x, dim=1),
+        lambda x: F.adaptive_avg_pool2d(x.transpose(1, 2), (1, 4)).squeeze(2),
+    ],
+)
 @torch.no_grad()
-def test_a_norm_of_a_maps_lines_is_not_taken_into_a_linear_layer() -> None:
+def test_a_norm_of_a_maps_lines_is_not_taken_into_a_linear_layer(lines: Any) -> None:
     """As many lines as features: a squeeze is no mean over pixels."""
     layers = {"a": nn.Linear(4, 4), "b": nn.BatchNorm1d(4), "c": nn.Linear(16, 2)}
-    network = vary(Small(lambda m, x: m.c(m.b(m.a(x.squeeze(1))).flatten(1)), **layers).double(), low=0.5).eval()
+    network = vary(Small(lambda m, x: m.c(m.b(m.a(lines(x))).flatten(1)), **layers).double(), low=0.5).eval()
     x = images(5, 1, 4, 4, dtype=torch.float64)
     assert norms(trace(network)) == {}
     same(fold(trace(network))(x), network(x))

@@ -241,7 +241,7 @@ def test_timms_joint_batch_norms_are_repaired_under_their_own_names(repair: str)
 def context(m: Any, x: Tensor) -> Tensor:
     """What the whole image says is added everywhere (GCNet)."""
     x = m.a(x).relu()
-    x = x + m.g2(m.g1(x.mean((2, 3), keepdim=True)).relu())
+    x = x + m.g2(m.g1(x.mean((2, 3), keepdim=True)).relu()) + x.shape[-1] / 100
     return m.head(m.b(x).relu().mean((2, 3)))
 
 

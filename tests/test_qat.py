@@ -351,10 +351,10 @@ def tokens(m: Any, x: Tensor) -> Tensor:
     return m.head(m.b(m.a(m.conv(x).flatten(2).permute(2, 0, 1)).relu()).mean(0))
 
 
-def quarters(m: Any, x: Tensor) -> Tensor:
-    """Every quarter of an image through one network."""
+def parts_of(m: Any, x: Tensor) -> Tensor:
+    """Every part of an image through one network."""
     parts = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 1, 4, 4)
-    return m.head(m.b(m.a(m.conv(parts).mean((2, 3))).relu()).view(-1, 4, 4).mean(1))
+    return m.head(m.b(m.a(m.conv(parts).mean((2, 3))).relu()).view(-1, 16, 4).mean(1))
 
 
 def checked(m: Any, x: Tensor) -> Tensor:
@@ -366,14 +366,23 @@ def checked(m: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["nearest", "reconstruct", "train"])
-@pytest.mark.parametrize("forward", [tokens, quarters, checked])
+@pytest.mark.parametrize("forward", [tokens, parts_of, checked])
 def test_networks_whose_batch_is_not_the_first_axis_or_that_check_sizes(forward: Any, method: Any) -> None:
     torch.manual_seed(0)
     layers: dict[str, nn.Module] = {"conv": nn.Conv2d(1, 4, 2, 2), "head": nn.Linear(4, 3)}
     network = Small(forward, **layers, a=nn.Linear(4, 4), b=nn.Linear(4, 4)).eval()
-    x, more = images(40, 1, 8, 8), {} if method == "nearest" else {"steps": 2}
-    done = quantize(network, [x], 8, method=method, images=40, **more)
+    x, more = images(64, 1, 16, 16), {} if method == "nearest" else {"steps": 2}  # as many images as tokens
+    done = quantize(network, [x], 8, method=method, images=64, **more)
     with torch.no_grad():
         assert (done.model(x) - network(x)).norm() < 0.05 * network(x).norm()
     left = {line["layer"] for line in done.layers if "note" in line}
     assert left == ({"conv", "a", "b", "head"} if method == "reconstruct" and forward is not checked else set())
+
+
+@pytest.mark.parametrize("options", [{"method": "train"}, {"fisher": True}])
+def test_two_heads_have_no_logits_to_compare(options: dict[str, Any]) -> None:
+    layers = {"a": nn.Conv2d(1, 4, 3), "b": nn.Linear(4, 2), "c": nn.Linear(4, 3)}
+    network = Small(lambda m, x: (m.b(y := m.a(x).mean((2, 3))), m.c(y)), **layers)
+    with pytest.raises(UserError, match=r"^Small gives a tuple, not logits.*'reconstruct' without fisher"):
+        quantize(network, [images(32, 1, 6, 6)], 8, images=32, **options)
+    quantize(network, [images(32, 1, 6, 6)], 8, images=32, steps=1)

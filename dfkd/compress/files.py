@@ -47,12 +47,13 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) ->
         kwargs=about.get("kwargs"),
         trust_code=trust_code,
     )
-    tensors = read_checkpoint(folder)
+    tensors, older = read_checkpoint(folder), False
     try:
         structure = about.get("structure", {})
         resize(network, structure.get("channels", {}))
         if quantized := structure.get("quantized"):
-            size = quantized.get("input")  # of an image; folders of before it was kept hold networks that need none
+            size = quantized.get("input")  # of an image
+            older = size is None  # it is not in folders of before 30 November 2026
             network = fold(trace(network, torch.zeros(1, *size) if size else None))
             insert(network, quantized["bits"], per_channel=True)
             for name, quantizer in activation_quantizers(network).items():
@@ -61,7 +62,8 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) ->
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # a description that is wrong
         reason = " ".join(str(error).split())[:300]
         kind = "" if isinstance(error, RuntimeError | UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{os.fspath(folder)} does not fit {about['model']}: {kind}{reason}") from None
+        remedy = "; an older dfkd made it: quantise the float model again" if older else ""
+        raise UserError(f"{os.fspath(folder)} does not fit {about['model']}: {kind}{reason}{remedy}") from None
     return Classifier(
         network,
         name=os.path.basename(os.path.normpath(folder)),

@@ -76,11 +76,11 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
     stream is too short, or the network does not take them."""
     device = next(model.parameters(), torch.empty(0)).device
     inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
-    _check_takes(network_of(model), inputs[0][:2])
+    check_takes(network_of(model), inputs[0][:2])
     return inputs
 
 
-def _check_takes(network: nn.Module, images: Tensor) -> None:
+def check_takes(network: nn.Module, images: Tensor) -> None:
     """Raise UserError where a network does not take images, its inputs: what follows would blame something else."""
     try:
         with eval_mode(network):
@@ -181,13 +181,18 @@ def _makes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
         return averages_maps(graph, node)
     before: Any = node.args[0]  # of a squeeze
     again = kind(graph, before) in SQUEEZES and _makes_rows(graph, before)
-    return again or kind(graph, before) in POOLS or averages_maps(graph, before)
+    return again or averages_maps(graph, before)
 
 
 def averages_maps(graph: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a node is the mean of maps [B, C, H, W] over their pixels."""
-    axes = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else ())
-    return kind(graph, node) in MEANS and isinstance(axes, tuple | list) and {*axes} in ({2, 3}, {-2, -1})
+    """Whether a node is the mean of maps [B, C, H, W] over all of their pixels."""
+    what, given = kind(graph, node), node.args[1] if len(node.args) > 1 else None
+    if what is nn.AdaptiveAvgPool2d:
+        return graph.get_submodule(str(node.target)).output_size in (1, (1, 1))
+    if what is F.adaptive_avg_pool2d:
+        return node.kwargs.get("output_size", given) in (1, (1, 1), [1, 1])
+    axes = node.kwargs.get("dim", given)
+    return what in MEANS and isinstance(axes, tuple | list) and {*axes} in ({2, 3}, {-2, -1})
 
 
 @torch.no_grad()
@@ -235,7 +240,7 @@ def remove_call(graph: fx.GraphModule, name: str) -> None:
     """Take a module with one input out of the graph; its input goes on in its place."""
     for node in list(graph.graph.nodes):
         if node.op == "call_module" and node.target == name:
-            node.replace_all_uses_with(node.all_input_nodes[0])
+            node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
     graph.delete_submodule(name)
 

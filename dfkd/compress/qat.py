@@ -35,6 +35,7 @@ from dfkd.compress.tracing import trace
 from dfkd.compress.units import mark
 from dfkd.cuda_graphs import DIRECT
 from dfkd.errors import UserError
+from dfkd.runtime import eval_mode
 from dfkd.stream import Replay, SyntheticStream
 from dfkd.teachers import Teacher
 
@@ -75,12 +76,26 @@ def quantize(
         raise UserError(f"method='nearest' takes no {', '.join(options)}; only reconstruct and train have options")
     inputs = calibration_inputs(model, stream, images)
     network = network_of(model)
+    if options.get("fisher"):
+        _check_logits(network, inputs[0][:1])
     graph = prepare(network, bits, inputs, folded=True, per_channel=True, ends=ends, overrides=overrides, ignore=ignore)
     naive = with_network(model, copy.deepcopy(graph))
     learned: list[dict[str, Any]] = []
     if method == "reconstruct":
         learned = reconstruct(graph, torch.cat(inputs), autocast=autocast, **options)
     return result(model, with_network(model, graph), naive, inputs, learned)
+
+
+@torch.no_grad()
+def _check_logits(network: nn.Module, images: Tensor) -> None:
+    """Raise UserError where a network gives something else than logits, which are to be compared."""
+    with eval_mode(network):
+        given = network(images)
+    if not isinstance(given, Tensor):
+        raise UserError(
+            f"{type(network).__name__} gives a {type(given).__name__}, not logits, which method='train' and fisher "
+            "compare; give method='reconstruct' without fisher, or a network with one head"
+        )
 
 
 class Training:
@@ -117,6 +132,7 @@ class Training:
         check_length(stream, steps)  # before the warm start, which may take minutes
         self.given = model
         self.inputs = calibration_inputs(model, stream if calibration is None else calibration, images)
+        _check_logits(network_of(model), self.inputs[0][:1])
         reference = trace(network_of(model), self.inputs[0][:2])
         self.names = mark(reference)
         settings: dict[str, Any] = {"ends": ends, "overrides": overrides, "ignore": ignore}

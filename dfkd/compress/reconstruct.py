@@ -247,7 +247,7 @@ def reconstruct(
     twin = dict(zip(graph.graph.nodes, reference.graph.nodes))
     figures: list[dict[str, Any]] = []
     left = dict.fromkeys(quantized_layers(graph), "in no unit with one input and one output")
-    x_float = x = images
+    x_float, x, one = images, images, images[:1]
     for block in units(graph):
         try:
             _, source, sink = extract(graph, block.nodes, block.name)
@@ -262,7 +262,8 @@ def reconstruct(
             start_float = values(reference, float_nodes, twin[source], x_float, twin[start])
             start_x = values(graph, block.nodes, source, x, start)
             target = values(reference, float_nodes, twin[source], x_float, twin[end])
-            if len(start_x) != len(images) or len(target) != len(images):  # tokens first, or parts of images
+            rows = [len(values(graph, block.nodes, source, one, node)) for node in (start, end)]
+            if rows != [1, 1]:  # of one image: tokens first, or its parts
                 left |= dict.fromkeys(quantized_layers(part), "its first axis is not that of the images")
                 continue
             nearest = values(graph, piece.nodes, start, start_x, end)
@@ -276,7 +277,8 @@ def reconstruct(
                 left.pop(name)
         x_float = values(reference, float_nodes, twin[source], x_float, twin[sink])
         x = values(graph, block.nodes, source, x, sink)
-        if len(x) != len(images):
+        one = values(graph, block.nodes, source, one, sink)
+        if len(one) != 1:
             left |= dict.fromkeys(left, f"the first axis of what {block.name} gives is not that of the images")
             break
     return figures + [{"unit": name, "skipped": reason} for name, reason in left.items()]

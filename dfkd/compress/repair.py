@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd.compress.graph import ADDS, affine, is_layer, kind, norms, own_name, watch
+from dfkd.compress.graph import ADDS, affine, is_layer, kind, norms, own_name, sizes, watch
 from dfkd.compress.tracing import trace
 from dfkd.compress.units import extract, units
 from dfkd.errors import UserError
@@ -165,7 +165,7 @@ def _other_branch(part: fx.GraphModule, nodes: list[fx.Node], node: fx.Node, nor
     for each in before:
         before += [source for source in each.all_input_nodes if source not in before]
     late = any(each in later and is_layer(part, each, nn.Conv2d, nn.Linear) for each in before)
-    return None if late or other.op == "get_attr" else other
+    return None if late or other.op == "get_attr" or other in sizes(part) else other
 
 
 def _scale(norm: Any, output: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from dfkd.runtime import eval_mode
 
 
 class _Tracer(fx.Tracer):
-    """torch.nn's layers are leaves; so is timm's that computes the same. A forward that branches on a number which is
-    alike for one of the images and for two (a size of maps) goes where it goes for these."""
+    """torch.nn's layers are leaves; so is timm's that computes the same. A forward that branches on sizes, but not on
+    how many images there are, goes where it goes for one of the images and for two."""
 
     def __init__(self, images: Tensor | None) -> None:
         super().__init__()
@@ -37,15 +37,23 @@ class _Tracer(fx.Tracer):
         return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        found = self._values(obj.node)
-        if not found or any(isinstance(value, Tensor) for value in found) or found[0] != found[1]:
+        self._run()
+        if not self.runs or not self._is_of_sizes(obj.node):
             return super().to_bool(obj)  # raises
         self.asked.add(obj.node)
-        return bool(found[0])
+        return bool(self.runs[0].env[obj.node])
+
+    def _is_of_sizes(self, node: fx.Node) -> bool:
+        """Whether a node is made of what tensors tell of themselves, and of numbers that are alike for all batches."""
+        values = [run.env[node] for run in self.runs]
+        if isinstance(values[0], Tensor) or (isinstance(values[0], bool | int | float) and values[0] != values[1]):
+            return False
+        told = node.target is getattr or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
+        return told or all(self._is_of_sizes(each) for each in node.all_input_nodes)
 
     @torch.no_grad()
-    def _values(self, node: fx.Node) -> list[Any]:
-        """What a node comes to for each of the batches."""
+    def _run(self) -> None:
+        """Compute what is traced so far, for each of the batches."""
         if not self.runs:
             self.runs = [fx.Interpreter(self.root, False, self.graph) for _ in self.batches]
             for run, images in zip(self.runs, self.batches):
@@ -58,7 +66,6 @@ class _Tracer(fx.Tracer):
                         run.env[each] = run.run_node(each)
         finally:
             self.running = False
-        return [run.env[node] for run in self.runs]
 
     def forget_conditions(self) -> None:
         """Take numbers that were asked for alone out of the graph: a reader of a layer's output keeps norms from being
@@ -92,10 +99,12 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         reason = " ".join(str(error).split())[:200]
         values = "values" if images is not None else "values or sizes"
         raise UserError(
-            f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on {values}"
+            f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on "
+            f"{values}, nor loop over sizes"
         ) from None
     tracer.forget_conditions()
     _out_of_place(graph, in_place)
+    _input_first(graph)
     traced = fx.GraphModule(tracer.root, graph).eval()
     # Once more, since what no longer works in place is called otherwise then: files know quantisers by these names.
     traced = fx.GraphModule(traced, _Tracer(None).trace(traced)).eval()
@@ -173,6 +182,13 @@ def _out_of_place(graph: fx.Graph, modules: Iterable[str]) -> None:
         if node.target in modules if node.op == "call_module" else _call_not_in_place(node):
             given = node.all_input_nodes[0]
             given.replace_all_uses_with(node, delete_user_cb=lambda user: place[user] > place[node])  # noqa: B023
+
+
+def _input_first(graph: fx.Graph) -> None:
+    """Give what a call names `input` without its name: layer(input=x), torch.squeeze(input=x)."""
+    for node in graph.nodes:
+        if not node.args and "input" in node.kwargs:
+            node.args, node.kwargs = (node.kwargs["input"],), {k: v for k, v in node.kwargs.items() if k != "input"}
 
 
 def _call_not_in_place(node: fx.Node) -> bool:
