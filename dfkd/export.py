@@ -214,13 +214,14 @@ def _own_weights(proto: Any) -> None:
     each layer's by name."""
     stored = {initializer.name: initializer for initializer in proto.graph.initializer}
     taken: set[str] = set()
+    readers: dict[str, list[tuple[Any, int]]] = {}
+    for reader in proto.graph.node:
+        for k, name in enumerate(reader.input):
+            readers.setdefault(name, []).append((reader, k))
     for node in list(proto.graph.node):
         if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
             continue
-        readers = [
-            (reader, k) for reader in proto.graph.node for k, x in enumerate(reader.input) if x == node.output[0]
-        ]
-        for count, (reader, k) in enumerate(readers):
+        for count, (reader, k) in enumerate(readers.get(node.output[0], [])):
             own = node if not count else proto.graph.node.add()
             if count:
                 own.CopyFrom(node)
@@ -246,7 +247,6 @@ def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
     onnx = package("onnx")
     helper, types = onnx.helper, onnx.TensorProto
     stored = {initializer.name: initializer for initializer in proto.graph.initializer}
-    few = {layer: stored_type(pair[0]) for layer, pair in bits.items()}
     for node in list(proto.graph.node):
         if node.op_type != "DequantizeLinear" or node.input[0] not in stored:
             continue
@@ -257,7 +257,7 @@ def _pack(proto: Any, bits: dict[str, list[int]], prefix: str) -> None:
         )
         node.input.append(f"{node.name}.zero")
         layer = name.removeprefix(prefix).partition(".quantizer.codes")[0]
-        own = few.get(layer, "INT8")
+        own = stored_type(bits[layer][0]) if layer in bits else "INT8"
         if own != "INT8":
             values = onnx.numpy_helper.to_array(codes)
             dtype = helper.tensor_dtype_to_np_dtype(types.DataType.Value(own))

@@ -92,13 +92,13 @@ def check_layers(parts: Parts) -> None:
     """Raise UserError where a task's input is quantised already, cannot be traced, has no layer that a name pattern of
     the task means, or nothing that the task could take out; before anything is trained."""
     recipe = parts.recipe
+    shape = (PROBE, recipe.image.channels, recipe.image.size, recipe.image.size)
+    images = torch.rand(shape, generator=rng("cpu", "check")).to(parts.shard.device)
     for task in (task for task in recipe.tasks if task in COMPRESSIONS):
         keys = settings(recipe, task)
         name = source(recipe, task, keys.input)
         fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
         model = task_input(parts, name)[0] if fresh is None else fresh
-        shape = (PROBE, recipe.image.channels, recipe.image.size, recipe.image.size)
-        images = torch.rand(shape, generator=rng("cpu", "check")).to(parts.shard.device)
         check_takes(network_of(model), inputs := network_input(model, images))
         graph = trace(network_of(model), inputs)
         if task in ("qat", "ptq"):

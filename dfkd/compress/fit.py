@@ -21,6 +21,8 @@ from dfkd.runtime import Shard, autocast_of, prepare, reseed, to_float
 from dfkd.stream import SyntheticStream, Watch, feature_widths
 from dfkd.teachers import Teacher, features_of, shares_of, tap_features
 
+FADE = 0.25  # share of the updates, at the end, over which a projector's maps lose their weight
+
 
 def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups: weight decay on matrices and kernels, none on biases and batch norms."""
@@ -29,9 +31,6 @@ def no_decay_split(model: nn.Module, weight_decay: float) -> list[dict[str, Any]
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
-
-
-FADE = 0.25  # share of the updates, at the end, over which a projector's maps lose their weight
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:

@@ -316,8 +316,8 @@ def _takes(network: nn.Module, cut: Cut, probe: Tensor) -> bool:
         given = tree_leaves(_remove(copy.deepcopy(network), cut)(probe))
     except Exception:  # a stranger's forward with sizes it was not made for, and channels that are counted otherwise
         return False
-    alike = [cut.shape == whole.shape for cut, whole in zip(given, expected)]
-    return all(alike) and all((cut - whole).norm() <= 1e-3 * whole.norm() for cut, whole in zip(given, expected))
+    pairs = list(zip(given, expected))
+    return all(x.shape == y.shape for x, y in pairs) and all((x - y).norm() <= 1e-3 * y.norm() for x, y in pairs)
 
 
 def _lines(

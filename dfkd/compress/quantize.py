@@ -251,8 +251,8 @@ def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_ch
             asked = _asked(graph, user, chosen)
             if len(asked) == 1 and (bits := next(iter(asked))):
                 wanted[node, user] = bits
-            elif asked in ({0}, {0, JOINT_BITS}) and user not in numbers and _made(graph, node, chosen):
-                wanted |= {} if _ends(graph, user) else {(node, user): JOINT_BITS}
+            elif asked in ({0}, {0, JOINT_BITS}) and user not in numbers and _leaves(graph, node, user, chosen):
+                wanted[node, user] = JOINT_BITS
     order = {node: k for k, node in enumerate(graph.graph.nodes)}
     for node, bits in dict.fromkeys((node, bits) for (node, _), bits in wanted.items()):
         users = sorted((user for user in node.users if wanted.get((node, user)) == bits), key=order.__getitem__)
@@ -304,11 +304,12 @@ def _asked(graph: fx.GraphModule, user: fx.Node, chosen: Mapping[str, Sequence[i
     return {JOINT_BITS if what in JOINTS and _joins(graph, user) else 0}
 
 
-def _made(graph: fx.GraphModule, node: fx.Node, chosen: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a node is what a chosen convolution gives, with a norm and ReLU behind it where they are."""
+def _leaves(graph: fx.GraphModule, node: fx.Node, user: fx.Node, chosen: Mapping[str, Sequence[int]]) -> bool:
+    """Whether what a chosen convolution gives, with a norm and ReLU behind it where they are, goes from a node into
+    what is computed for itself, in float."""
     while kind(graph, node) in RELUS or is_layer(graph, node, _BatchNorm):
         node = node.all_input_nodes[0]
-    return is_layer(graph, node, nn.Conv2d) and node.target in chosen
+    return is_layer(graph, node, nn.Conv2d) and node.target in chosen and not _ends(graph, user)
 
 
 def _ends(graph: fx.GraphModule, user: fx.Node) -> bool:
