@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import ADDS, CARRIERS, RELUS, fold, kind, network_of, norms
-from dfkd.compress.quantize import (
+from dfkd.compress.quantizers import (
     ActivationQuantizer,
     QuantizedConv2d,
     QuantizedLinear,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import with_network
-from dfkd.compress.quantize import QUANTIZED, prepare, quantized_layers, round_biases
+from dfkd.compress.quantize import prepare, round_biases
+from dfkd.compress.quantizers import QUANTIZED, quantized_layers
 from dfkd.errors import UserError
 from dfkd.export import export_onnx, stored_type
 from dfkd.stream import SyntheticStream, from_noise

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import fold, network_of
 from dfkd.compress.qat import Training, quantize
-from dfkd.compress.quantize import activation_quantizers, quantized_layers
+from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.result import Compressed
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfkd.compress.quantize import activation_quantizers, prepare, quantized_layers
+from dfkd.compress.quantize import prepare
+from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.reconstruct import SoftRounding, fisher_weights, float_copy, reconstruct, squared_error, undecided
 from dfkd.errors import UserError
 from dfkd.models import build_model

@@ -16,7 +16,7 @@ from dfkd import tasks
 from dfkd.compress.files import load_compressed
 from dfkd.compress.fit import Fit
 from dfkd.compress.graph import network_of
-from dfkd.compress.quantize import quantized_layers
+from dfkd.compress.quantizers import quantized_layers
 from dfkd.compress.result import Compressed
 from dfkd.data import load_images
 from dfkd.errors import UserError

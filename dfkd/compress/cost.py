@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfkd.compress.graph import network_of
-from dfkd.compress.quantize import activation_quantizers, quantized_layers
+from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.runtime import eval_mode
 
 

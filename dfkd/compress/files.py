@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.compress.channels import resize
 from dfkd.compress.graph import fold, network_of
-from dfkd.compress.quantize import activation_quantizers, insert, quantized_layers
+from dfkd.compress.quantize import insert
+from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.models import build_model, read_checkpoint, save_tensors

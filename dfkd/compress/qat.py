@@ -20,15 +20,8 @@ from dfkd.compress.graph import (
     with_network,
 )
 from dfkd.compress.hints import Hints
-from dfkd.compress.quantize import (
-    Bits,
-    GivenBits,
-    activation_quantizers,
-    name_quantizers,
-    prepare,
-    quantized_layers,
-    round_biases,
-)
+from dfkd.compress.quantize import Bits, GivenBits, name_quantizers, prepare, round_biases
+from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.reconstruct import reconstruct
 from dfkd.compress.result import Compressed
 from dfkd.compress.tracing import trace

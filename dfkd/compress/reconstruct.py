@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.compress.graph import CARRIERS, RELUS, is_layer, kind
-from dfkd.compress.quantize import QUANTIZED, ActivationQuantizer, activation_quantizers, quantized_layers
+from dfkd.compress.quantizers import QUANTIZED, ActivationQuantizer, activation_quantizers, quantized_layers
 from dfkd.compress.units import Unit, extract, units
 from dfkd.errors import UserError
 from dfkd.runtime import full_precision, reseed

@@ -1,0 +1,152 @@
+"""Quantisers with learned step sizes (LSQ): of weights, of tensors, of the layers that have them."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd.runtime import full_precision
+
+
+class _LearnedStep(torch.autograd.Function):
+    """s * round(clip(v / s, low, high)), straight through for v; LSQ's gradient for s."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, step: Tensor, low: int, high: int, factor: float) -> Tensor:
+        ctx.save_for_backward(v, step)
+        ctx.limits, ctx.factor = (low, high), factor
+        return (v / step).clamp_(low, high).round_().mul_(step)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        v, step = ctx.saved_tensors
+        low, high = ctx.limits
+        x = v / step
+        inside = (x > low) & (x < high)
+        slope = x.clamp(low, high).round_().sub_(x * inside)
+        return grad * inside, (grad * slope).sum_to_size(step.shape).mul_(ctx.factor), None, None, None
+
+
+def learned_step(v: Tensor, step: Tensor, low: int, high: int, factor: float = 1.0) -> Tensor:
+    """v on the grid step * {low, ..., high}; step broadcasts over v. Esser et al. 2020, eq. 1 to 3.
+
+    The gradient of v is 1 inside the range and 0 outside, that of step is scaled by `factor` (their section 2.2).
+    """
+    return _LearnedStep.apply(full_precision(v), step, low, high, factor)
+
+
+def limits(bits: int, signed: bool) -> tuple[int, int]:
+    """Smallest and largest integer of a type."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def best_step(values: Tensor, bits: int, signed: bool, power: float = 2.4, candidates: int = 80) -> Tensor:
+    """The step [R] per row of values [R, N] with the least mean |error|^2.4 among shares of the largest value.
+
+    LAPQ (Nahshan et al. 2021) and BRECQ use the same exponent. A row of zeros gets step 1.
+    """
+    low, high = limits(bits, signed)
+    values = full_precision(values)
+    largest = torch.maximum(values.amax(1) / high, values.amin(1) / low if signed else values.amax(1) / high)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    best, least = largest, torch.full_like(largest, math.inf)
+    for k in range(candidates):
+        step = largest * (1 - 0.9 * k / candidates)
+        error = (learned_step(values, step[:, None], low, high) - values).abs_().pow_(power).mean(1)
+        best, least = torch.where(error < least, step, best), torch.minimum(error, least)
+    return best
+
+
+class WeightQuantizer(nn.Module):
+    """Signed weights in `bits` bits; scale [1] for the layer or [K] for its outputs."""
+
+    def __init__(self, weight: Tensor, bits: int, per_channel: bool) -> None:
+        super().__init__()
+        self.bits = bits
+        self.low, self.high = limits(bits, signed=True)
+        rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
+        self.scale = nn.Parameter(best_step(rows, bits, signed=True))
+
+    def step(self, weight: Tensor) -> Tensor:
+        """The scale, shaped to broadcast over the weights."""
+        return self.scale.view(-1, *[1] * (weight.dim() - 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        factor = (weight.numel() / len(self.scale) * self.high) ** -0.5
+        return learned_step(weight, self.step(weight), self.low, self.high, factor)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> Tensor:
+        """The integers that stand for the weights, int8."""
+        return (full_precision(weight) / self.step(weight)).clamp(self.low, self.high).round().to(torch.int8)
+
+
+class ActivationQuantizer(nn.Module):
+    """A tensor in `bits` bits with one scale; unsigned where calibration saw nothing below zero.
+
+    keep is the share of values left unquantised at random (QDrop, Wei et al. 2022), 0 outside reconstruction.
+    """
+
+    def __init__(self, bits: int, signed: bool = False) -> None:
+        super().__init__()
+        self.bits, self.signed, self.enabled, self.keep = bits, signed, True, 0.0
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            return x
+        low, high = limits(self.bits, self.signed)
+        factor = ((x[0].numel() if x.dim() else 1) * high) ** -0.5  # per sample: whatever the batch size
+        quantised = learned_step(x, self.scale, low, high, factor)
+        if not self.keep:
+            return quantised
+        kept = (torch.rand_like(quantised) < self.keep).to(quantised.dtype)
+        return torch.lerp(quantised, x.to(quantised.dtype), kept)  # many times as fast as torch.where on a CPU
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution whose weights go through `quantizer`."""
+
+    quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.quantizer(self.weight), self.bias)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose weights go through `quantizer`."""
+
+    quantizer: WeightQuantizer
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.quantizer(self.weight), self.bias)
+
+
+QUANTIZED = (QuantizedConv2d, QuantizedLinear)
+
+
+def quantized_layers(network: nn.Module) -> dict[str, Any]:
+    """The quantised convolutions and linear layers by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, QUANTIZED)}
+
+
+def activation_quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantisers of tensors by name."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
+@contextmanager
+def without_quantizers(graph: nn.Module) -> Iterator[None]:
+    """Let tensors pass unquantised in its scope."""
+    quantizers = activation_quantizers(graph).values()
+    for quantizer in quantizers:
+        quantizer.enabled = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.enabled = True
