@@ -177,7 +177,8 @@ def say_beginning(parts: Parts, hints: Hints | None) -> None:
         say(f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}")
     if hints is None:
         say(
-            "the student learns no layers of a teacher: distill.{maps,hints,attention} are 0, or there are none to pair"
+            "the student learns no layers of a teacher: distill.{maps,hints,attention} are 0, or there are none of one "
+            "size to pair, in networks that resize no images"
         )
     else:
         through = ", through 1x1 convolutions" if hints.projector else ""

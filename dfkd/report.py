@@ -106,6 +106,8 @@ def closing_table(results: Mapping[str, Any]) -> str:
         lines.append(f"student parameters over its teacher's: {_figure(student.get('ratio'))}")
     if student.get("agreement") or (student and student.get("accuracy") is None):
         lines.append(f"student's agreement with its teacher: {_agreement(student.get('agreement'))}")
+        if student.get("accuracy") is None:
+            lines.append("agreement is no accuracy: what is lost on real images only labelled ones tell (data.dataset)")
     if tasks := _dict(results.get("tasks")):
         lines += ["", *columns(_task_rows(tasks))]
     if results.get("seconds"):

@@ -279,6 +279,10 @@ def test_closing_table_never_calls_agreement_an_accuracy() -> None:
     assert "93" not in lines[3]
     expected = "93.25 %, 95 % interval 92.2 to 94.2, KL 0.1234 nats, on 2,560 synthetic images"
     assert f"student's agreement with its teacher: {expected}" in lines
+    assert any("agreement is no accuracy" in line for line in lines)
+    both = closing_table({**RESULTS, "student": {**RESULTS["student"], "agreement": agreement}})
+    assert expected in both
+    assert "agreement is no accuracy" not in both
     unknown = closing_table({"student": {**student, "agreement": None}})
     assert "student's agreement with its teacher: not measured" in unknown
     assert closing_table({})
