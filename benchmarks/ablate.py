@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bookkeeping import OWN, Keys, given_keys, keep_settings, numbers, read, whole, with_deviation, written
-from equal_time import Method, check_judged, compare, cores
+from equal_time import Method, check_judged, compare
 from methods import cells, describe
 
 from dfkd.errors import UserError
 from dfkd.recipe import load_recipe
+from dfkd.runtime import cores
 
 DEFAULTS = "defaults"
 VARIANTS: dict[str, Keys] = {

@@ -61,7 +61,12 @@ def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence
     keep_settings(out / "settings.json", {"keys": sorted(key for key in arguments if not key.startswith("seed="))})
     recipe = load_recipe([*arguments, f"output={out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
     accelerator, shard = make_accelerator(recipe.runtime.precision)
+    if recipe.data.dataset == "none" or not cases:
+        raise UserError(
+            "accuracies of --cases are what is measured: name one, and set data.dataset to real test images"
+        )
     parts = build(recipe, accelerator, shard)
+    parts.zoo = []  # before the one that is used
     parts.zoo = load_recipe_zoo(recipe, shard.device, print)  # trains what has no weights
     path = out / "figures.jsonl"
     lines = read(path)
@@ -74,18 +79,13 @@ def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence
             here.recipe = dataclasses.replace(recipe, **{task: dataclasses.replace(getattr(recipe, task), **keys)})
             model, _ = task_input(here, "main")
             begun = time.perf_counter()
-            done = TASKS[task](here, model, task_source(here, source, model), train)
+            done = TASKS[task](here, model, task_source(here, source, model), Fit.run)
             figures = {"case": case, "source": source, "seed": recipe.seed, **compare(here, model, done)}
             figures |= {"seconds": time.perf_counter() - begun, "device": describe_device(shard)}
             lines.append(figures)
             add(path, figures)
             print(case, source, figures["before"], figures["naive"], figures["after"], flush=True)
     print(table(lines))
-
-
-def train(fit: Fit) -> None:
-    """All steps at once, without checkpoints."""
-    fit.run()
 
 
 def table(lines: list[dict[str, Any]]) -> str:

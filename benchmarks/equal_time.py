@@ -71,11 +71,6 @@ class Method(NamedTuple):
     priced: str = ""
 
 
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def work_of(recipe: Recipe) -> Work:
     """The updates that a recipe asks for."""
     phases = plans(recipe)

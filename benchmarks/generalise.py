@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, given_keys, keep_settings, picked, read, written
+from bookkeeping import Keys, add, given_keys, keep_settings, numbers, picked, read, whole, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, load_recipe_zoo, reload_generator, teacher_folder
@@ -60,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argument."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/generalise"))
-    parser.add_argument("--seeds", default="0,1,2", help="with commas between")
+    parser.add_argument("--seeds", type=numbers, default="0,1,2", help="with commas between")
     parser.add_argument("--sources", default="", help="with commas between; all of --list unless given")
     parser.add_argument("--held-out", default="regnet,shuffle,se", help="teachers of the recipe that are in no zoo")
     parser.add_argument("--cases", default=",".join(CASES), help="; ".join(CASES).replace("%", "%%"))
-    parser.add_argument("--rounds", type=int, default=4, help="of image optimisation, of steps / rounds updates each")
+    parser.add_argument("--rounds", type=whole, default=4, help="of image optimisation, of steps / rounds updates each")
     parser.add_argument("--image-keys", default="", help="KEY=VALUE ... for image optimisation alone")
-    parser.add_argument("--images", type=int, default=1024, help="on which batch-norm loss and accuracy are measured")
+    parser.add_argument("--images", type=whole, default=1024, help="on which batch-norm loss and accuracy are measured")
     parser.add_argument("--list", action="store_true", help="name the sources and stop")
     options, given = parser.parse_known_args(arguments)
     try:
@@ -98,7 +98,7 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
     lines = read(path)
     figures = [("images", teacher.name) for teacher in parts.zoo]
     figures += [(case, model) for case in cases for model in held_out]
-    for seed in map(int, options.seeds.split(",")):
+    for seed in options.seeds:
         for name, own in chosen.items():
             found = {(line["case"], line["model"]) for line in lines if (line["source"], line["seed"]) == (name, seed)}
             wanted = [each for each in figures if each not in found]
@@ -155,6 +155,7 @@ def assembled(recipe: Recipe) -> Parts:
     """All teachers of the recipe, trained where they must be, and its test images."""
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     parts = build(recipe, accelerator, shard)
+    parts.zoo = []  # before the one that is used
     parts.zoo = load_recipe_zoo(recipe, shard.device, say)
     return parts
 
@@ -227,17 +228,12 @@ def compressed(parts: Parts, name: str, model: str, task: str, keys: Mapping[str
     here.recipe = dataclasses.replace(recipe, zoo=dataclasses.replace(recipe.zoo, main=model), **{task: settings})
     network, _ = task_input(here, "main")
     try:
-        done = TASKS[task](here, network, source_of(here, name, here.zoo[0]), train)
+        done = TASKS[task](here, network, source_of(here, name, here.zoo[0]), Fit.run)
     except UserError as error:
         return {"after": None, "why": str(error)}
     scores = {"before": measure(here, network), "naive": measure(here, done.naive), "after": measure(here, done.model)}
     n = next(score.n for score in scores.values() if score is not None)
     return {**{key: score and score.percent for key, score in scores.items()}, "n": n}
-
-
-def train(fit: Fit) -> None:
-    """All steps at once, without checkpoints."""
-    fit.run()
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from accelerate.utils import parse_flag_from_env
 from bookkeeping import Keys, given_keys, keep_settings, numbers, read, whole, with_deviation, written
-from equal_time import Method, check_judged, compare, cores
+from equal_time import Method, check_judged, compare
 
 from dfkd.errors import UserError
 from dfkd.recipe import FOLDER, load_recipe
+from dfkd.runtime import cores
 
 # ResNet-56, the main one of that zoo, and its student ResNet-20, which begins at random with every method.
 ON_GPU = {"base": "cifar10_zoo", "student.weights": "", "distill.lr": "0.3"}

@@ -182,10 +182,15 @@ def training_images(recipe: Recipe) -> list[dict[str, Any]]:
     """What real images the teachers were trained on here, each once: in this run, the one that cached them or those
     that made their folders."""
     found: list[dict[str, Any]] = []
-    for name, spec in recipe.zoo_specs.items():
-        about = folder_about(spec.weights) if spec.weights else read_description(teacher_folder(recipe, name, spec))
-        found += [entry for entry in made_from(about) if entry not in found]
+    for name in recipe.zoo_specs:
+        found += [entry for entry in made_from(teacher_about(recipe, name)) if entry not in found]
     return found
+
+
+def teacher_about(recipe: Recipe, name: str) -> dict[str, Any]:
+    """The description of the folder that a teacher was given by or trained into; empty where there is none (yet)."""
+    spec = recipe.teachers[name]
+    return folder_about(spec.weights or str(teacher_folder(recipe, name, spec)))
 
 
 def trained_teacher(
@@ -300,6 +305,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     about = describe(recipe, spec.model, spec.kwargs, student) | {"opened": made_from(made)}
     if selects:
         about["selected"] = {"teacher": like.name, "share": select_weights(model, like.model)}
+        about["opened"] = made_from(teacher_about(recipe, like.name))
     size = recipe.image.size
     images = torch.rand(8, recipe.image.channels, size, size, generator=rng(device, "check"), device=device)
     try:

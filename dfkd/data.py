@@ -1,6 +1,5 @@
 """Real images: the only room that opens them, and it writes down every time it does."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfkd.errors import UserError
+from dfkd.runtime import cores
 
 PURPOSES = {  # nothing else may look at a real image; and what to do where there is none
     "train teacher": "give the teacher weights",
@@ -254,7 +254,7 @@ def _all_decoded(paths: list[str], channels: int, size: int) -> Tensor:
         for index in range(start, min(start + 64, len(pixels))):
             pixels[index] = _decoded(paths[index], channels, size)
 
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # Pillow decodes outside Python's lock
+    with ThreadPoolExecutor(min(16, cores())) as pool:  # Pillow decodes outside Python's lock
         list(pool.map(decode, range(0, len(pixels), 64)))  # list: raises here what decode raised
     return torch.from_numpy(pixels).view(len(pixels), size, size, channels).permute(0, 3, 1, 2).contiguous()
 

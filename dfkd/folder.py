@@ -83,10 +83,11 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
     ]
     # By name, since of a link only the link goes, and by where it is, however it was reached.
     made = [base / name for base in (Path(os.path.abspath(folder)), folder.resolve()) for name in MADE]
-    for path in filter(None, needed):
-        places = (Path(os.path.abspath(path)), Path(path).resolve())
-        if Path(path).exists() and any(place.is_relative_to(one) for place in places for one in made):
-            raise UserError(f"overwrite=true would remove {path}, which this run needs; choose another output=...")
+    for name in filter(None, needed):
+        path = Path(name).expanduser()
+        places = (Path(os.path.abspath(path)), path.resolve())
+        if path.exists() and any(place.is_relative_to(one) for place in places for one in made):
+            raise UserError(f"overwrite=true would remove {name}, which this run needs; choose another output=...")
 
 
 @contextmanager
@@ -165,7 +166,8 @@ def _differences(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in keys if before.get(key) != now.get(key)]
 
 
-def owner(recipe: Recipe, world: int) -> str:
-    """What a checkpoint belongs to: the recipe, less the keys that may change, and the number of processes."""
-    text = json.dumps([_comparable(dataclasses.asdict(recipe)), world], sort_keys=True)
+def owner(recipe: Recipe, precision: str, world: int) -> str:
+    """What a checkpoint belongs to: the recipe, less the keys that may change, the precision (runtime.precision=auto is
+    another one on another machine) and the number of processes."""
+    text = json.dumps([_comparable(dataclasses.asdict(recipe)), precision, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

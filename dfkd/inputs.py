@@ -134,6 +134,8 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
         teacher = assemble.main_teachers(parts.recipe, parts.zoo)[0]
         spec = parts.recipe.teachers[teacher.name]
         about = assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
+        opened = assemble.made_from(assemble.teacher_about(parts.recipe, teacher.name))
+        about |= {"opened": opened, "moves": list(teacher.moves)}
         # A copy: the zoo's own may have to leave the device, and is not to be changed.
         return as_teacher(teacher, copy.deepcopy(teacher.model)), about
     about = read_description(folder)

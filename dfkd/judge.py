@@ -60,6 +60,7 @@ def judge(loaded: Loaded, source: str, count: int, command: str) -> None:
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     zoo = assemble.load_recipe_zoo(recipe, shard.device, say, train=False)
     sample = opener(recipe, source, count, zoo)  # on every process: all say what is wrong, before a teacher is trained
+    zoo = []  # the one that was checked must not be in memory beside the one that is used
     zoo = assemble.load_recipe_zoo(recipe, shard.device, say)
     if accelerator.is_main_process:
         name = assemble.main_teachers(recipe, zoo)[0].name

@@ -5,7 +5,7 @@ import math
 import os.path
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
@@ -56,8 +56,9 @@ class Loaded:
     sources: dict[str, str]
 
     def yaml(self) -> str:
-        """The resolved recipe as YAML, which loads to the same recipe."""
-        return OmegaConf.to_yaml(OmegaConf.structured(self.recipe))
+        """The resolved recipe as YAML, which loads to the same recipe, but for what each command is asked anew."""
+        asked = replace(self.recipe, overwrite=False, trust_code=False)
+        return OmegaConf.to_yaml(OmegaConf.structured(asked))
 
 
 def load_recipe(arguments: Sequence[str]) -> Loaded:

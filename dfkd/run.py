@@ -4,16 +4,18 @@ import dataclasses
 import errno
 import json
 import time
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 from torch import nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
-from dfkd.checkpoints import Checkpoints
+from dfkd.checkpoints import Checkpoints, Resumed
 from dfkd.collectives import agreed, sync_batchnorm
 from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
@@ -27,13 +29,13 @@ from dfkd.phases import make_fit, make_hints, make_loop, make_synthesizer, plans
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
 from dfkd.results import finish
-from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelerator, say, shut_down
+from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelerator, resolve_precision, say, shut_down
 from dfkd.schema import SELECTED, Recipe
 from dfkd.stream import FRESH, drawn_anew
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TRAINED, finished, run_task
 from dfkd.terms import check_losses
-from dfkd.training import Plan
+from dfkd.training import Loop, Plan
 from generators import save_generator
 
 
@@ -140,15 +142,16 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     the deadline comes first."""
     recipe, folder, shard = parts.recipe, parts.folder, parts.shard
     deadline = deadline or Deadline()
-    checkpoints = Checkpoints(folder / "checkpoints", owner(recipe, shard.world))
-    found = checkpoints.load(shard.device)
-    for warning in found.warnings if found else []:
+    checkpoints = Checkpoints(
+        folder / "checkpoints", owner(recipe, resolve_precision(recipe.runtime.precision, shard.device), shard.world)
+    )
+    step, state, warnings = checkpoints.load(shard.device) or Resumed(0, {}, [])
+    for warning in warnings:
         say(warning)
-    state = found.state if found else {}
     spent |= state.get("spent", {})
-    if found:
-        say(f"resuming {folder} after step {found.step}")
-    metrics = Metrics(folder, main=shard.rank == 0, resumed_after=found.step if found else 0)
+    if state:
+        say(f"resuming {folder} after step {step}")
+    metrics = Metrics(folder, main=shard.rank == 0, resumed_after=step)
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
     loop_of = partial(make_loop, parts, metrics=metrics, checkpoints=checkpoints, spent=spent, deadline=deadline)
     offset, worked = 0, False
@@ -156,30 +159,38 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
         for k, plan in enumerate(phases):
             if worked and agreed(deadline.within(0), shard.device):
                 raise Paused(f"task {plan.name} is next")
-            if plan.name not in COMPRESSIONS and state and k < reached:  # finished before the checkpoint was written
+            mine = state if k == reached else {}
+            if plan.name not in COMPRESSIONS and k < reached:  # finished before the checkpoint was written
                 take_up(parts, plan)
             elif plan.name not in COMPRESSIONS:
                 prepare_student(parts, plan)
                 synthesizer = make_synthesizer(parts) if plan.synthesis else None
                 fit = make_fit(parts, plan) if plan.students else None
                 loop = loop_of(plan, synthesizer, fit, offset=offset)
-                begun = loop.load_state_dict(state) if state and k == reached else 0
+                begun = go_on(loop, mine)
                 with compiled(networks(parts) if recipe.runtime.compile else []):
                     loop.run(begun)
                 save_phase(parts, plan, synthesizer)
                 worked = begun < plan.total
             elif not finished(recipe, plan.name):
                 say(f"task {plan.name}")
-
-                def train(
-                    fit: Fit, plan: Plan = plan, here: bool = bool(state) and k == reached, offset: int = offset
-                ) -> None:
-                    loop = loop_of(plan, None, fit, offset=offset)
-                    loop.run(loop.load_state_dict(state) if here else 0)
-
-                run_task(parts, plan.name, train)
+                run_task(parts, plan.name, partial(train, partial(loop_of, plan, None, offset=offset), mine))
                 worked = True
             offset += plan.total
+
+
+def train(loop_of: Callable[[Fit], Loop], state: dict[str, Any], fit: Fit) -> None:
+    """Train what a task trains, from a checkpoint's state where there is one."""
+    loop = loop_of(fit)
+    loop.run(go_on(loop, state))
+
+
+def go_on(loop: Loop, state: dict[str, Any]) -> int:
+    """The step from which a loop goes on: a checkpoint's, whose state it takes up, else 0. The state is emptied, lest
+    the device hold networks and replayed images twice until the run ends."""
+    begun = loop.load_state_dict(state) if state else 0
+    state.clear()
+    return begun
 
 
 def take_up(parts: Parts, plan: Plan) -> None:

@@ -256,8 +256,12 @@ def share_cores() -> None:
     OMP_NUM_THREADS."""
     launcher = _launcher()
     if launcher is not None and "OMP_NUM_THREADS" not in launcher.environ():
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def cores() -> int:
+    """The CPU cores that this process may use, of a machine's that may be shared."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_launch(processes: int) -> None:

@@ -118,8 +118,11 @@ class Replay:
         return to_float(images).permute(0, 3, 1, 2), targets
 
     def state_dict(self) -> dict[str, Any]:
-        """The ring's contents, of this rank."""
-        return {"images": self.images[: self.filled], "targets": self.targets[: self.filled], "next": self.next}
+        """The ring's contents, of this rank; until it is full a copy on the host, for a slice is saved whole."""
+        images, targets = self.images, self.targets
+        if self.filled < self.slots:
+            images, targets = (each[: self.filled].to("cpu", copy=True) for each in (images, targets))
+        return {"images": images, "targets": targets, "next": self.next}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up a state_dict."""

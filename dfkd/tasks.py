@@ -84,7 +84,7 @@ def training_stream(
     )
 
 
-Train = Callable[[Fit], None]  # runs a Fit to its end, with logging and checkpoints
+Train = Callable[[Fit], object]  # runs a Fit to its end, with logging and checkpoints
 
 
 def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,20 +75,20 @@ class Loop:
     shard: Shard
     metrics: Metrics
     checkpoints: Checkpoints
-    offset: int = 0
-    spent: dict[str, float] = field(default_factory=dict)
-    log_every: int = 50
-    grid_every: int = 500
-    checkpoint_every: float = 60.0
-    deadline: Deadline = field(default_factory=Deadline)
-    evaluate: Callable[[], Mapping[str, float]] | None = None  # the student's figures
-    evaluations: int = 0
+    offset: int
+    spent: dict[str, float]
+    log_every: int
+    grid_every: int
+    checkpoint_every: float
+    deadline: Deadline
+    evaluate: Callable[[], Mapping[str, float]] | None  # the student's figures
+    evaluations: int
     best: float = 0.0  # the student's agreement with its teacher
 
     def run(self, start: int = 0) -> None:
         """Go from loop step `start` to the end. Raises UserError where a term is NaN or the disk is full, and Paused,
         with a checkpoint, where the deadline would come before the next line is logged."""
-        plan, saved, begun = self.plan, time.perf_counter(), time.perf_counter()
+        plan, saved, counted = self.plan, time.perf_counter(), time.perf_counter()
         measured = plan.evaluated(self.evaluations) if self.evaluate is not None else set()
         terms: dict[str, Tensor] = {}
         self.metrics.new_phase()
@@ -103,17 +103,17 @@ class Loop:
             done = k + 1
             if done % self.log_every and done != plan.total and done not in measured and not self._ends_round(k):
                 continue
-            before, begun = begun, self._account(begun)
+            last_line, counted = counted, self._account(counted)
             self._log(done, terms)
             if self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
                 self.snapshot(done)
             if self.evaluate is not None and done in measured:
                 self._refuse_broken(done)
-                begun = self._account(begun)
+                counted = self._account(counted)
                 figures = {**self.evaluate(), "trained": self.spent[plan.name]}  # seconds, over all calls
                 self.metrics.write("evaluation", self.offset + done, figures)
-                begun = self._account(begun, "measuring the student")
-            late = done != plan.total and agreed(self.deadline.within(begun - before), self.shard.device)
+                counted = self._account(counted, "measuring the student")
+            late = done != plan.total and agreed(self.deadline.within(counted - last_line), self.shard.device)
             due = agreed(time.perf_counter() - saved >= self.checkpoint_every, self.shard.device)
             if done == plan.total or late or due:
                 self._refuse_broken(done)
@@ -126,7 +126,7 @@ class Loop:
         if self.fit is not None:
             self.fit.graphs.forget()
             mean_over_processes(batch_norm_buffers(self.fit.student))
-        self._account(begun)
+        self._account(counted)
 
     def _ends_round(self, k: int) -> bool:
         """Whether loop step k was a round of the synthesizer's: it may take long, and its images are kept for good, so
@@ -135,6 +135,7 @@ class Loop:
         return pooled and k < self.plan.alternating and k % max(1, self.plan.per) == 0
 
     def _account(self, begun: float, phase: str = "") -> float:
+        """Count the time since `begun` for a phase, this one unless named; returns until when all is counted."""
         now, phase = time.perf_counter(), phase or self.plan.name
         self.spent[phase] = self.spent.get(phase, 0.0) + now - begun
         return now
@@ -169,10 +170,10 @@ class Loop:
         text = ", ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures)
         self.metrics.progress(done, self.plan.total, f"{self.plan.name}: {text}")
 
-    def snapshot(self, done: int) -> dict[str, float]:
+    def snapshot(self, done: int) -> None:
         """On rank 0: an image grid, spread within classes against between, the teachers' agreement with the labels."""
         if self.shard.rank:
-            return {}
+            return
         figures, grid = look(self.generator, self.zoo, self.accelerator)
         phase = "generator" if self.synthesizer is not None and done <= self.plan.alternating else "frozen generator"
         self.metrics.write("images", self.offset + done, figures)
@@ -183,7 +184,6 @@ class Loop:
             self.metrics.warn(
                 self.offset + done, generator_notes(self.generator, figures, bn, done / self.plan.alternating)
             )
-        return figures
 
     def state_dict(self, done: int) -> dict[str, Any]:
         """All that a resume from loop step `done` needs, of this rank."""
@@ -212,8 +212,8 @@ class Loop:
 def look(
     generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
 ) -> tuple[dict[str, float], Tensor]:
-    """Figures of a generator's images (diversity; per teacher class agreement in percent and predicted balance, the
-    entropy of the classes it sees over that of balanced ones) and a grid, one class a row."""
+    """Figures of a generator's images, and a grid, one class a row: diversity, to the last teacher's eyes; per teacher
+    class agreement in percent and predicted balance, the entropy of the classes it sees over that of balanced ones."""
     device, classes = accelerator.device, min(LOOKED_AT, generator.classes)
     each = max(GRID_COLUMNS, SAMPLE // classes)
     labels = torch.arange(classes, device=device).repeat_interleave(each)

@@ -138,7 +138,7 @@ def test_torn_ones_do_not_push_out_what_is_written_after_them(checkpoints: Check
 
 def test_anothers_checkpoint_is_refused_by_name(checkpoints: Checkpoints) -> None:
     checkpoints.save(4, state(4))
-    with pytest.raises(UserError, match=r"step-00000004 is of another recipe or number of processes"):
+    with pytest.raises(UserError, match=r"step-00000004 is of another recipe, precision or number of processes"):
         Checkpoints(checkpoints.folder, "theirs").load(CPU)
     shutil.copytree(checkpoints.folder / "step-00000004", checkpoints.folder / "step-00000005")
     (checkpoints.folder / "step-00000005" / "manifest.json").unlink()

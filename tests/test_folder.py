@@ -6,7 +6,7 @@ import pytest
 from runs_fixture import Runs, start, wait_for
 
 from dfkd.errors import UserError
-from dfkd.folder import may_run
+from dfkd.folder import may_run, owner
 from dfkd.recipe import load_recipe
 
 SHORT = ("synthesis.steps=2", "distill.steps=2", "tasks=[distill]")
@@ -72,11 +72,20 @@ def test_what_a_run_needs_is_not_removed(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "elsewhere.pt").write_text("")
     (folder / "student" / "elsewhere.pt").symlink_to(tmp_path / "elsewhere.pt")
     needed["run/student/elsewhere.pt"] = ["teachers.plain.weights=run/student/elsewhere.pt"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    needed["~/run/generator"] = ["generator.checkpoint=~/run/generator"]
     for path, keys in needed.items():
         with pytest.raises(UserError, match=f"overwrite=true would remove {path}, which this run needs"):
             asked(folder, "overwrite=true", *keys)
     assert asked(folder, "overwrite=true", recipe="run/config.yaml")  # its own record, which it writes again
     assert asked(folder, "overwrite=true", "teachers.plain.weights=run/net.pt")  # no run's, so it stays
+
+
+def test_a_checkpoint_is_of_one_precision_whatever_auto_is_elsewhere() -> None:
+    recipe = load_recipe(["recipe=digits"]).recipe
+    assert recipe.runtime.precision == "auto"
+    assert owner(recipe, "bf16", 1) == owner(recipe, "bf16", 1)
+    assert len({owner(recipe, "bf16", 1), owner(recipe, "fp32", 1), owner(recipe, "bf16", 2)}) == 3
 
 
 def test_images_measured_before_there_is_a_run_are_in_nobodys_way(tmp_path: Path) -> None:

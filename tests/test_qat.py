@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import fold, network_of
+from dfkd.compress.prune import prune
 from dfkd.compress.qat import Training, quantize
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.result import Compressed
@@ -377,6 +378,22 @@ def test_networks_whose_batch_is_not_the_first_axis_or_that_check_sizes(forward:
         assert (done.model(x) - network(x)).norm() < 0.05 * network(x).norm()
     left = {line["layer"] for line in done.layers if "note" in line}
     assert left == ({"conv", "a", "b", "head"} if method == "reconstruct" and forward is not checked else set())
+
+
+@pytest.mark.parametrize("extra", [None, 3, torch.tensor([1])], ids=["none", "number", "integers"])
+def test_what_a_network_gives_beside_its_logits_is_let_be(extra: Any) -> None:
+    layers = {"a": nn.Conv2d(1, 8, 3), "b": nn.Conv2d(8, 4, 3), "c": nn.Linear(4, 2)}
+    network = Small(lambda m, x: {"logits": m.c(m.b(m.a(x).relu()).mean((2, 3))), "extra": extra}, **layers).eval()
+    x = images(64, 1, 8, 8)
+    done = quantize(network, [x], 8, method="reconstruct", images=64, steps=2)
+    smaller = prune(network, [x], ratio=0.5, images=64)
+    with torch.no_grad():
+        wanted = network(x)["logits"]
+        assert (done.model(x)["logits"] - wanted).norm() < 0.05 * wanted.norm()
+    assert smaller.model.get_submodule("a").weight.shape == (4, 1, 3, 3)
+    units = [line for line in done.layers if "error_after" in line]
+    assert units
+    assert all(0 < line["error_after"] < 0.1 for line in units)
 
 
 @pytest.mark.parametrize("options", [{"method": "train"}, {"fisher": True}])

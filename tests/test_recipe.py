@@ -371,6 +371,11 @@ def test_saved_recipe_loads_to_the_same(folder: Path) -> None:
     assert again.recipe == recipe.recipe
     assert again.yaml() == recipe.yaml()
     assert set(again.sources.values()) == {"config.yaml"}
+    asked = load("overwrite=true", "trust_code=true")
+    saved.write_text(asked.yaml(), encoding="utf-8")
+    kept = load_recipe(["recipe=config.yaml"]).recipe  # what removes a run, or trusts code, is asked for every time
+    assert (kept.overwrite, kept.trust_code) == (False, False)
+    assert dataclasses.replace(kept, overwrite=True, trust_code=True) == asked.recipe
 
 
 def leaves(value: object, prefix: str = "") -> list[str]:

@@ -214,7 +214,7 @@ def test_anothers_checkpoint_is_refused_by_name(place: Place) -> None:
     job = place.start("two", "foreign")
     assert 2 in job.join()
     said = place.log("foreign").read_text()
-    assert "is of another recipe or number of processes" in said
+    assert "is of another recipe, precision or number of processes" in said
     assert str(checkpoints / "step-0") in said
     assert "Traceback" not in said
     assert sorted(path.name for path in checkpoints.iterdir()) == kept

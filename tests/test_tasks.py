@@ -261,6 +261,11 @@ def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Run
     again = (*given[:2], f"prune.input={runs.folder / 'pruned' / 'prune'}", "export.input=none", *SHORT)
     assert runs.run("again", *again).code == 0
     assert json.loads((runs.folder / "again" / "prune" / "model.json").read_text())["opened"] == [entry]
+    assert runs.run("main", *given[:2], "export.input=none", *SHORT).code == 0  # by default of the main teacher
+    about = json.loads((runs.folder / "main" / "prune" / "model.json").read_text())
+    moves = json.loads((trained / "model.json").read_text())["moves"]
+    assert (about["opened"], about["moves"]) == ([entry], moves)
+    assert any(moves)
 
 
 def test_a_generator_draws_alike_in_the_run_that_trained_it_and_from_its_file(runs: Runs) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune as torch_prune
-from torch.utils._pytree import tree_leaves
 
 from dfkd.compress import channels
 from dfkd.compress.graph import (
@@ -25,7 +24,7 @@ from dfkd.compress.graph import (
 )
 from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
-from dfkd.compress.tracing import check_weights, trace
+from dfkd.compress.tracing import check_weights, outputs, trace
 from dfkd.errors import UserError
 
 KINDS = ("channels", "weights")
@@ -312,8 +311,7 @@ def _takes(network: nn.Module, cut: Cut, probe: Tensor) -> bool:
         for name, removed in cut.inputs.items():
             layer: Any = deaf.get_submodule(name)
             layer.weight[:, sorted(removed)] = 0
-        expected = tree_leaves(deaf(probe))  # it may have several heads
-        given = tree_leaves(_remove(copy.deepcopy(network), cut)(probe))
+        expected, given = outputs(deaf, probe), outputs(_remove(copy.deepcopy(network), cut), probe)
     except Exception:  # a stranger's forward with sizes it was not made for, and channels that are counted otherwise
         return False
     pairs = list(zip(given, expected))

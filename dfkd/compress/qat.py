@@ -197,27 +197,26 @@ def result(
     inputs: Sequence[Tensor],
     learned: Sequence[Mapping[str, Any]] = (),
 ) -> Compressed:
-    """What quantize hands back: figures per layer, what reconstruction had to skip, and what a file needs."""
+    """What quantize hands back: figures per layer and per unit that was reconstructed, and what a file needs."""
     network: Any = network_of(quantized)
     round_biases(network)
     signal = signal_to_noise(fold(trace(network_of(model), inputs[0][:2])), network, inputs[0])
     bits: dict[str, Bits] = network.meta["bits"]
-    layers = [
-        {"layer": name, "weight_bits": each[0], "activation_bits": each[1], "sqnr_db": signal[name]}
+    layers: dict[str, dict[str, Any]] = {
+        name: {"layer": name, "weight_bits": each[0], "activation_bits": each[1], "sqnr_db": signal[name]}
         for name, each in bits.items()
-    ]
-    layers += [
-        {"layer": each["unit"], "note": f"rounded to nearest: {each['skipped']}"}
-        for each in learned
-        if "skipped" in each
-    ]
+    }
+    for unit in learned:
+        figures = {key: unit[key] for key in ("error_before", "error_after") if key in unit}
+        figures |= {"note": f"rounded to nearest: {unit['skipped']}"} if "skipped" in unit else {}
+        layers[unit["unit"]] = layers.get(unit["unit"], {"layer": unit["unit"]}) | figures
     signed = [name for name, quantizer in activation_quantizers(network).items() if quantizer.signed]
     about = {
         "bits": {name: list(each) for name, each in bits.items()},
         "signed": signed,
         "input": list(inputs[0].shape[1:]),
     }
-    return Compressed(quantized, naive, layers, {"quantized": about})
+    return Compressed(quantized, naive, list(layers.values()), {"quantized": about})
 
 
 @torch.no_grad()

@@ -174,6 +174,12 @@ class Learner:
     seed: int = 0
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
 
+    def __post_init__(self) -> None:
+        if min(self.steps, self.batch_size) < 1:
+            raise UserError(
+                f"steps={self.steps} and batch_size={self.batch_size} are not allowed; reconstruction takes 1 or more"
+            )
+
     def learn(self, part: fx.GraphModule, name: str, x_float: Tensor, x: Tensor, target: Tensor, weight: Any) -> None:
         """Round a unit's weights, in place, such that it comes close to target [N, C, ...]; weight [N, C, ...] or None
         weights the errors. Its inputs come from the quantised network, at random values from the float one.
@@ -223,7 +229,6 @@ def reconstruct(
     *,
     unit: str = "block",
     fisher: bool = False,
-    log: Callable[[dict[str, Any]], None] = lambda figures: None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Learn a quantised network's rounding and scales unit by unit, in place, from (normalised) images [N, C, H, W];
@@ -232,8 +237,8 @@ def reconstruct(
     graph is what `prepare(..., folded=True)` returns. Every unit (`block`: what one tensor enters and one leaves, or
     `layer`) is to give the float network's output on what the quantised units before it give: BRECQ, Li et al. 2021.
 
-    Returns per unit its name and the squared error before and after, as shares of the float output's mean square;
-    for a layer that no unit holds the reason under `skipped`. The images, and a unit's inputs and outputs for all of
+    Returns per unit its name and the norms of its error before and after, relative to the float output's; for a layer
+    that no unit holds the reason under `skipped`. The images, and a unit's inputs and outputs for all of
     them, stay on the device of the images. Raises UserError for fewer images than batch_size, an unknown unit, a loss
     that is not finite.
     """
@@ -270,9 +275,8 @@ def reconstruct(
             weight = fisher_weights(reference, images, twin[end], nearest) if fisher else None
             learner.learn(part, piece.name, start_float, start_x, target, weight)
             learned = values(graph, piece.nodes, start, start_x, end)
-            before, after = (squared_error(out, target) / target.square().sum(1).mean() for out in (nearest, learned))
-            figures.append({"unit": piece.name, "before": before.item(), "after": after.item()})
-            log(figures[-1])
+            before, after = ((out - target).norm() / target.norm() for out in (nearest, learned))
+            figures.append({"unit": piece.name, "error_before": before.item(), "error_after": after.item()})
             for name in quantized_layers(part):
                 left.pop(name)
         x_float = values(reference, float_nodes, twin[source], x_float, twin[sink])

@@ -114,11 +114,16 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     return traced
 
 
+def outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """The tensors of numbers that a network gives: it may have several heads, and None in the place of one."""
+    return [x for x in tree_leaves(network(images)) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
 @torch.no_grad()
 def _compare(network: nn.Module, traced: fx.GraphModule, images: Tensor) -> None:
     """Raise UserError where a graph does not compute what its network does."""
     with eval_mode(network):
-        pairs = zip(tree_leaves(network(images)), tree_leaves(traced(images)))  # it may have several heads
+        pairs = zip(outputs(network, images), outputs(traced, images))
     if any((given - expected).norm() > 1e-3 * expected.norm() for expected, given in pairs):
         raise UserError(
             f"{type(network).__name__} computes something else once it is traced, as where its forward works in place "
