@@ -269,7 +269,7 @@ class Naive:
         return {
             "ce": F.cross_entropy(logits, labels),
             "bn": self._bn_loss(teacher) / self.start[teacher.name],
-            "adversary": -L.masked_divergence(answer, logits, "l1"),
+            "adversary": -L.masked_divergence(answer, logits, "kl"),
         }
 
     def _bn_loss(self, teacher: Teacher) -> Tensor:

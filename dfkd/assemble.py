@@ -134,7 +134,6 @@ def load_recipe_zoo(
         classes=recipe.classes,
         channels=recipe.image.channels,
         size=recipe.image.size,
-        needs_bn=min(recipe.synthesis.losses.bn, recipe.synthesis.steps) > 0 and recipe.generator.checkpoint is None,
         device=device,
         channels_last=recipe.runtime.channels_last,
         trust_code=recipe.trust_code,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dfkd.data import RealImages
 from dfkd.errors import UserError
+from dfkd.losses import kd_kl
 from dfkd.runtime import Autocast, eval_mode
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
@@ -22,7 +23,6 @@ class Accuracy:
     percent: float
     n: int
     interval: tuple[float, float]
-    mean_class: float  # mean over the classes that occur: what a rare class counts for
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -62,11 +62,8 @@ def accuracy(
             broken.append(~logits.isfinite().all(1))
     refuse_broken(broken, "the model's")
     correct = torch.cat(guesses).cpu() == data.labels  # [N]
-    seen = data.labels.bincount()
-    right = data.labels[correct].bincount(minlength=len(seen))
     hits, n = int(correct.sum()), len(data)
-    per_class = right[seen > 0].double() / seen[seen > 0]
-    return Accuracy(100 * hits / n, n, wilson(hits, n), 100 * per_class.mean().item())
+    return Accuracy(100 * hits / n, n, wilson(hits, n))
 
 
 @torch.no_grad()
@@ -94,7 +91,7 @@ def agreement(
                     f"the model gives {ours.shape[1]} logits, its teacher {theirs.shape[1]}; give both the same classes"
                 )
             same.append(ours.argmax(1) == theirs.argmax(1))
-            divergence.append(_kl(theirs.float(), ours.float()))
+            divergence.append(kd_kl(ours, theirs, reduction="none"))
             broken_model.append(~ours.isfinite().all(1))
             broken_teacher.append(~theirs.isfinite().all(1))
     if not same:
@@ -111,7 +108,7 @@ def diversity(images: Tensor, features: Tensor, labels: Tensor, *, classes: int)
 
     images [N, C, H, W], features [N, D] (a teacher's), labels int64 [N] in [0, classes). Spreads are
     variances per pixel or feature, classes weighted by their share, so within + between = total variance.
-    A ratio near 0 is one image per class. class_balance is the entropy of the labels over log(classes).
+    A ratio near 0 is one image per class.
     """
     member = labels[:, None] == torch.arange(classes, device=labels.device)  # [N, K]
     figures: dict[str, Tensor] = {}
@@ -119,8 +116,6 @@ def diversity(images: Tensor, features: Tensor, labels: Tensor, *, classes: int)
         within, between = _spread(points, member)
         figures |= {f"{name}_within": within, f"{name}_between": between}
         figures[f"{name}_ratio"] = within / between.clamp_min(1e-12)  # finite where all classes look the same
-    share = member.float().mean(0)  # [K]
-    figures["class_balance"] = torch.special.entr(share).sum() / math.log(classes)
     return figures
 
 
@@ -135,12 +130,6 @@ def _spread(points: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
         within = (points - one_hot @ means).square().mean()
         between = ((counts / counts.sum()) @ means.square()).mean()
     return within, between
-
-
-def _kl(logits: Tensor, other_logits: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(other_logits)), nats per row: [B, K], [B, K] to [B]."""
-    log_p, log_q = logits.log_softmax(1), other_logits.log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def refuse_broken(broken: list[Tensor], whose: str) -> None:

@@ -14,7 +14,7 @@ from dfkd.compress.files import load_compressed
 from dfkd.compress.graph import check_takes, network_input, network_of
 from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
-from dfkd.compress.quantize import layer_bits, layer_names, matching
+from dfkd.compress.quantize import layer_bits
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.export import require_onnx
@@ -103,8 +103,6 @@ def check_layers(parts: Parts) -> None:
         graph = trace(network_of(model), inputs)
         if task in ("qat", "ptq"):
             layer_bits(graph, (keys.weights, keys.activations), **bits_by_layer(keys))
-        for pattern in keys.ignore if task in ("prune", "udfc") else ():
-            matching(layer_names(graph), pattern, f"{task}.ignore")
         if task == "prune":
             options = {"kind": keys.kind, "repair": keys.repair, "ignore": keys.ignore, "inner_only": keys.inner_only}
             check_prunable(model, images, keys.ratio, **options)

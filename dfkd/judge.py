@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
@@ -54,9 +53,7 @@ def judge(loaded: Loaded, source: str, count: int, command: str) -> None:
     Teachers without weights are trained first, as a run does. The main process measures, the others wait for it.
     """
     opener, before = _opener(source), len(opened())
-    # Teachers without batch norm will do: like a run with a finished generator, this trains none.
-    generator = dataclasses.replace(loaded.recipe.generator, checkpoint=source)
-    recipe = dataclasses.replace(loaded.recipe, generator=generator)
+    recipe = loaded.recipe
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     zoo = assemble.load_recipe_zoo(recipe, shard.device, say, train=False)
     sample = opener(recipe, source, count, zoo)  # on every process: all say what is wrong, before a teacher is trained
@@ -108,7 +105,8 @@ def _streamed(recipe: Recipe, source: Source, count: int, device: torch.device) 
 
 def _generated(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Sample:
     device = zoo[0].mean.device
-    generator, about = assemble.make_generator(recipe, zoo, device)
+    given = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, checkpoint=source))
+    generator, about = assemble.make_generator(given, zoo, device)
     if isinstance(generator, PoolGenerator):  # it draws with replacement: duplicates that the pool may not have
         labels = generator.labels[generator.labels < generator.classes]
         images, labels = _thinned(generator.kept().cpu(), labels.cpu(), count)
@@ -139,8 +137,7 @@ def _noise(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Sampl
 
 
 def _real(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Sample:
-    with PartialState().local_main_process_first():  # the first one downloads
-        real = assemble.control_images(recipe)
+    real = assemble.control_images(recipe)
     return _sample(source, *_thinned(real.images, real.labels, count), f"real images of {real.source}")
 
 

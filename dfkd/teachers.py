@@ -164,11 +164,9 @@ def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) ->
     return True
 
 
-def check_teacher(
-    teacher: Teacher, *, classes: int, channels: int, size: int, needs_bn: bool, to_train: bool = False
-) -> None:
-    """Raise UserError where a teacher's classes, output, weights or batch norms do not suit the run, or one that is to
-    be trained cannot be."""
+def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, to_train: bool = False) -> None:
+    """Raise UserError where a teacher's classes, output or weights do not suit the run, or one that is to be trained
+    cannot be."""
     name, device = teacher.name, teacher.mean.device
     if broken := not_finite(teacher.model):
         raise UserError(
@@ -199,11 +197,6 @@ def check_teacher(
         )
     if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(8, device=device), atol=1e-3):
         raise UserError(f"teacher {name} ends in a softmax (its outputs sum to one); give the network without it")
-    if needs_bn and not batch_norms(teacher.model):
-        raise UserError(
-            f"teacher {name} has no batch norm while synthesis.losses.bn has weight; set synthesis.losses.bn=0 and use "
-            "synthesis.losses.adversary and synthesis.losses.ce, or give a teacher with batch norm"
-        )
     if to_train:
         check_trainable(teacher, images, f"teacher {name}")
 
@@ -217,7 +210,6 @@ def load_zoo(
     classes: int,
     channels: int = 3,
     size: int = 32,
-    needs_bn: bool = False,
     device: torch.device | str = "cpu",
     channels_last: bool = False,
     trust_code: bool = False,
@@ -258,7 +250,7 @@ def load_zoo(
             pager.add(teacher.model, name)
             teacher.pager = pager
         to_train = not spec.get("weights")
-        check_teacher(teacher, classes=classes, channels=channels, size=size, needs_bn=needs_bn, to_train=to_train)
+        check_teacher(teacher, classes=classes, channels=channels, size=size, to_train=to_train)
         zoo.append(teacher)
     return zoo
 

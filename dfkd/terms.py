@@ -151,7 +151,10 @@ def check_losses(
     for teacher in zoo:
         for name in ("bn", "contrastive"):
             if losses.get(name) and not batch_norms(teacher.model):
-                raise UserError(f"teacher {teacher.name} has no batch norm; set synthesis.losses.{name}=0")
+                raise UserError(
+                    f"teacher {teacher.name} has no batch norm; set synthesis.losses.{name}=0 (synthesis.losses.ce and "
+                    ".adversary need none), or give a teacher with batch norm"
+                )
         if losses.get("activation") and not any(isinstance(module, nn.Linear) for module in teacher.modules()):
             raise UserError(
                 f"teacher {teacher.name} has no linear layer to read features from; set synthesis.losses.activation=0"

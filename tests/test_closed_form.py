@@ -333,7 +333,10 @@ def test_ignored_layers_stay() -> None:
         ({}, "nothing would change"),
         ({"ratio": 0.5, "method": "merge"}, "unknown method 'merge'; choose from"),
         ({"ratio": 0.5, "alpha2": 0.0}, "alpha2 0.0; give"),
-        ({"ratio": 0.5, "ignore": ["conv9"]}, "ignore 'conv9' matches none of the layers features.0, "),
+        (
+            {"ratio": 0.5, "ignore": ["conv9"]},
+            "the ignore pattern 'conv9' matches no layer; the layers are features.0, ",
+        ),
         ({"ratio": 0.5, "ignore": ["*"]}, "no filter can be taken out: features.0 or the layer after it is ignored"),
     ],
 )

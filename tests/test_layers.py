@@ -28,7 +28,7 @@ CORE: dict[str, set[str]] = {
     "report": {"curves", "errors"},
     "contradictions": {"errors", "schema"},
     "recipe": {"contradictions", "errors", "schema"},
-    "evaluate": {"data", "errors", "runtime"},
+    "evaluate": {"data", "errors", "losses", "runtime"},
     "paging": {"errors"},
     "cuda_graphs": {"runtime"},
     "draws": {"runtime"},

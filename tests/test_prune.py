@@ -151,7 +151,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ratio": 1.0}, "above 0 and below 1, not 1.0"),
     ({"kind": "blocks"}, "unknown kind 'blocks'.*channels"),
     ({"repair": "magic"}, "unknown repair 'magic'.*batch_norm"),
-    ({"ignore": ["nothing.*"]}, r"named 'nothing\.\*'; there are features\.0"),
+    ({"ignore": ["nothing.*"]}, r"the ignore pattern 'nothing\.\*' matches no layer; the layers are features\.0"),
     ({"images": 17}, "ended after 16 images where 17"),
     ({"ridge": 0.0}, "ridge > 0"),
 ]

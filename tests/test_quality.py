@@ -312,7 +312,7 @@ def test_names_of_folders() -> None:
 def generator_folder(folder: Path, conditional: bool = True, classes: int = 10) -> Path:
     sizes = {"latent": 4, "classes": classes, "channels": 1, "size": 8, "width": 4}
     torch.manual_seed(0)
-    generator = ConvGenerator(**sizes, conditional=conditional)
+    generator = ConvGenerator(**sizes, conditional=conditional, prototypes=1)
     save_generator(
         folder,
         generator,

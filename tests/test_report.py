@@ -40,7 +40,7 @@ RESULTS: dict[str, Any] = {
         "ratio": 0.2864,
     },
     "tasks": {"ptq": {"before": 98.1, "naive": 11.5, "after": 97.2, "n": 540}},
-    "diversity": {"pixel_ratio": 0.41, "class_balance": 1.0},
+    "diversity": {"pixel_ratio": 0.41, "feature_ratio": 1.0},
     "seconds": {"total": 83.21, "teachers": 20.4, "synthesis": 60.0},
     "verdict": {
         "ok": False,

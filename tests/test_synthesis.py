@@ -232,7 +232,7 @@ CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "DAFL": (DAFL, {}),
     "everything": (
         MIXMIX | IMAGE | LIKENESS | SPREAD | DAFL | {"adversary": 2.0},
-        {"mix": make_mix("resize"), "warmup": 0.0},
+        {"mix": make_mix("resize"), "warmup": 0.0, "adversary_loss": "l1"},
     ),
 }
 

@@ -299,10 +299,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Softmax(1)),
         r"teacher t ends in a softmax \(its outputs sum to one\); give the network without it",
     ),
-    "no batch norm": (
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 3)),
-        r"teacher t has no batch norm while synthesis\.losses\.bn has weight; set synthesis\.losses\.bn=0 and use",
-    ),
 }
 
 
@@ -337,7 +333,7 @@ def test_what_cannot_be_trained_or_written_is_refused_in_one_line() -> None:
         check_trainable(Classifier(Auxiliary()), x, "the student")
     with pytest.raises(UserError, match="teacher t keeps _extra_state in its state, which is no tensor"):
         check_trainable(Classifier(Remembers(*plain)), x, "teacher t")
-    check_teacher(Teacher(Remembers(*plain)), classes=3, channels=1, size=8, needs_bn=False)  # it only answers
+    check_teacher(Teacher(Remembers(*plain)), classes=3, channels=1, size=8)  # it only answers
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -345,14 +341,14 @@ def test_an_unfit_teacher_is_refused_in_one_line(case: str) -> None:
     build, message = REFUSED[case]
     teacher = Teacher(build(), name="t")
     with pytest.raises(UserError, match=message) as caught:
-        check_teacher(teacher, classes=3, channels=1, size=8, needs_bn=True)
+        check_teacher(teacher, classes=3, channels=1, size=8)
     assert "\n" not in str(caught.value)
 
 
 def test_sound_teachers_pass(make_teacher: MakeTeacher) -> None:
-    check_teacher(make_teacher(), classes=3, channels=1, size=8, needs_bn=True)
+    check_teacher(make_teacher(), classes=3, channels=1, size=8)
     plain = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
-    check_teacher(plain, classes=3, channels=1, size=8, needs_bn=False)
+    check_teacher(plain, classes=3, channels=1, size=8)
 
 
 # --- the zoo ---

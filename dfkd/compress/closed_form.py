@@ -8,7 +8,6 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -16,7 +15,19 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.compress.channels import changed_shapes, largest_filters, shapes, shrink
-from dfkd.compress.graph import RELUS, Chain, affine, chains, is_layer, kind, network_of, norms, own_name, with_network
+from dfkd.compress.graph import (
+    RELUS,
+    Chain,
+    affine,
+    chains,
+    is_layer,
+    kind,
+    matching,
+    network_of,
+    norms,
+    own_name,
+    with_network,
+)
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
 from dfkd.compress.tracing import trace
@@ -88,10 +99,7 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
     nodes = {str(n.target): n for n in graph.graph.nodes if is_layer(graph, n, nn.Conv2d, nn.Linear)}
     if not nodes:
         raise UserError(f"{type(network).__name__} has no convolution or linear layer; give a model that has one")
-    for pattern in ignore:
-        if not any(fnmatch(name, pattern) for name in nodes):
-            raise UserError(f"ignore {pattern!r} matches none of the layers {', '.join(nodes)}; correct or drop it")
-    ignored = {name for name in nodes if any(fnmatch(name, pattern) for pattern in ignore)}
+    ignored = {name for pattern in ignore for name in matching(list(nodes), pattern, "the ignore pattern")}
     plan = _Plan({}, {}, {}, {})
     for name in nodes:
         outer = name in (next(iter(nodes)), next(reversed(nodes)))

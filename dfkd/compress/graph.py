@@ -1,9 +1,10 @@
 """A network as a graph of operations: batch norms next to their convolutions, channels that one layer owns."""
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -78,6 +79,14 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
     inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
     check_takes(network_of(model), inputs[0][:2])
     return inputs
+
+
+def matching(names: Sequence[str], pattern: str, what: str) -> list[str]:
+    """The layers that a pattern such as `layer1.*` names, `what` it is called; UserError where it names none."""
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise UserError(f"{what} {pattern!r} matches no layer; the layers are {', '.join(names)}")
+    return found
 
 
 def check_takes(network: nn.Module, images: Tensor) -> None:

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from dfkd.compress.graph import (
     Chain,
     calibration_inputs,
     chains,
+    matching,
     network_input,
     network_of,
     own_name,
@@ -141,14 +141,10 @@ def _prunable(network: nn.Module, probe: Tensor, ignore: Sequence[str]) -> list[
     """Names of the convolutions and linear layers that are not ignored, and are called in eval mode: not a head for
     training alone, nor what torch's attention computes with itself."""
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    for pattern in ignore:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise UserError(
-                f"ignore: no convolution or linear layer is named {pattern!r}; there are {', '.join(names)}"
-            )
+    ignored = {name for pattern in ignore for name in matching(names, pattern, "the ignore pattern")}
     with watch(network, names) as called:
         network(probe)
-    return [name for name in names if name in called and not any(fnmatch(name, pattern) for pattern in ignore)]
+    return [name for name in names if name in called and name not in ignored]
 
 
 def _largest_weights(network: nn.Module, names: list[str], ratio: float) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from dfkd.compress.graph import (
     fold,
     is_layer,
     kind,
+    matching,
     positive_scales,
     sizes,
     watch,
@@ -47,14 +48,6 @@ GivenBits = int | Sequence[int]  # the same for both, or each
 JOINT_BITS = 8
 JOINTS: set[object] = {*ADDS, *MULS, *POOLS, *MEANS, torch.cat, nn.AvgPool2d, F.avg_pool2d}
 AVERAGED = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")  # by F.avg_pool2d
-
-
-def matching(names: Sequence[str], pattern: str, what: str) -> list[str]:
-    """The layers that a pattern such as `layer1.*` names; UserError where it names none."""
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
-        raise UserError(f"{what} {pattern!r} matches no layer; the layers are {', '.join(names)}")
-    return found
 
 
 def layer_names(graph: fx.GraphModule) -> list[str]:
