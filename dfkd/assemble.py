@@ -18,7 +18,7 @@ from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
 from dfkd.data import RealImages, image_folder, load_images, opened
 from dfkd.draws import STILL, Moves
-from dfkd.errors import Paused, UserError
+from dfkd.errors import Paused, UserError, in_a_line
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import read_description
 from dfkd.models.selection import select_weights
@@ -313,7 +313,7 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     except Exception as error:  # whatever a stranger's network may raise
         raise UserError(
             f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "
-            f"{' '.join(str(error).split())[:300]}; choose another student.model"
+            f"{in_a_line(error)}; choose another student.model"
         ) from None
     if logits.shape != (len(images), recipe.classes):
         raise UserError(
@@ -398,7 +398,7 @@ def check_coarse(recipe: Recipe, networks: Sequence[Classifier]) -> None:
         except Exception as error:  # whatever a stranger's network may raise
             raise UserError(
                 f"{network.name} does not take images [B, {recipe.image.channels}, {half}, {half}], as "
-                f"synthesis.coarse={recipe.synthesis.coarse} shows it ({' '.join(str(error).split())[:200]}); set it "
+                f"synthesis.coarse={recipe.synthesis.coarse} shows it ({in_a_line(error)}); set it "
                 "to 0, or give the teacher its input_size"
             ) from None
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 
 KEEP = 2
 FOREIGN = "is of another recipe, precision or number of processes"
@@ -44,7 +44,7 @@ def save_state(state: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
     except RuntimeError as error:  # how torch reports a failed write
-        raise OSError(" ".join(str(error).split())) from error
+        raise OSError(in_a_line(error)) from error
 
 
 def _digest(path: Path) -> str:
@@ -74,7 +74,7 @@ class Checkpoints:
         try:
             save_state(state, partial / name)
         except OSError as error:
-            failure = " ".join(str(error).split())
+            failure = in_a_line(error)
         digests = gather_object([{name: failure or _digest(partial / name), "failed": bool(failure)}])
         failures = [entry for entry in digests if entry["failed"]]
         if failures:
@@ -135,7 +135,7 @@ class Checkpoints:
                 return FOREIGN
             torn = [name for name, digest in manifest["files"].items() if _digest(folder / name) != digest]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"is torn ({' '.join(str(error).split())})"
+            return f"is torn ({in_a_line(error)})"
         return f"is torn ({', '.join(torn)})" if torn else ""
 
     def _point_latest_at(self, folder: Path) -> None:

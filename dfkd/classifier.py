@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import full_precision
 
 
@@ -103,7 +103,7 @@ def check_trainable(classifier: Classifier, images: Tensor, role: str) -> None:
         with torch.random.fork_rng(devices=[]):
             answer = model(given)
     except Exception as error:  # whatever a stranger's network may raise
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         raise UserError(f"{role} cannot be trained on {len(images)} images: {reason}; choose another") from None
     if not isinstance(answer, Tensor):
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkd.errors import in_a_line
 from dfkd.runtime import Shard, say
 
 Outputs = tuple[Tensor, ...]
@@ -126,7 +127,7 @@ class Graphs(Calls):
             with torch.cuda.stream(torch.cuda.current_stream(device)):  # a recording that fails may leave another one
                 return record(samples, pool)
         except RuntimeError as error:  # it waits for the host, say
-            reason = " ".join(str(error).split())[:200]
+            reason = in_a_line(error)
             say(f"{' '.join(key)} could not be recorded as a CUDA graph ({reason}) and goes without: it is slower")
             return None
         finally:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import cores
 
 PURPOSES = {  # nothing else may look at a real image; and what to do where there is none
@@ -188,7 +188,7 @@ def _download(dataset: str, train: bool, root: str) -> tuple[Tensor, Tensor, lis
     except ImportError as error:  # SVHN is a MATLAB file
         raise UserError(f"data.dataset={dataset} needs scipy: pip install 'dfkd[demo]'") from error
     except (OSError, RuntimeError, EOFError) as error:  # no network, a full disk, a torn archive
-        cause = " ".join(str(error).split())[:120]
+        cause = in_a_line(error)
         raise UserError(
             f"{dataset} could not be had in data.root={root} ({cause}); put it there, or use your own copy: "
             "data.dataset=imagefolder data.root=TEST_FOLDER data.train_root=TRAIN_FOLDER"
@@ -238,7 +238,7 @@ def _folder_images(folder: Path, channels: int, size: int, classes: int) -> Real
     try:
         listing = torchvision.datasets.ImageFolder(str(folder))
     except OSError as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = in_a_line(error)
         raise UserError(f"{folder} is not an image folder with one folder per class: {reason}") from error
     _check_classes(str(folder), listing.classes, classes)
     images = _all_decoded([path for path, _ in listing.samples], channels, size)

@@ -22,3 +22,8 @@ def nearest(given: str, allowed: Iterable[str]) -> str:
 def shown(value: Any) -> str:
     """A value of a recipe as it may be written in one."""
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an exception says, in one line of 300 characters at most; its kind where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -32,7 +32,7 @@ from dfkd.compress.quantizers import (
     limits,
     quantized_layers,
 )
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 
 OPSET = 18  # the exporter's own
 OPSETS = {"INT8": OPSET, "INT4": 21, "INT2": 25}  # the first that has the type
@@ -344,7 +344,7 @@ def _exported(model: nn.Module, images: Tensor, opset: int) -> Any:
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
-            reason = " ".join(str(cause).split())[:200]
+            reason = in_a_line(cause)
             name = type(network_of(model)).__name__
             raise UserError(
                 f"{name} cannot be exported to ONNX: {type(cause).__name__}: {reason}; replace that operator, or keep "

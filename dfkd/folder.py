@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from dfkd.checkpoints import write_atomically
 from dfkd.collectives import agreed
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.inputs import COMPRESSIONS
 from dfkd.recipe import Loaded
 from dfkd.runtime import say
@@ -154,7 +154,7 @@ def _read(config: Path) -> dict[str, Any]:
         found: Any = OmegaConf.to_container(OmegaConf.load(config))
         reason = "" if found.keys() >= GROUPS else "is something else's"
     except Exception as error:
-        reason = f"cannot be read: {' '.join(str(error).split())[:200]}"
+        reason = f"cannot be read: {in_a_line(error)}"
     if reason:
         raise UserError(f"{config.parent} holds no run: its config.yaml {reason}; choose another output=...")
     return dict(found)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 
 Moments = tuple[Tensor, Tensor]
 TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)  # whose forward is known to be the norm and nothing else
@@ -28,9 +28,9 @@ def check_triton(device: torch.device) -> None:
         with triton_norms(True):
             _active.normalise(torch.ones(2, 2, device=device), nn.BatchNorm1d(2, device=device), moments=True)
     except Exception as error:  # whatever a missing package or compiler, or an old GPU, leads to
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"runtime.triton=true, but Triton does not work here ({reason}); install triton and a C compiler, or set "
+            "runtime.triton=true, but Triton does not work here "
+            f"({type(error).__name__}: {in_a_line(error)}); install triton and a C compiler, or set "
             "runtime.triton=false"
         ) from None
 

@@ -15,7 +15,7 @@ from dfkd.evaluate import diversity, refuse_broken, wilson
 from dfkd.losses import bn_kl, bn_l2
 from dfkd.norms import Moments
 from dfkd.runtime import Shard, to_bytes, to_float
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, tap_features
 
 NEAR = 0.05  # a neighbour nearer than this share of the mean distance of all pairs is a near-duplicate
 SAME = 1e-6  # float32 points whose distance is below this share of their length are one point
@@ -102,7 +102,7 @@ def look(teacher: Teacher, images: Tensor, batch_size: int = 256) -> View:
     draws = draw_moves(Shard(teacher.mean.device), len(images), "quality").tensor_split(parts)
     for batch, u in zip(images.tensor_split(parts), draws):
         shown = to_float(batch.to(teacher.mean.device))
-        with teacher.tap() as seen, teacher.tap_features() as tapped:
+        with teacher.tap() as seen, tap_features(teacher) as tapped:
             logits.append(teacher(shown).cpu())
         features.append(tapped[-1].cpu() if tapped else logits[-1])
         layer = "penultimate layer" if tapped else layer

@@ -28,7 +28,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 
 COMPILED = 256  # graphs at the most: the limit of torch, 8, is for all networks together
 
@@ -173,7 +173,7 @@ def check_compile(device: torch.device) -> None:
             torch.compile(torch.sin)(torch.ones(2, device=device))
     except Exception as error:  # whatever a missing compiler leads to
         raise UserError(
-            f"runtime.compile=true, but torch.compile does not work here ({_in_a_line(error)}); "
+            f"runtime.compile=true, but torch.compile does not work here ({in_a_line(error)}); "
             "install a C++ compiler, or on a GPU Triton, or set runtime.compile=false"
         ) from None
 
@@ -198,16 +198,12 @@ def compiled(networks: Iterable[nn.Module]) -> Iterator[None]:
             yield
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
-                f"runtime.compile=true, but a network could not be compiled ({_in_a_line(error)}); "
+                f"runtime.compile=true, but a network could not be compiled ({in_a_line(error)}); "
                 "set runtime.compile=false"
             ) from error
         finally:
             for network in changed:
                 network._compiled_call_impl = None
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier, check_trainable, head
 from dfkd.collectives import all_reduce_mean, global_moments
 from dfkd.draws import STILL, Moves
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.models import build_model
 from dfkd.models.checkpoints import not_finite
 from dfkd.norms import Moments, frozen_norms
@@ -109,10 +109,6 @@ class Teacher(Classifier):
         """Collect look(maps) of the forwards in its scope, maps [B, C, ...] being the inputs of map_layers."""
         return tap_inputs(map_layers(self.model), lambda _, x: look(x) if x.dim() > 2 else None)
 
-    def tap_features(self) -> AbstractContextManager[list[Tensor]]:
-        """Collect the features of the forwards in its scope, see tap_features."""
-        return tap_features(self.model)
-
 
 @contextmanager
 def tap_inputs(layers: Iterable[nn.Module], look: Callable[[nn.Module, Tensor], Any]) -> Iterator[list[Any]]:
@@ -184,7 +180,7 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, t
                 f"teacher {name} gives a {type(answers[0]).__name__} where logits [B, {classes}] belong; give a model "
                 "whose forward returns them alone"
             ) from None
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         raise UserError(
             f"teacher {name} does not take images [B, {channels}, {size}, {size}]: {reason}; "
             f"set teachers.{name}.input_size, image.size or image.channels"
@@ -285,7 +281,7 @@ def logits_and_features(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     """The zoo's mean logits, and behind them every teacher's features [B, K + D + ...], float32. Raises UserError where
     a teacher has none."""
     with ExitStack() as stack:
-        taps = [stack.enter_context(teacher.tap_features()) for teacher in zoo]
+        taps = [stack.enter_context(tap_features(teacher)) for teacher in zoo]
         logits = zoo_logits(zoo, images)
     features = [features_of(teacher, seen, logits) for teacher, seen in zip(zoo, taps)]
     return torch.cat([logits, *features], 1)

@@ -14,7 +14,7 @@ from dfkd.errors import UserError
 from dfkd.mixing import Mixed
 from dfkd.norms import frozen_norms
 from dfkd.runtime import Autocast
-from dfkd.teachers import Teacher, batch_norms
+from dfkd.teachers import Teacher, batch_norms, tap_features
 from generators import ImageGenerator, PixelGenerator
 
 
@@ -83,7 +83,7 @@ def ask(
         statistics = stack.enter_context(
             teacher.tap() if "bn" in wanted else frozen_norms(batch_norms(teacher.model).values())
         )
-        features = stack.enter_context(teacher.tap_features()) if "activation" in wanted else []
+        features = stack.enter_context(tap_features(teacher)) if "activation" in wanted else []
         likeness: list[Tensor] = []
         if "likeness" in wanted:
             likeness = stack.enter_context(teacher.tap_maps(lambda maps: L.likeness(maps, mixed.labels)))

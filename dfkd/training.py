@@ -20,7 +20,7 @@ from dfkd.metrics import Metrics, learning_rates
 from dfkd.models.checkpoints import not_finite
 from dfkd.runtime import Deadline, Shard, autocast_of, eval_mode
 from dfkd.synthesis import Synthesizer
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, tap_features
 from dfkd.verdict import generator_notes, student_notes
 from generators import ImageGenerator
 
@@ -222,7 +222,7 @@ def look(
         images = generator(latents, labels).float()
         agreement = {}
         for teacher in zoo:
-            with teacher.tap_features() as features:
+            with tap_features(teacher) as features:
                 logits = teacher(images)
             guesses = logits.argmax(1)
             agreement[f"class_agreement_{teacher.name}"] = (guesses == labels).float().mean() * 100

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import images_of
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.export import package
 from dfkd.runtime import eval_mode, to_float
 
@@ -42,7 +42,7 @@ def _session(path: str | Path, threads: int, optimised: str = "") -> Any:
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's have no common class
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         raise UserError(f"ONNX Runtime cannot read {path}: {reason}; give a file of dfkd.export.export_onnx") from None
 
 

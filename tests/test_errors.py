@@ -55,7 +55,7 @@ class Auxiliary(nn.Module):
 def generator_folder(folder: Path, classes: int = 10) -> Path:
     sizes = {"latent": 4, "classes": classes, "channels": 1, "size": 8, "width": 4}
     about = {"arch": "conv", "conditional": True, "prototypes": 1, "mean": [0.5], "std": [0.25], **sizes}
-    save_generator(folder, ConvGenerator(**sizes), about)
+    save_generator(folder, ConvGenerator(**sizes, prototypes=1), about)
     return folder
 
 
@@ -116,7 +116,7 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "no batch norm": (
         [f"{PLAIN}={THEIRS}:without_bn", "trust_code=true"],
-        ["teacher plain has no batch norm while synthesis.losses.bn has weight", "set synthesis.losses.bn=0"],
+        ["teacher plain has no batch norm; set synthesis.losses.bn=0", "or give a teacher with batch norm"],
     ),
     "lazy layers": ([f"{PLAIN}={THEIRS}:lazy", "trust_code=true"], ["has lazy layers", "give them their sizes"]),
     "auxiliary heads of a teacher": (

@@ -30,7 +30,7 @@ CORE: dict[str, set[str]] = {
     "recipe": {"contradictions", "errors", "schema"},
     "evaluate": {"data", "errors", "losses", "runtime"},
     "paging": {"errors"},
-    "cuda_graphs": {"runtime"},
+    "cuda_graphs": {"errors", "runtime"},
     "draws": {"runtime"},
     "renewal": {"generators", "runtime"},
     "teachers": {"classifier", "collectives", "draws", "errors", "models", "norms", "paging", "runtime"},

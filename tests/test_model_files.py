@@ -11,8 +11,9 @@ from networks_fixture import error_line, vary
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dfkd.models import build_model, load_model, load_weights, read_checkpoint, save_model
-from dfkd.models.checkpoints import not_finite
+from dfkd.compress.files import load_compressed
+from dfkd.models import build_model, load_weights, read_checkpoint, save_model
+from dfkd.models.checkpoints import not_finite, read_description
 
 TIED = """
 from torch import nn
@@ -204,8 +205,8 @@ def test_a_saved_model_is_rebuilt_from_its_folder_alone(tmp_path, name):
     saved.to(memory_format=torch.channels_last)  # weights that are not contiguous
     told = description(f"dfkd:{name}", kwargs=kwargs, input_size=28)
     save_model(tmp_path / "student", saved, told)
-    loaded, read = load_model(tmp_path / "student")
-    assert read == told
+    loaded = load_compressed(tmp_path / "student").model
+    assert read_description(tmp_path / "student") == told
     assert not loaded.training
     images = torch.rand(2, 1, 28, 28)
     with torch.inference_mode():
@@ -222,9 +223,9 @@ def test_tied_weights_and_wrapped_models_are_saved(tmp_path):
     model = f"python:{tmp_path / 'own_nets.py'}:Tied"
     saved = build_model(model, classes=4, trust_code=True)
     save_model(tmp_path / "m", nn.DataParallel(saved), description(model))
-    loaded, _ = load_model(tmp_path / "m", trust_code=True)
-    assert_same(loaded.state_dict(), saved.state_dict())
-    assert "trust_code=true" in error_line(load_model, tmp_path / "m")
+    loaded = load_compressed(tmp_path / "m", trust_code=True)
+    assert_same(loaded.model.state_dict(), saved.state_dict())
+    assert "trust_code=true" in error_line(load_compressed, tmp_path / "m")
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -248,13 +249,15 @@ def test_errors_of_model_folders(tmp_path):
     line = error_line(save_model, tmp_path / "m", network, {"model": "dfkd:tiny_plain"})
     assert "absent: classes, channels" in line
     assert not (tmp_path / "m").exists()
-    assert "No such file" in error_line(load_model, tmp_path / "m")
+    assert "No such file" in error_line(load_compressed, tmp_path / "m")
     save_model(tmp_path / "m", network, description("dfkd:tiny_plain"))
     told = tmp_path / "m" / "model.json"
     whole = told.read_text()
     told.write_text(whole[:20])
-    assert "torn or not JSON" in error_line(load_model, tmp_path / "m")
+    assert "torn or not JSON" in error_line(load_compressed, tmp_path / "m")
     told.write_text(json.dumps({"model": "dfkd:tiny_plain", "classes": 4}))
-    assert "lacks channels" in error_line(load_model, tmp_path / "m")
+    assert "lacks channels" in error_line(load_compressed, tmp_path / "m")
     told.write_text(whole.replace('"channels": 1', '"channels": 3'))
-    assert "(16, 1, 3, 3) in the file, (16, 3, 3, 3) in the model" in error_line(load_model, tmp_path / "m")
+    line = error_line(load_compressed, tmp_path / "m")
+    assert "does not fit dfkd:tiny_plain" in line
+    assert "torch.Size([16, 1, 3, 3]) from checkpoint, the shape in current model is torch.Size([16, 3, 3, 3])" in line

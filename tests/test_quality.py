@@ -25,7 +25,7 @@ from dfkd.losses import bn_l2
 from dfkd.models import build_model
 from dfkd.quality import quality
 from dfkd.runtime import Shard
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, tap_features
 from generators import ConvGenerator, PoolGenerator, save_generator
 
 Make = Callable[..., Teacher]
@@ -208,7 +208,7 @@ def test_collapse_shows(zoo: list[Teacher]) -> None:
 def test_spreads_are_those_of_evaluate(zoo: list[Teacher]) -> None:
     images, labels = varied(60)
     figures = quality(images, labels, zoo).figures
-    with zoo[0].tap_features() as features:
+    with tap_features(zoo[0]) as features:
         zoo[0](images.float() / 255)
     expected = diversity(images.float() / 255, features[0], labels, classes=3)
     for kind in ("pixel", "feature"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfkd.assemble import teacher_folder
 from dfkd.compress.files import load_compressed
 from dfkd.errors import UserError
-from dfkd.models import build_model, load_model
+from dfkd.models import build_model
 from dfkd.models.selection import select_weights
 from dfkd.recipe import load_recipe
 
@@ -134,7 +134,8 @@ def test_a_run_begins_with_the_trained_teacher(runs: Runs) -> None:
     assert "the student began with weights of teacher residual (100 % of its own)" in called.out
     student = dict(load_compressed(runs.folder / "selected" / "student").model.named_parameters())
     recipe = load_recipe(runs.arguments("selected", *given)).recipe
-    teacher = dict(load_model(teacher_folder(recipe, "residual", recipe.teachers["residual"]))[0].named_parameters())
+    trained = load_compressed(teacher_folder(recipe, "residual", recipe.teachers["residual"])).model
+    teacher = dict(trained.named_parameters())
     assert student.keys() == teacher.keys()
     torch.testing.assert_close(student["features.0.weight"], teacher["features.0.weight"][::2])
     torch.testing.assert_close(student["linear.weight"], teacher["linear.weight"][:, ::2])

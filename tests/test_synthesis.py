@@ -398,7 +398,7 @@ def test_a_loss_of_weight_zero_is_not_computed(
         monkeypatch.setattr(losses, COMPUTED_BY[name], fail)
     monkeypatch.setitem(losses.BN_DISTANCES, "l2", fail)
     monkeypatch.setattr(Teacher, "tap", fail)
-    monkeypatch.setattr(Teacher, "tap_features", fail)
+    monkeypatch.setattr("dfkd.terms.tap_features", fail)
     student.register_forward_pre_hook(fail)
     weights = dict.fromkeys(LOSSES, 0.0) | {"ce": 1.0}
     options: dict[str, Any] = {"student": student, "warmup": 0.0, "equalise": True}

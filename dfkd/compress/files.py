@@ -1,6 +1,7 @@
 """Compressed models in files: a folder that holds all it takes to build the network again, whatever was done to it."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from dfkd.compress.graph import fold, network_of
 from dfkd.compress.quantize import insert
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.tracing import trace
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.models import build_model, read_checkpoint, save_tensors
 from dfkd.models.checkpoints import own_names, read_description
 
@@ -59,9 +60,11 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) ->
             insert(network, quantized["bits"], per_channel=True)
             for name, quantizer in activation_quantizers(network).items():
                 quantizer.signed = name in quantized["signed"]
-        network.load_state_dict(_decoded(network, own_names(network, tensors)))
+        state: Any = OrderedDict(_decoded(network, own_names(network, tensors)))
+        state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # MNASNet refuses one without
+        network.load_state_dict(state)
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # a description that is wrong
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         kind = "" if isinstance(error, RuntimeError | UserError) else f"{type(error).__name__}: "
         remedy = "; an older dfkd made it: quantise the float model again" if older else ""
         raise UserError(f"{os.fspath(folder)} does not fit {about['model']}: {kind}{reason}{remedy}") from None

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.classifier import Classifier
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode, to_float
 
 # A traced graph has none that work in place (see tracing.py).
@@ -95,7 +95,7 @@ def check_takes(network: nn.Module, images: Tensor) -> None:
         with eval_mode(network):
             network(images)
     except Exception as error:  # whatever a stranger's network may raise
-        reason = " ".join(str(error).split())[:300]
+        reason = in_a_line(error)
         raise UserError(
             f"{type(network).__name__} does not take images {list(images.shape)} in {images.dtype}: {reason}; give a "
             "stream of its own size, and the network in float32"

@@ -12,7 +12,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode
 
 
@@ -96,7 +96,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     try:
         graph = tracer.trace(network)
     except Exception as error:  # whatever a stranger's forward may do with a symbolic value
-        reason = " ".join(str(error).split())[:200]
+        reason = in_a_line(error)
         values = "values" if images is not None else "values or sizes"
         raise UserError(
             f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on "

@@ -4,7 +4,6 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -20,8 +19,8 @@ import torchvision
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from dfkd.errors import UserError, nearest
-from dfkd.models.checkpoints import WEIGHTS, load_weights, read_checkpoint, read_description, save_model, save_tensors
+from dfkd.errors import UserError, in_a_line, nearest
+from dfkd.models.checkpoints import load_weights, read_checkpoint, save_model, save_tensors
 from dfkd.models.small import SMALL, Factory, initialise
 from dfkd.models.stems import STEMS
 
@@ -29,7 +28,6 @@ __all__ = [
     "MODELS",
     "build_model",
     "list_models",
-    "load_model",
     "load_weights",
     "read_checkpoint",
     "save_model",
@@ -103,20 +101,6 @@ def build_model(
     return model
 
 
-def load_model(folder: str | os.PathLike[str], trust_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    """Network in eval mode and its description from a folder of `save_model`."""
-    description = read_description(folder)
-    model = build_model(
-        description["model"],
-        classes=description["classes"],
-        channels=description["channels"],
-        weights=str(Path(folder).expanduser() / WEIGHTS),
-        kwargs=description.get("kwargs"),
-        trust_code=trust_code,
-    )
-    return model.eval(), description
-
-
 def _guess(prefix: str, name: str) -> str:
     """What a string of no known scheme may have meant: a scheme misspelt, or a name without its scheme."""
     near = difflib.get_close_matches(prefix, _SCHEMES, n=1)
@@ -140,7 +124,7 @@ def _in_one_line(request: _Request) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = in_a_line(error)
         given = f" with kwargs {dict(request.kwargs)}" if request.kwargs else ""
         pretrained = " with pretrained weights" if request.pretrained else ""
         raise UserError(f"model {request.spec!r} cannot be built{pretrained}{given}: {reason}") from error
@@ -221,7 +205,7 @@ def _import(source: str, spec: str) -> ModuleType:
     try:
         return _run_file(path) if is_file else importlib.import_module(source)
     except (ImportError, SyntaxError) as error:
-        raise UserError(f"model {spec!r}: {source!r} cannot be imported: {' '.join(str(error).split())}") from error
+        raise UserError(f"model {spec!r}: {source!r} cannot be imported: {in_a_line(error)}") from error
 
 
 def _run_file(path: Path) -> ModuleType:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 _REQUIRED = ("model", "classes", "channels")  # without these a folder cannot be rebuilt
@@ -87,7 +87,7 @@ def _read(path: Path, given: str) -> Any:
         if foreign:
             why = f"holds Python objects ({foreign[1]}), which could run code; save model.state_dict() instead"
         else:
-            first_sentence = " ".join(str(error).split()).split(". ")[0] or type(error).__name__
+            first_sentence = in_a_line(error).split(". ")[0]
             why = f"is torn or not a checkpoint: {first_sentence}"
         raise UserError(f"checkpoint {given!r} {why}") from error
 
@@ -176,7 +176,7 @@ def own_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 
 def save_model(folder: str | os.PathLike[str], model: nn.Module, description: Mapping[str, Any]) -> None:
-    """Write model.safetensors and model.json, each atomically; `load_model` needs nothing else.
+    """Write model.safetensors and model.json, each atomically; dfkd.compress.files.load_compressed needs nothing else.
 
     `description` holds at least model (the model string), classes and channels; kwargs, mean, std, input_size
     and whatever else a reader should know.
