@@ -79,7 +79,9 @@ def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence
             here.recipe = dataclasses.replace(recipe, **{task: dataclasses.replace(getattr(recipe, task), **keys)})
             model, _ = task_input(here, "main")
             begun = time.perf_counter()
-            done = TASKS[task](here, model, task_source(here, source, model), Fit.run)
+            done = TASKS[task](
+                here, model, task_source(here, "generator" if task == "udfc" else source, model), Fit.run
+            )
             figures = {"case": case, "source": source, "seed": recipe.seed, **compare(here, model, done)}
             figures |= {"seconds": time.perf_counter() - begun, "device": describe_device(shard)}
             lines.append(figures)

@@ -117,6 +117,6 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def batch_norm_buffers(module: nn.Module) -> list[Tensor]:
-    """The floating-point buffers of a module: running means and variances that differ between processes."""
+def float_buffers(module: nn.Module) -> list[Tensor]:
+    """The floating-point buffers of a module, with the running means and variances that differ between processes."""
     return [buffer for buffer in module.buffers() if buffer.is_floating_point()]

@@ -1,6 +1,7 @@
 """What the tasks of a run are given, a model and images, and what is refused before anything is trained."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_tasks(recipe: Recipe) -> None:
     if recipe.export.input == "student":
         require_onnx()
     if "distill" in recipe.tasks and recipe.distill.input is not None:
-        source(recipe, "distill", recipe.distill.input)
+        origin(recipe, "distill", recipe.distill.input)
 
 
 def _is_folder(recipe: Recipe, name: str) -> bool:
@@ -72,7 +73,7 @@ def _check_task(recipe: Recipe, task: str) -> None:
         require_onnx()
 
 
-def source(recipe: Recipe, task: str, name: str) -> str:
+def origin(recipe: Recipe, task: str, name: str) -> str:
     """Where the layers of a task's input come from: `main`, `student` (fresh of student.model) or a folder; what a task
     makes has the layers of what it was given. Raises UserError where the input is quantised by then."""
     given = name
@@ -96,7 +97,7 @@ def check_layers(parts: Parts) -> None:
     images = torch.rand(shape, generator=rng("cpu", "check")).to(parts.shard.device)
     for task in (task for task in recipe.tasks if task in COMPRESSIONS):
         keys = settings(recipe, task)
-        name = source(recipe, task, keys.input)
+        name = origin(recipe, task, keys.input)
         fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
         model = task_input(parts, name)[0] if fresh is None else fresh
         check_takes(network_of(model), inputs := network_input(model, images))
@@ -145,18 +146,27 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
     return model, about
 
 
-def task_source(parts: Parts, source: str, model: Classifier) -> Source:
-    """Where a task's images come from."""
-    recipe = parts.recipe
-    if source == "noise":
-        mean, std = assemble.pixel_statistics([model], recipe.image.channels)
-        return from_noise(
-            recipe.image.channels, recipe.image.size, recipe.classes, sum(mean) / len(mean), sum(std) / len(std)
-        )
-    if source == "real":
-        real = assemble.control_images(recipe)
-        return from_images(real.images, real.labels)
+def _generated(parts: Parts, model: Classifier) -> Source:
     return from_generator(parts.generator)
+
+
+def _noise(parts: Parts, model: Classifier) -> Source:
+    image, classes = parts.recipe.image, parts.recipe.classes
+    mean, std = (sum(each) / len(each) for each in assemble.pixel_statistics([model], image.channels))
+    return from_noise(image.channels, image.size, classes, mean, std)
+
+
+def _real(parts: Parts, model: Classifier) -> Source:
+    real = assemble.control_images(parts.recipe)
+    return from_images(real.images, real.labels)
+
+
+SOURCES: dict[str, Callable[[Parts, Classifier], Source]] = {"generator": _generated, "noise": _noise, "real": _real}
+
+
+def task_source(parts: Parts, source: str, model: Classifier) -> Source:
+    """Where a task's images come from, which are for a model: one of SOURCES."""
+    return SOURCES[source](parts, model)
 
 
 def bits_by_layer(keys: FewBits) -> dict[str, Any]:

@@ -335,7 +335,7 @@ class Export:
 
 @dataclass
 class Runtime:
-    """How it runs, not what it computes."""
+    """How it runs; of what it computes no more than the rounding, and which batch the student's norms see."""
 
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 where the device is fast at it")
     channels_last: bool = key(True, "memory format of images and convolutions")

@@ -19,7 +19,7 @@ from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import Moves, draw_labels, draw_latents, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.mixing import draw_mix, make_mix, partners, paste
-from dfkd.runtime import Shard, full_precision, rng, to_bytes, to_device, to_float
+from dfkd.runtime import Autocast, Shard, full_precision, rng, to_bytes, to_device, to_float
 from dfkd.teachers import Teacher, logits_and_features, zoo_logits
 from generators import ImageGenerator
 
@@ -142,7 +142,8 @@ class SyntheticStream(IterableDataset):
     is not conditional they mean nothing, of a mixed image it is one of two). Batch b of epoch e depends on (seed, rank,
     e, b) alone, unless replay is on: then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8
     bits, and stands first; the rest are images of the last `replay` batches as they were, with the targets they had,
-    which costs neither network anything.
+    which costs neither network anything. With several teachers in a process group every rank is to draw a batch: their
+    spreads, by which targets are weighted, are means over all ranks.
     A generator in training mode draws as in training, by the statistics of the batch: `.eval()` it first.
     With `features` targets are [B, K + D]: behind the logits what the teachers' last linear layers are given, for Fit.
     """
@@ -161,7 +162,7 @@ class SyntheticStream(IterableDataset):
         flip: bool = False,
         mix: float = 0.0,
         shard: Shard | None = None,
-        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        autocast: Autocast = nullcontext,
         channels_last: bool = False,
         epoch: int = 0,
         graphs: Calls = DIRECT,

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx
 from dfkd.inputs import bits_by_layer, settings, task_input, task_source
-from dfkd.runtime import Shard, autocast_of, say, to_float
+from dfkd.runtime import Autocast, Shard, autocast_of, say, to_float
 from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream
 from dfkd.teachers import Teacher, have_features
@@ -204,15 +204,15 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
     begun, opened_before = time.perf_counter(), len(opened())
     keys = settings(parts.recipe, task)
     model, about = task_input(parts, keys.input)
-    name = getattr(keys, "source", "none")
-    source = task_source(parts, name, model)
+    name = getattr(keys, "source", None)  # of udfc none: it looks at no image
+    source = task_source(parts, name or "generator", model)
     done = TASKS[task](parts, model, source, train)
     structure = {**about.get("structure", {}), **done.structure}
     structure["channels"] = {**about.get("structure", {}).get("channels", {}), **done.structure.get("channels", {})}
     folder = parts.folder / task
     figures: dict[str, Any] = {
         "input": keys.input,
-        "source": "no data" if name == "none" else name,
+        "source": name or "no data",
         **compare(parts, model, done),
         "layers": done.layers,
         "opened": assemble.made_from(about) + opened()[opened_before:],
@@ -252,9 +252,7 @@ def measure(parts: Parts, model: nn.Module) -> Accuracy | None:
     return None if parts.test is None else accuracy(model, parts.test, device=parts.shard.device)
 
 
-def held_out(
-    parts: Parts, count: int = HELD_OUT, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-) -> Iterator[Tensor]:
+def held_out(parts: Parts, count: int = HELD_OUT, autocast: Autocast = nullcontext) -> Iterator[Tensor]:
     """Batches of synthetic images, `count` in all, that nothing has trained on; of a pool its own, each once and no
     more than it has: what trained on the pool has seen them all."""
     if isinstance(parts.generator, PoolGenerator):

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dfkd.checkpoints import Checkpoints
-from dfkd.collectives import agreed, batch_norm_buffers, mean_over_processes
+from dfkd.collectives import agreed, float_buffers, mean_over_processes
 from dfkd.compress.fit import Fit
 from dfkd.draws import draw_latents
 from dfkd.errors import Paused, UserError
@@ -125,7 +125,7 @@ class Loop:
             self.synthesizer.settle()
         if self.fit is not None:
             self.fit.graphs.forget()
-            mean_over_processes(batch_norm_buffers(self.fit.student))
+            mean_over_processes(float_buffers(self.fit.student))
         self._account(counted)
 
     def _ends_round(self, k: int) -> bool:

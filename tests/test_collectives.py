@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dfkd.collectives import (
     SyncBatchNorm,
     all_reduce_mean,
-    batch_norm_buffers,
+    float_buffers,
     global_moments,
     mean_over_processes,
     sync_batchnorm,
@@ -214,7 +214,7 @@ def test_alone_it_is_torchs_batch_norm(case: str) -> None:
 
 def test_buffers_to_average_are_the_running_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
-    assert [id(b) for b in batch_norm_buffers(model)] == [id(model[1].running_mean), id(model[1].running_var)]
+    assert [id(b) for b in float_buffers(model)] == [id(model[1].running_mean), id(model[1].running_var)]
 
 
 # --- two processes ---

@@ -218,11 +218,11 @@ class Fit:
         if self.stream.replay is not None:
             self.stream.replay.load_state_dict(state["replay"])
 
-    def run(self, start: int = 0) -> nn.Module:
-        """All steps from `start`; returns the student in eval mode. torch's global generators are left as they were."""
+    def run(self) -> nn.Module:
+        """All steps; returns the student in eval mode. torch's global generators are left as they were."""
         device = next(self.student.parameters()).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            for step in range(start, self.steps):
+            for step in range(self.steps):
                 self.step(step)
         return self.student.eval()
 

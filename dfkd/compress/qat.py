@@ -1,8 +1,8 @@
 """Quantisation from a stream: `quantize`, by rounding, by reconstruction, or by training with learned steps (LSQ)."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +28,11 @@ from dfkd.compress.tracing import trace
 from dfkd.compress.units import mark
 from dfkd.cuda_graphs import DIRECT
 from dfkd.errors import UserError
-from dfkd.runtime import eval_mode
+from dfkd.runtime import Autocast, eval_mode
 from dfkd.stream import Replay, SyntheticStream
 from dfkd.teachers import Teacher
 
 METHODS = ("nearest", "reconstruct", "train")
-Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def quantize(

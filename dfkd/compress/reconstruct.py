@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from dfkd.compress.graph import CARRIERS, RELUS, is_layer, kind
 from dfkd.compress.quantizers import QUANTIZED, ActivationQuantizer, activation_quantizers, quantized_layers
 from dfkd.compress.units import Unit, extract, units
 from dfkd.errors import UserError
-from dfkd.runtime import full_precision, reseed
+from dfkd.runtime import Autocast, full_precision, reseed
 
 CHUNK = 128  # images per forward outside of learning
 
@@ -172,7 +172,7 @@ class Learner:
     warmup: float = 0.2
     drop: float = 0.5
     seed: int = 0
-    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    autocast: Autocast = nullcontext
 
     def __post_init__(self) -> None:
         if min(self.steps, self.batch_size) < 1:
