@@ -21,7 +21,7 @@ from dfkd.models.checkpoints import not_finite
 from dfkd.runtime import Deadline, Shard, autocast_of, eval_mode
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, tap_features
-from dfkd.verdict import generator_notes, student_notes
+from dfkd.verdict import generator_notes, moving_mean, student_notes
 from generators import ImageGenerator
 
 GRID_COLUMNS, GRID_ROWS, LOOKED_AT, SAMPLE = 10, 10, 20, 200  # columns, rows, classes, images
@@ -83,7 +83,8 @@ class Loop:
     deadline: Deadline
     evaluate: Callable[[], Mapping[str, float]] | None  # the student's figures
     evaluations: int
-    best: float = 0.0  # the student's agreement with its teacher
+    usual: float | None = None  # the student's agreement with its teacher, a moving mean over the batches logged
+    best: float = 0.0  # the highest of it
 
     def run(self, start: int = 0) -> None:
         """Go from loop step `start` to the end. Raises UserError where a term is NaN or the disk is full, and Paused,
@@ -163,9 +164,10 @@ class Loop:
         if terms:
             name = "student" if self.plan.name in ("generator", "distill") else self.plan.name
             figures |= self.metrics.log(name, self.offset + done, terms)
-            self.best = max(self.best, figures["agreement"])
+            self.usual = moving_mean(self.usual, figures["agreement"])
+            self.best = max(self.best, self.usual)
             if name == "student":
-                self.metrics.warn(self.offset + done, student_notes(figures["agreement"], self.best))
+                self.metrics.warn(self.offset + done, student_notes(self.usual, self.best))
         shown = ("bn", "ce", "loss", "agreement")
         text = ", ".join(f"{name} {figures[name]:.3f}" for name in shown if name in figures)
         self.metrics.progress(done, self.plan.total, f"{self.plan.name}: {text}")
@@ -187,7 +189,8 @@ class Loop:
 
     def state_dict(self, done: int) -> dict[str, Any]:
         """All that a resume from loop step `done` needs, of this rank."""
-        state: dict[str, Any] = {"phase": self.plan.name, "done": done, "spent": self.spent, "best": self.best}
+        state: dict[str, Any] = {"phase": self.plan.name, "done": done, "spent": self.spent}
+        state |= {"usual": self.usual, "best": self.best}
         if self.synthesizer is not None:
             state |= {"generator": self.generator.state_dict(), "synthesizer": self.synthesizer.state_dict()}
         if self.fit is not None:
@@ -197,7 +200,7 @@ class Loop:
     def load_state_dict(self, state: dict[str, Any]) -> int:
         """Take up a state_dict; returns the loop step to go on from."""
         done = int(state["done"])
-        self.best = float(state["best"])
+        self.usual, self.best = state["usual"], float(state["best"])
         if self.synthesizer is not None:
             self.generator.load_state_dict(state["generator"])
             self.synthesizer.load_state_dict(state["synthesizer"])

@@ -12,6 +12,7 @@ ALIKE = 0.1  # spread of a teacher's features within classes over that between t
 UNSEEN, DISAGREES = 50.0, 80.0  # % of the images
 UNMATCHED = 0.7  # batch-norm loss over its value at the start
 FALLEN = 0.5  # agreement of the student over the best it had
+NEWEST = 0.2  # share of a moving mean that is the newest value's
 SWING = 5.0  # points by which the last quarter of training may fall below its mean
 # What to do where a task does worse than rounding or cutting alone.
 ADDED = {
@@ -64,8 +65,14 @@ def generator_notes(
     return notes
 
 
+def moving_mean(mean: float | None, now: float) -> float:
+    """A figure's mean over the last few lines logged (None: none yet): a batch that is hard is no fall."""
+    return now if mean is None else mean + NEWEST * (now - mean)
+
+
 def student_notes(agreement: float, best: float) -> dict[str, str]:
-    """By name what looks wrong with a student in training: its agreement with the teacher, of 1, now and at best."""
+    """By name what looks wrong with a student in training: the moving mean of its agreement with the teacher, of 1, now
+    and at best."""
     if agreement >= FALLEN * best:
         return {}
     text = (

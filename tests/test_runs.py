@@ -167,7 +167,14 @@ def test_a_generator_is_reused_without_one_update(runs: Runs) -> None:
     assert (folder / "student" / "model.safetensors").exists()
     assert [line["step"] for line in lines(folder) if line["phase"] == "student"] == [1, 2, 3, 4]
     assert not [line for line in lines(folder) if line["phase"] == "generator"]
-    assert set(torch.load(folder / "checkpoints" / "latest" / "rank0.pt")) == {"phase", "done", "spent", "best", "fit"}
+    assert set(torch.load(folder / "checkpoints" / "latest" / "rank0.pt")) == {
+        "phase",
+        "done",
+        "spent",
+        "usual",
+        "best",
+        "fit",
+    }
 
 
 def test_noise_is_streamed_without_one_update(runs: Runs) -> None:

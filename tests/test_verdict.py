@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dfkd.inputs import COMPRESSIONS
-from dfkd.verdict import generator_notes, last_quarter, student_notes, verdict
+from dfkd.verdict import generator_notes, last_quarter, moving_mean, student_notes, verdict
 from generators import ConvGenerator
 
 SOUND = {"class_agreement_a": 90.0, "predicted_balance_a": 0.98, "feature_ratio": 0.6}
@@ -52,6 +52,23 @@ def test_a_student_that_stops_agreeing() -> None:
     assert student_notes(0.6, best=0.9) == {}
     assert "from 90 to 40 %" in student_notes(0.4, best=0.9)["student"]
     assert student_notes(0.0, best=0.0) == {}  # nothing was learned yet
+
+
+def test_one_hard_batch_is_no_fall_and_a_lasting_one_is() -> None:
+    def told(agreements: list[float]) -> list[int]:
+        mean, best, lines = None, 0.0, []
+        for line, each in enumerate(agreements):
+            mean = moving_mean(mean, each)
+            best = max(best, mean)
+            lines += [line] if student_notes(mean, best) else []
+        return lines
+
+    assert moving_mean(None, 0.7) == 0.7
+    assert moving_mean(0.5, 1.0) == pytest.approx(0.6)
+    assert told([0.9] * 10 + [0.3] + [0.9] * 10) == []
+    # after k + 1 lines of 0.1 the mean is 0.1 + 0.8 * 0.8 ** (k + 1)
+    first = next(k for k in range(9) if 0.1 + 0.8 * 0.8 ** (k + 1) < 0.45)
+    assert told([0.9] * 10 + [0.1] * 9) == list(range(10 + first, 19))
 
 
 def test_the_last_quarter_of_evaluations() -> None:
