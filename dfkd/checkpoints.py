@@ -55,7 +55,7 @@ def _digest(path: Path) -> str:
 class Checkpoints:
     """The folder `checkpoints/` of a run: step-N/rankR.pt and manifest.json, and `latest`, a link to the newest.
 
-    owner names what the states belong to (a digest of the recipe and the number of processes): others are refused.
+    owner names what the states belong to (a digest of recipe, precision and number of processes): others are refused.
     """
 
     def __init__(self, folder: Path, owner: str) -> None:

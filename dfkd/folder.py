@@ -84,7 +84,7 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
     # By name, since of a link only the link goes, and by where it is, however it was reached.
     made = [base / name for base in (Path(os.path.abspath(folder)), folder.resolve()) for name in MADE]
     for name in filter(None, needed):
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         places = (Path(os.path.abspath(path)), path.resolve())
         if path.exists() and any(place.is_relative_to(one) for place in places for one in made):
             raise UserError(f"overwrite=true would remove {name}, which this run needs; choose another output=...")

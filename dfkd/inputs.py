@@ -1,6 +1,7 @@
 """What the tasks of a run are given, a model and images, and what is refused before anything is trained."""
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,19 +97,26 @@ def check_layers(parts: Parts) -> None:
     shape = (PROBE, recipe.image.channels, recipe.image.size, recipe.image.size)
     images = torch.rand(shape, generator=rng("cpu", "check")).to(parts.shard.device)
     for task in (task for task in recipe.tasks if task in COMPRESSIONS):
-        keys = settings(recipe, task)
-        name = origin(recipe, task, keys.input)
+        name = origin(recipe, task, settings(recipe, task).input)
         fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
         model = task_input(parts, name)[0] if fresh is None else fresh
-        check_takes(network_of(model), inputs := network_input(model, images))
-        graph = trace(network_of(model), inputs)
-        if task in ("qat", "ptq"):
-            layer_bits(graph, (keys.weights, keys.activations), **bits_by_layer(keys))
-        if task == "prune":
-            options = {"kind": keys.kind, "repair": keys.repair, "ignore": keys.ignore, "inner_only": keys.inner_only}
-            check_prunable(model, images, keys.ratio, **options)
-        if task == "udfc":
-            check_closed_form(model, keys.ratio, keys.bits, keys.ignore)
+        try:
+            _check_layers(recipe, task, model, images)
+        except UserError as error:
+            raise UserError(f"{task}: {error}") from None
+
+
+def _check_layers(recipe: Recipe, task: str, model: Classifier, images: torch.Tensor) -> None:
+    keys = settings(recipe, task)
+    check_takes(network_of(model), inputs := network_input(model, images))
+    graph = trace(network_of(model), inputs)
+    if task in ("qat", "ptq"):
+        layer_bits(graph, (keys.weights, keys.activations), **bits_by_layer(keys))
+    if task == "prune":
+        options = {"kind": keys.kind, "repair": keys.repair, "ignore": keys.ignore, "inner_only": keys.inner_only}
+        check_prunable(model, images, keys.ratio, **options)
+    if task == "udfc":
+        check_closed_form(model, keys.ratio, keys.bits, keys.ignore)
 
 
 def settings(recipe: Recipe, task: str) -> Any:
@@ -123,7 +131,7 @@ def input_folder(recipe: Recipe, name: str) -> Path | None:
     made = {"distill": "student", "student": "student", **{task: task for task in COMPRESSIONS}}
     if name == "student" or name in recipe.tasks:
         return Path(recipe.folder) / made[name]
-    return Path(name)
+    return Path(os.path.expanduser(name))
 
 
 def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:

@@ -177,8 +177,8 @@ def say_beginning(parts: Parts, hints: Hints | None) -> None:
         say(f"{100 * selected['share']:.3g} % of the student begin as weights of teacher {selected['teacher']}")
     if hints is None:
         say(
-            "the student learns no layers of a teacher: distill.{maps,hints,attention} are 0, or there are none of one "
-            "size to pair, in networks that resize no images"
+            "the student learns no layers of a teacher: distill.{maps,hints,attention} are 0, or there are no stages "
+            "of one size to pair (nor are there where it sees images of another size: input_size)"
         )
     else:
         through = ", through 1x1 convolutions" if hints.projector else ""

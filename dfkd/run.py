@@ -176,6 +176,7 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
                 say(f"task {plan.name}")
                 run_task(parts, plan.name, partial(train, partial(loop_of, plan, None, offset=offset), mine))
                 worked = True
+            mine.clear()  # of a task that was finished already nobody took it up
             offset += plan.total
 
 
@@ -206,7 +207,8 @@ def prepare_student(parts: Parts, plan: Plan) -> None:
     """Where distill.input names a model, make it the student; and synchronise batch norms where the recipe says so."""
     if plan.name == "distill" and parts.recipe.distill.input is not None:
         parts.student, parts.student_about = task_input(parts, parts.recipe.distill.input)
-        parts.student_about.pop("selected", None)  # of a model that has been trained since
+        for key in ("selected", "moves"):  # of a model that has been trained since
+            parts.student_about.pop(key, None)
         hold_zeros(parts.student.requires_grad_(True))
     if parts.recipe.runtime.sync_batchnorm and parts.student is not None:
         sync_batchnorm(parts.student)

@@ -114,6 +114,15 @@ def test_the_configuration_for_several_machines_is_one_that_accelerate_takes() -
     assert (config.num_machines, config.num_processes) == (2, 16)
 
 
+@pytest.mark.parametrize(("cases", "given"), [({}, []), ({"all": ("udfc", {})}, ["data.dataset=none"])])
+def test_compression_is_measured_on_real_images_or_not_at_all(
+    benchmark: Callable[[str], ModuleType], tmp_path: Path, cases: dict[str, Any], given: list[str]
+) -> None:
+    teachers = [f"teachers.{name}.weights=w.pt" for name in ("plain", "residual", "inverted")]
+    with pytest.raises(UserError, match=r"set data\.dataset"):
+        benchmark("compress").measure(tmp_path, cases, ["generator"], ["recipe=digits", *teachers, *given])
+
+
 def test_settings_bind_what_has_figures(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
     books = benchmark("bookkeeping")
     books.keep_settings(tmp_path / "settings.json", {"seconds": 5})

@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from runs_fixture import Runs, start, wait_for
 
 from dfkd.errors import UserError
-from dfkd.folder import may_run, owner
+from dfkd.folder import may_run
 from dfkd.recipe import load_recipe
+from dfkd.runtime import resolve_precision
 
 SHORT = ("synthesis.steps=2", "distill.steps=2", "tasks=[distill]")
 
@@ -81,11 +83,15 @@ def test_what_a_run_needs_is_not_removed(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked(folder, "overwrite=true", "teachers.plain.weights=run/net.pt")  # no run's, so it stays
 
 
-def test_a_checkpoint_is_of_one_precision_whatever_auto_is_elsewhere() -> None:
-    recipe = load_recipe(["recipe=digits"]).recipe
-    assert recipe.runtime.precision == "auto"
-    assert owner(recipe, "bf16", 1) == owner(recipe, "bf16", 1)
-    assert len({owner(recipe, "bf16", 1), owner(recipe, "fp32", 1), owner(recipe, "bf16", 2)}) == 3
+def test_a_run_does_not_go_on_where_auto_is_another_precision(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = (*SHORT, "runtime.precision=auto", "runtime.minutes=0.0001")
+    assert "the same command goes on" in runs.run("run", *pieces).out
+    assert list((runs.folder / "run" / "checkpoints").glob("step-*"))
+    here = resolve_precision("auto", torch.device("cpu"))
+    for module in ("run", "runtime", "assemble"):
+        elsewhere = {"bf16": "fp32", "fp32": "bf16"}[here]
+        monkeypatch.setattr(f"dfkd.{module}.resolve_precision", lambda given, device, of=elsewhere: of)
+    assert "is of another recipe, precision or number of processes" in runs.run("run", *pieces).refused()
 
 
 def test_images_measured_before_there_is_a_run_are_in_nobodys_way(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ REFUSED = [
     (("tasks=[generator,qat,prune]", "qat.input=prune"), "qat.input=prune is no earlier task and no folder"),
     (("tasks=[generator,ptq,qat]", "qat.input=ptq"), "qat.input=ptq is quantised by then"),
     (("tasks=[generator,ptq]", "ptq.overrides={'stem.*': [8, 8]}"), "'stem.*' matches no layer"),
-    (("tasks=[generator,prune]", "prune.ignore=[nothing]"), "'nothing' matches no layer"),
+    (("tasks=[generator,prune]", "prune.ignore=[nothing]"), "prune: the ignore pattern 'nothing' matches no layer"),
     (("tasks=[generator,ptq]", "ptq.weights=9"), "ptq.weights=9 is not allowed; it takes integer from 2 to 8"),
     (("tasks=[generator,ptq]", "export.input=qat"), "export.input=qat is no task of this run"),
     (("tasks=[ptq,generator]",), "the generator comes first"),

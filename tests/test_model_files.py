@@ -218,6 +218,14 @@ def test_a_saved_model_is_rebuilt_from_its_folder_alone(tmp_path, name):
     ]
 
 
+def test_a_folder_without_counts_of_batches_loads(tmp_path):
+    saved = vary(build_model("dfkd:tiny_plain", classes=4, channels=1))
+    save_model(tmp_path, saved, description("dfkd:tiny_plain"))
+    kept = {name: each for name, each in saved.state_dict().items() if not name.endswith("num_batches_tracked")}
+    save_file(kept, tmp_path / "model.safetensors")
+    assert_same({name: load_compressed(tmp_path).model.state_dict()[name] for name in kept}, kept)
+
+
 def test_tied_weights_and_wrapped_models_are_saved(tmp_path):
     (tmp_path / "own_nets.py").write_text(TIED)
     model = f"python:{tmp_path / 'own_nets.py'}:Tied"

@@ -195,6 +195,18 @@ def test_figures_are_errors_against_the_float_network() -> None:
     assert figures[-1]["error_after"] == pytest.approx(error.sqrt().item(), rel=1e-4)
 
 
+def test_a_unit_that_gives_nothing_has_errors_that_are_numbers() -> None:
+    plain = network()
+    with torch.no_grad():
+        for module in plain.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.bias.fill_(-100.0)  # nothing passes the ReLU
+    figures = reconstruct(prepared(plain), images(64), steps=2)
+    errors = [each[key] for each in figures if "skipped" not in each for key in ("error_before", "error_after")]
+    assert errors
+    assert all(math.isfinite(error) for error in errors)
+
+
 def test_same_seed_same_bits_and_global_random_state_untouched() -> None:
     results = []
     for seed in (0, 0, 1):

@@ -141,6 +141,8 @@ def test_a_run_begins_with_the_trained_teacher(runs: Runs) -> None:
     torch.testing.assert_close(student["linear.weight"], teacher["linear.weight"][:, ::2])
     selected = json.loads((runs.folder / "selected" / "results.json").read_text())["student"]["selected"]
     assert selected == {"teacher": "residual", "share": 1}
+    (entry,) = json.loads((runs.folder / "selected" / "student" / "model.json").read_text())["opened"]
+    assert (entry["purpose"], entry["split"]) == ("train teacher", "train")
 
 
 def test_a_student_that_began_so_learns_its_teachers_maps_and_no_other_does(runs: Runs) -> None:

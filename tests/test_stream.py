@@ -228,6 +228,17 @@ def test_an_empty_ring_can_be_taken_up() -> None:
     assert torch.equal(ring.draw(CPU, 4, 0)[1], torch.arange(4))
 
 
+def test_a_ring_that_is_not_full_is_saved_without_what_is_not_in_it(tmp_path: Path) -> None:
+    ring, images = Replay(100), numbered(4)
+    ring.push(images, torch.arange(4))
+    torch.save(ring.state_dict(), tmp_path / "ring.pt")
+    assert images.numel() < (tmp_path / "ring.pt").stat().st_size < images.numel() + 4096 < 100 * images.numel()
+    kept = torch.load(tmp_path / "ring.pt")
+    again = Replay(100)
+    again.load_state_dict(kept)
+    assert torch.equal(again.draw(CPU, 8, 0)[0], ring.draw(CPU, 8, 0)[0])
+
+
 @pytest.mark.parametrize("batch_size", [8, 9])
 def test_half_of_a_replayed_batch_is_fresh(make_stream: MakeStream, batch_size: int) -> None:
     stream, seen = make_stream(batch_size, replay=4), []

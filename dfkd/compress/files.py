@@ -60,8 +60,10 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) ->
             insert(network, quantized["bits"], per_channel=True)
             for name, quantizer in activation_quantizers(network).items():
                 quantizer.signed = name in quantized["signed"]
-        state: Any = OrderedDict(_decoded(network, own_names(network, tensors)))
-        state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]  # MNASNet refuses one without
+        own: Any = network.state_dict()
+        state: Any = OrderedDict((key, each) for key, each in own.items() if key.endswith("num_batches_tracked"))
+        state.update(_decoded(network, own_names(network, tensors)))
+        state._metadata = own._metadata  # torchvision's MNASNet refuses one without
         network.load_state_dict(state)
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # a description that is wrong
         reason = in_a_line(error)

@@ -24,7 +24,7 @@ from dfkd.compress.graph import (
 )
 from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
-from dfkd.compress.tracing import check_weights, outputs, trace
+from dfkd.compress.tracing import check_weights, heads, trace
 from dfkd.errors import UserError
 
 KINDS = ("channels", "weights")
@@ -307,7 +307,7 @@ def _takes(network: nn.Module, cut: Cut, probe: Tensor) -> bool:
         for name, removed in cut.inputs.items():
             layer: Any = deaf.get_submodule(name)
             layer.weight[:, sorted(removed)] = 0
-        expected, given = outputs(deaf, probe), outputs(_remove(copy.deepcopy(network), cut), probe)
+        expected, given = heads(deaf, probe), heads(_remove(copy.deepcopy(network), cut), probe)
     except Exception:  # a stranger's forward with sizes it was not made for, and channels that are counted otherwise
         return False
     pairs = list(zip(given, expected))

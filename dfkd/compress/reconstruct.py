@@ -239,8 +239,8 @@ def reconstruct(
 
     Returns per unit its name and the norms of its error before and after, relative to the float output's; for a layer
     that no unit holds the reason under `skipped`. The images, and a unit's inputs and outputs for all of
-    them, stay on the device of the images. Raises UserError for fewer images than batch_size, an unknown unit, a loss
-    that is not finite.
+    them, stay on the device of the images. Raises UserError for steps or batch_size below 1, fewer images than
+    batch_size, an unknown unit, a loss that is not finite.
     """
     learner = Learner(**options)
     images = images if isinstance(images, Tensor) else torch.cat(list(images))
@@ -275,7 +275,7 @@ def reconstruct(
             weight = fisher_weights(reference, images, twin[end], nearest) if fisher else None
             learner.learn(part, piece.name, start_float, start_x, target, weight)
             learned = values(graph, piece.nodes, start, start_x, end)
-            before, after = ((out - target).norm() / target.norm() for out in (nearest, learned))
+            before, after = ((out - target).norm() / target.norm().clamp_min(1e-12) for out in (nearest, learned))
             figures.append({"unit": piece.name, "error_before": before.item(), "error_after": after.item()})
             for name in quantized_layers(part):
                 left.pop(name)

@@ -11,7 +11,8 @@ class Compressed:
     """A smaller model, the naive baseline of its method, and what was done to it.
 
     model and naive take what the given model takes (a Classifier stays one). layers has a line per layer for the
-    report. structure is what rebuilds the network besides its model string: see dfkd.compress.files.
+    report, and per unit of several that was reconstructed as one. structure is what rebuilds the network besides its
+    model string: see dfkd.compress.files.
     """
 
     model: nn.Module

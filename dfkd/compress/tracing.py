@@ -114,7 +114,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     return traced
 
 
-def outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
+def heads(network: nn.Module, images: Tensor) -> list[Tensor]:
     """The tensors of numbers that a network gives: it may have several heads, and None in the place of one."""
     return [x for x in tree_leaves(network(images)) if isinstance(x, Tensor) and x.is_floating_point()]
 
@@ -123,7 +123,7 @@ def outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
 def _compare(network: nn.Module, traced: fx.GraphModule, images: Tensor) -> None:
     """Raise UserError where a graph does not compute what its network does."""
     with eval_mode(network):
-        pairs = zip(outputs(network, images), outputs(traced, images))
+        pairs = zip(heads(network, images), heads(traced, images))
     if any((given - expected).norm() > 1e-3 * expected.norm() for expected, given in pairs):
         raise UserError(
             f"{type(network).__name__} computes something else once it is traced, as where its forward works in place "
