@@ -57,7 +57,7 @@ def training(
 ) -> dict[str, Any]:
     """`steps` updates of a generator and a student in turn, as the loop of a run makes them."""
     torch.manual_seed(5)
-    generator = AnyDtypeGenerator(latent=6, classes=3, channels=1, size=8, width=4).to(dtype)
+    generator = AnyDtypeGenerator(latent=6, classes=3, channels=1, size=8, width=4, prototypes=1).to(dtype)
     student = sync_batchnorm(build_model("dfkd:tiny_plain", classes=3, channels=1, kwargs={"width": 4})).to(dtype)
     teachers, batch = zoo(dtype), 2 * BATCH // shard.world
     synthesizer = Synthesizer(
@@ -69,6 +69,7 @@ def training(
         sample=2,
         mix=make_mix("resize"),
         student=student,
+        adversary_loss="l1",
         warmup=0.1,
         fade=0.0,
         lr=lr,
