@@ -17,7 +17,7 @@ from typing import Any
 
 from bookkeeping import add, keep_settings, picked, read
 
-from dfkd.assemble import load_recipe_zoo
+from dfkd.assemble import train_zoo
 from dfkd.compress.fit import Fit
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
@@ -66,8 +66,7 @@ def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence
             "accuracies of --cases are what is measured: name one, and set data.dataset to real test images"
         )
     parts = build(recipe, accelerator, shard)
-    parts.zoo = []  # before the one that is used
-    parts.zoo = load_recipe_zoo(recipe, shard.device, print)  # trains what has no weights
+    train_zoo(parts, print)
     path = out / "figures.jsonl"
     lines = read(path)
     found = {(line["case"], line["source"], line["seed"]) for line in lines}

@@ -26,7 +26,7 @@ from typing import Any
 from bookkeeping import Keys, add, given_keys, keep_settings, numbers, picked, read, whole, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
-from dfkd.assemble import Parts, load_recipe_zoo, reload_generator, teacher_folder
+from dfkd.assemble import Parts, reload_generator, teacher_folder, train_zoo
 from dfkd.compress.fit import Fit
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
@@ -155,8 +155,7 @@ def assembled(recipe: Recipe) -> Parts:
     """All teachers of the recipe, trained where they must be, and its test images."""
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     parts = build(recipe, accelerator, shard)
-    parts.zoo = []  # before the one that is used
-    parts.zoo = load_recipe_zoo(recipe, shard.device, say)
+    train_zoo(parts, say)
     return parts
 
 

@@ -25,6 +25,7 @@ from dfkd.models.selection import select_weights
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import Deadline, Shard, eval_mode, resolve_precision, rng
 from dfkd.schema import SELECTED, Recipe, StudentSpec, TeacherSpec
+from dfkd.stream import Source, from_noise
 from dfkd.teachers import SPEC, Teacher, load_zoo
 from generators import GENERATORS, ImageGenerator, PoolGenerator, build_generator, load_generator
 
@@ -139,6 +140,13 @@ def load_recipe_zoo(
         trust_code=recipe.trust_code,
         memory_gb=recipe.zoo.memory_gb,
     )
+
+
+def train_zoo(parts: Parts, say: Say, deadline: Deadline | None = None) -> None:
+    """Put the zoo that is used, its teachers trained where they must be, in the place of the one that was checked.
+    Raises Paused where the deadline comes first."""
+    parts.zoo = []  # the two must not be in memory side by side
+    parts.zoo = load_recipe_zoo(parts.recipe, parts.shard.device, say, deadline=deadline)
 
 
 def folder_about(weights: str) -> dict[str, Any]:
@@ -321,6 +329,13 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
         )
     check_trainable(student, images, f"the student {spec.model}")
     return student, about
+
+
+def noise_like(recipe: Recipe, models: Sequence[Classifier]) -> Source:
+    """The control without a network: noise of the mean and spread that these models' normalisations tell of."""
+    image = recipe.image
+    mean, std = (sum(each) / len(each) for each in pixel_statistics(models, image.channels))
+    return from_noise(image.channels, image.size, recipe.classes, mean, std)
 
 
 def pixel_statistics(zoo: Sequence[Classifier], channels: int) -> tuple[list[float], list[float]]:

@@ -23,7 +23,7 @@ from dfkd.export import require_onnx
 from dfkd.models.checkpoints import read_description
 from dfkd.runtime import rng
 from dfkd.schema import FewBits, Recipe
-from dfkd.stream import Source, from_generator, from_images, from_noise
+from dfkd.stream import Source, from_generator, from_images
 
 COMPRESSIONS = ("ptq", "qat", "prune", "udfc")  # the tasks that make a smaller model of their input
 QUANTISED = "give the float model it was made from"
@@ -159,9 +159,7 @@ def _generated(parts: Parts, model: Classifier) -> Source:
 
 
 def _noise(parts: Parts, model: Classifier) -> Source:
-    image, classes = parts.recipe.image, parts.recipe.classes
-    mean, std = (sum(each) / len(each) for each in assemble.pixel_statistics([model], image.channels))
-    return from_noise(image.channels, image.size, classes, mean, std)
+    return assemble.noise_like(parts.recipe, [model])
 
 
 def _real(parts: Parts, model: Classifier) -> Source:

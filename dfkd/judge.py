@@ -23,7 +23,7 @@ from dfkd.report import columns
 from dfkd.results import describe_device, versions
 from dfkd.runtime import Shard, make_accelerator, say, shut_down, to_float
 from dfkd.schema import Recipe
-from dfkd.stream import Source, SyntheticStream, from_generator, from_noise, materialize
+from dfkd.stream import Source, SyntheticStream, from_generator, materialize
 from dfkd.tasks import HELD_OUT, HELD_OUT_BATCH, HELD_OUT_EPOCH
 from dfkd.teachers import Teacher
 from dfkd.training import GRID_COLUMNS
@@ -130,9 +130,7 @@ def _folder(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Samp
 
 
 def _noise(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Sample:
-    image = recipe.image
-    mean, std = (sum(each) / len(each) for each in assemble.pixel_statistics(zoo, image.channels))
-    noise = from_noise(image.channels, image.size, recipe.classes, mean, std)
+    noise = assemble.noise_like(recipe, zoo)
     return _sample(source, *_streamed(recipe, noise, count, zoo[0].mean.device), "images of noise, labels at random")
 
 

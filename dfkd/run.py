@@ -114,8 +114,7 @@ def run(loaded: Loaded, command: str) -> None:
         try:
             with open_folder(loaded, folder, accelerator):
                 begun = time.perf_counter()
-                parts.zoo = []  # the one that was checked must not be in memory beside the one that is used
-                parts.zoo = assemble.load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
+                assemble.train_zoo(parts, say, deadline)
                 if recipe.student.weights == SELECTED and recipe.student.model:
                     new_student(parts)  # the one that was checked may have an untrained teacher's
                 spent = {"teachers": time.perf_counter() - begun}

@@ -20,9 +20,9 @@ from dfkd.compress.graph import (
     Chain,
     affine,
     chains,
+    ignored_layers,
     is_layer,
     kind,
-    matching,
     network_of,
     norms,
     own_name,
@@ -99,7 +99,7 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
     nodes = {str(n.target): n for n in graph.graph.nodes if is_layer(graph, n, nn.Conv2d, nn.Linear)}
     if not nodes:
         raise UserError(f"{type(network).__name__} has no convolution or linear layer; give a model that has one")
-    ignored = {name for pattern in ignore for name in matching(list(nodes), pattern, "the ignore pattern")}
+    ignored = ignored_layers(list(nodes), ignore)
     plan = _Plan({}, {}, {}, {})
     for name in nodes:
         outer = name in (next(iter(nodes)), next(reversed(nodes)))

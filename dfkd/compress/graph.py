@@ -89,6 +89,11 @@ def matching(names: Sequence[str], pattern: str, what: str) -> list[str]:
     return found
 
 
+def ignored_layers(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
+    """The layers that an `ignore` names by its patterns; UserError where one names none."""
+    return {name for pattern in patterns for name in matching(names, pattern, "the ignore pattern")}
+
+
 def check_takes(network: nn.Module, images: Tensor) -> None:
     """Raise UserError where a network does not take images, its inputs: what follows would blame something else."""
     try:

@@ -15,7 +15,7 @@ from dfkd.compress.graph import (
     Chain,
     calibration_inputs,
     chains,
-    matching,
+    ignored_layers,
     network_input,
     network_of,
     own_name,
@@ -141,7 +141,7 @@ def _prunable(network: nn.Module, probe: Tensor, ignore: Sequence[str]) -> list[
     """Names of the convolutions and linear layers that are not ignored, and are called in eval mode: not a head for
     training alone, nor what torch's attention computes with itself."""
     names = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    ignored = {name for pattern in ignore for name in matching(names, pattern, "the ignore pattern")}
+    ignored = ignored_layers(names, ignore)
     with watch(network, names) as called:
         network(probe)
     return [name for name in names if name in called and name not in ignored]

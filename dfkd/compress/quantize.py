@@ -20,6 +20,7 @@ from dfkd.compress.graph import (
     RELUS,
     averages_maps,
     fold,
+    ignored_layers,
     is_layer,
     kind,
     matching,
@@ -88,9 +89,8 @@ def layer_bits(
     chosen = {name: (ends if name in (names[0], names[-1]) else bits) for name in names}
     for pattern, own in (overrides or {}).items():
         chosen |= dict.fromkeys(matching(names, pattern, "the override"), own)
-    for pattern in ignore:
-        for name in matching(names, pattern, "the ignore pattern"):
-            chosen.pop(name, None)
+    for name in ignored_layers(names, ignore):
+        chosen.pop(name, None)
     if not chosen:
         raise UserError(f"ignore={list(ignore)} leaves no layer to quantise; the layers are {', '.join(names)}")
     return {name: _pair(given, name) for name, given in chosen.items()}
