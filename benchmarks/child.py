@@ -13,13 +13,13 @@ import torch
 from accelerate import Accelerator
 from equal_time import CHEAPEST, Cost, Work, work_of
 
-from dfkd.assemble import load_recipe_zoo, teacher_folder
 from dfkd.cli import main as command_line
 from dfkd.phases import plans
 from dfkd.recipe import load_recipe
 from dfkd.run import build, carry_out
 from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.schema import Recipe
+from dfkd.zoo import load_recipe_zoo, teacher_folder
 
 FIRST_PROBE = 10  # updates
 LEAST = 0.5  # share of a run's seconds, beyond what all have in common, that its updates must have taken

@@ -26,7 +26,7 @@ from typing import Any
 from bookkeeping import Keys, add, given_keys, keep_settings, numbers, picked, read, whole, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
-from dfkd.assemble import Parts, reload_generator, teacher_folder, train_zoo
+from dfkd.assemble import Parts, reload_generator, train_zoo
 from dfkd.compress.fit import Fit
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
@@ -39,6 +39,7 @@ from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator
 from dfkd.tasks import HELD_OUT_EPOCH, TASKS, measure
 from dfkd.teachers import Teacher
+from dfkd.zoo import teacher_folder
 from generators import GeneratorError
 
 # How images are made: by the recipe's generator, or without one.

@@ -23,10 +23,10 @@ from typing import Any
 from bookkeeping import Keys, add, given_keys, keep_settings, numbers, read, with_deviation, written
 from equal_time import Method, changes, figures, piece, price, scale, work_of
 
-from dfkd.assemble import load_recipe_zoo, teacher_folder
 from dfkd.errors import Paused, UserError
 from dfkd.recipe import load_recipe
 from dfkd.runtime import Deadline, cores, make_accelerator, say, shut_down
+from dfkd.zoo import load_recipe_zoo, teacher_folder
 
 PAIRS = {  # in the order to run them
     "resnet56_resnet20": "cifar10_zoo",

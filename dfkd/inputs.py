@@ -24,6 +24,7 @@ from dfkd.models.checkpoints import read_description
 from dfkd.runtime import rng
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, from_generator, from_images
+from dfkd.zoo import describe, made_from, teacher_about
 
 COMPRESSIONS = ("ptq", "qat", "prune", "udfc")  # the tasks that make a smaller model of their input
 QUANTISED = "give the float model it was made from"
@@ -140,8 +141,8 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
     if folder is None:
         teacher = assemble.main_teachers(parts.recipe, parts.zoo)[0]
         spec = parts.recipe.teachers[teacher.name]
-        about = assemble.describe(parts.recipe, spec.model, spec.kwargs, teacher)
-        opened = assemble.made_from(assemble.teacher_about(parts.recipe, teacher.name))
+        about = describe(parts.recipe, spec.model, spec.kwargs, teacher)
+        opened = made_from(teacher_about(parts.recipe, teacher.name))
         about |= {"opened": opened, "moves": list(teacher.moves)}
         # A copy: the zoo's own may have to leave the device, and is not to be changed.
         return as_teacher(teacher, copy.deepcopy(teacher.model)), about

@@ -27,6 +27,7 @@ from dfkd.stream import Source, SyntheticStream, from_generator, materialize
 from dfkd.tasks import HELD_OUT, HELD_OUT_BATCH, HELD_OUT_EPOCH
 from dfkd.teachers import Teacher
 from dfkd.training import GRID_COLUMNS
+from dfkd.zoo import load_recipe_zoo, training_images
 from generators import PoolGenerator
 
 FEWEST = 16  # images: of fewer no figure means anything
@@ -55,17 +56,17 @@ def judge(loaded: Loaded, source: str, count: int, command: str) -> None:
     opener, before = _opener(source), len(opened())
     recipe = loaded.recipe
     accelerator, shard = make_accelerator(recipe.runtime.precision)
-    zoo = assemble.load_recipe_zoo(recipe, shard.device, say, train=False)
+    zoo = load_recipe_zoo(recipe, shard.device, say, train=False)
     sample = opener(recipe, source, count, zoo)  # on every process: all say what is wrong, before a teacher is trained
     zoo = []  # the one that was checked must not be in memory beside the one that is used
-    zoo = assemble.load_recipe_zoo(recipe, shard.device, say)
+    zoo = load_recipe_zoo(recipe, shard.device, say)
     if accelerator.is_main_process:
         name = assemble.main_teachers(recipe, zoo)[0].name
         figures, classes = quality(sample.images, sample.labels, zoo, features=name)
         about = {"source": source, "about": sample.about, "command": command, "seed": recipe.seed}
         machine = {"device": describe_device(shard), "versions": versions()}
         ledger = [entry for entry in opened()[before:] if entry["purpose"] != "train teacher"]
-        figures = {**about, **machine, **figures, "opened": assemble.training_images(recipe) + ledger}
+        figures = {**about, **machine, **figures, "opened": training_images(recipe) + ledger}
         _write(Path(recipe.folder) / QUALITY / slug(source), figures, grid(sample.images, classes, recipe.classes))
     shut_down(accelerator)
 

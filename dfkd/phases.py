@@ -25,6 +25,7 @@ from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TRAINED, held_out, training_stream
 from dfkd.teachers import Teacher, have_features, zoo_logits
 from dfkd.training import Loop, Plan
+from dfkd.zoo import made_from
 from generators import PoolGenerator
 
 JUDGED_ON_REAL, JUDGED_ON_DRAWN = 2000, 512  # images, of the test set or of the generator
@@ -118,7 +119,7 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     before = len(opened())
     control = None if source == "generator" else task_source(parts, source, parts.student)
     about = parts.student_about
-    parts.student_about = {**about, "source": source, "opened": assemble.made_from(about) + opened()[before:]}
+    parts.student_about = {**about, "source": source, "opened": made_from(about) + opened()[before:]}
     teachers = assemble.main_teachers(recipe, parts.zoo)
     stream = training_stream(
         parts,

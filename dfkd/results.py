@@ -24,6 +24,7 @@ from dfkd.tasks import export, held_out, task_results
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Plan, look
 from dfkd.verdict import generator_notes, last_quarter, verdict
+from dfkd.zoo import made_from, training_images
 
 
 def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], command: str) -> None:
@@ -63,7 +64,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
     results["verdict"] = verdict(results, generator_notes(parts.generator, figures, bn), warnings)
-    results["data_free"] = assemble.training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
+    results["data_free"] = training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
     for entry in (entry for each in trained for entry in each.pop("opened")):
         if entry not in results["data_free"]:
@@ -116,7 +117,7 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
         "ratio": size / whole,
         "source": parts.student_about["source"],
         "selected": parts.student_about.get("selected"),
-        "opened": assemble.made_from(parts.student_about),
+        "opened": made_from(parts.student_about),
         **_measured(_accuracy(student, parts)),
         "agreement": agreement(
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast

@@ -36,6 +36,7 @@ from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TRAINED, finished, run_task
 from dfkd.terms import check_losses
 from dfkd.training import Loop, Plan
+from dfkd.zoo import load_recipe_zoo, real_images
 from generators import save_generator
 
 
@@ -50,8 +51,8 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     test = None
     if recipe.data.dataset != "none":
         with PartialState().local_main_process_first():  # the first one downloads
-            test = assemble.real_images(recipe, train=False, purpose="evaluate")
-    zoo = assemble.load_recipe_zoo(recipe, device, say, train=False)
+            test = real_images(recipe, train=False, purpose="evaluate")
+    zoo = load_recipe_zoo(recipe, device, say, train=False)
     generator, description = assemble.make_generator(recipe, zoo, device)
     parts = Parts(recipe, accelerator, shard, zoo, generator, description, None, {}, test)
     if recipe.student.model:

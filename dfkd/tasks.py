@@ -35,6 +35,7 @@ from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream
 from dfkd.teachers import Teacher, have_features
 from dfkd.verify import verify
+from dfkd.zoo import made_from
 from generators import ImageGenerator, PoolGenerator
 
 HELD_OUT_EPOCH = 1_000_003  # an epoch that nothing ever trains on
@@ -215,7 +216,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         "source": name or "no data",
         **compare(parts, model, done),
         "layers": done.layers,
-        "opened": assemble.made_from(about) + opened()[opened_before:],
+        "opened": made_from(about) + opened()[opened_before:],
     }
     if parts.shard.rank == 0:
         made = dataclasses.asdict(keys) | (augmentation(parts.recipe) if task in TRAINED and keys.steps else {})

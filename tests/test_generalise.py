@@ -11,12 +11,12 @@ import torch
 from runs_fixture import Runs, reset_accelerate
 from torch import Tensor, nn
 
-from dfkd.assemble import load_recipe_zoo
 from dfkd.draws import augment
 from dfkd.recipe import load_recipe
 from dfkd.runtime import Shard
 from dfkd.stream import SyntheticStream
 from dfkd.tasks import HELD_OUT_EPOCH
+from dfkd.zoo import load_recipe_zoo
 from generators import load_generator
 
 FAMILIES = """

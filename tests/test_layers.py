@@ -57,7 +57,7 @@ CORE: dict[str, set[str]] = {
         *("runtime", "stream", "synthesis", "teachers", "verdict"),
     },
 }
-COMMAND_LINE = {"run", "phases", "dry_run", "assemble", "cli", "tasks", "results", "folder", "judge", "inputs"}
+COMMAND_LINE = {"run", "phases", "dry_run", "assemble", "cli", "tasks", "results", "folder", "judge", "inputs", "zoo"}
 PUBLIC = {
     "classifier",
     "compress",

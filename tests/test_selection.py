@@ -11,12 +11,12 @@ from networks_fixture import images
 from runs_fixture import Runs
 from torch import Tensor, nn
 
-from dfkd.assemble import teacher_folder
 from dfkd.compress.files import load_compressed
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.models.selection import select_weights
 from dfkd.recipe import load_recipe
+from dfkd.zoo import teacher_folder
 
 
 def network(name: str, seed: int, **kwargs: Any) -> nn.Module:

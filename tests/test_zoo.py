@@ -1,4 +1,4 @@
-"""How a teacher's training moved images, from the recipe to the training and back from its folder."""
+"""Where a recipe's teachers come from: how their training moved images, on which, and where they are kept."""
 
 import json
 from pathlib import Path
@@ -7,20 +7,20 @@ from typing import Any
 import pytest
 import torch
 
-from dfkd import assemble
-from dfkd.assemble import (
+from dfkd import zoo
+from dfkd.assemble import make_student
+from dfkd.errors import Paused
+from dfkd.models import build_model, save_model
+from dfkd.recipe import load_recipe
+from dfkd.schema import Recipe
+from dfkd.zoo import (
     load_recipe_zoo,
     made_from,
-    make_student,
     teacher_folder,
     trained_teacher,
     training_images,
     training_moves,
 )
-from dfkd.errors import Paused
-from dfkd.models import build_model, save_model
-from dfkd.recipe import load_recipe
-from dfkd.schema import Recipe
 
 
 def load(*keys: str) -> Recipe:
@@ -53,7 +53,7 @@ def test_how_a_teachers_training_moved_images(keys: list[str], moves: tuple[int,
 
 def test_a_teacher_is_trained_on_images_that_are_moved_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(assemble, "train_teacher", lambda *_, **keys: given.update(keys))  # and is not done
+    monkeypatch.setattr(zoo, "train_teacher", lambda *_, **keys: given.update(keys))  # and is not done
     recipe = load("teachers.plain.pad=3", f"training.cache={tmp_path}")
     with pytest.raises(Paused):
         trained_teacher(recipe, "plain", recipe.zoo_specs["plain"], torch.device("cpu"), print)
