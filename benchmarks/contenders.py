@@ -100,7 +100,7 @@ def build(case: Case, seed: int, device: torch.device, memory_format: torch.memo
     torch.manual_seed(seed)
     image: dict[str, Any] = {"mean": [0.5] * case.channels, "std": [0.25] * case.channels}
     specs = {name: {"model": name, "kwargs": kwargs, **image} for name, kwargs in case.teachers}
-    zoo = load_zoo(specs, classes=case.classes, channels=case.channels, size=case.size)
+    zoo = load_zoo(specs, classes=case.classes, channels=case.channels, size=case.size, untrained=True)
     name, kwargs = case.student
     student = Classifier(build_model(name, classes=case.classes, channels=case.channels, kwargs=kwargs), **image)
     generator = ConvGenerator(

@@ -226,6 +226,8 @@ def price(
         if name not in costs and name not in probes.values():
             log, seconds = out / "logs" / f"{method.folder}-cost.txt", settings["seconds"] * PROBE
             probes[lanes.submit(launch, "cost", method.keys, seconds, log, settings["threads"])] = name
+    if probes:
+        print(f"measuring the updates of {', '.join(probes.values())}; logs are in {out / 'logs'}", flush=True)
     for future, measured in finished(probes):
         cost = Cost(measured["generator"], measured["student"], measured["run"])
         add(path, {"method": probes[future], **measured})
@@ -252,5 +254,6 @@ def carry_through(
         keys = {**method.keys, **changes(own, work), "seed": str(seed), "output": str(out / name)}
         future = lanes.submit(piece, keys, out / "logs" / f"{name}.txt", settings["threads"])
         begun[future], names[future] = partial(figures, method, seed, work, note, out / name), name
+    print(f"{len(runs)} runs of {settings['seconds']:g} s each; logs are in {out / 'logs'}", flush=True)
     for future, memory in finished(names):
         yield begun[future](memory)

@@ -27,7 +27,15 @@ def make_zoo(recipe: Recipe, budget: float, shard: Shard) -> list[Teacher]:
     own = SPEC - {"weights", "moves"}
     specs = {name: {key: getattr(spec, key) for key in own} for name, spec in recipe.zoo_specs.items()}
     size = recipe.image.size
-    return load_zoo(specs, classes=recipe.classes, size=size, device=shard.device, channels_last=True, memory_gb=budget)
+    return load_zoo(
+        specs,
+        classes=recipe.classes,
+        size=size,
+        device=shard.device,
+        channels_last=True,
+        memory_gb=budget,
+        untrained=True,
+    )
 
 
 def held(zoo: list[Teacher]) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier, check_trainable
 from dfkd.data import RealImages, image_folder
 from dfkd.errors import UserError, in_a_line
+from dfkd.models.checkpoints import folder_about
 from dfkd.models.selection import select_weights
 from dfkd.runtime import Deadline, Shard, eval_mode, rng
 from dfkd.schema import SELECTED, Recipe
@@ -23,7 +24,6 @@ from dfkd.zoo import (
     Say,
     build_network,
     describe,
-    folder_about,
     load_recipe_zoo,
     made_from,
     real_images,

@@ -20,7 +20,7 @@ from dfkd.draws import Moves, draw_labels, draw_latents, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.mixing import draw_mix, make_mix, partners, paste
 from dfkd.runtime import Autocast, Shard, full_precision, rng, to_bytes, to_device, to_float
-from dfkd.teachers import Teacher, logits_and_features, zoo_logits
+from dfkd.teachers import Teacher, check_channels, logits_and_features, zoo_logits
 from generators import ImageGenerator
 
 FRESH = 0.5  # share of a batch that is drawn anew where past batches are replayed
@@ -146,6 +146,8 @@ class SyntheticStream(IterableDataset):
     spreads, by which targets are weighted, are means over all ranks.
     A generator in training mode draws as in training, by the statistics of the batch: `.eval()` it first.
     With `features` targets are [B, K + D]: behind the logits what the teachers' last linear layers are given, for Fit.
+    In a DataLoader it wants batch_size=None (see as_dataloader), with workers also no replay: they take its batches in
+    turn. Raises UserError for a source, teacher or number that is none.
     """
 
     def __init__(
@@ -169,6 +171,11 @@ class SyntheticStream(IterableDataset):
         features: bool = False,
     ) -> None:
         super().__init__()
+        if not isinstance(source, ImageGenerator) and (isinstance(source, nn.Module) or not callable(source)):
+            raise UserError(
+                "a stream's source is a generator (load_generator(FOLDER)), or of dfkd.stream from_images, from_noise; "
+                f"got a {type(source).__name__}"
+            )
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
         if replay < 0:
@@ -184,6 +191,8 @@ class SyntheticStream(IterableDataset):
         self.teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher or [])
         if not all(isinstance(each, Teacher) for each in self.teachers):
             raise UserError("a stream's teacher is a dfkd.Teacher: Teacher(network, mean=..., std=...), or several")
+        if isinstance(source, ImageGenerator):
+            check_channels(self.teachers, source.channels)
         self.widths = feature_widths(self.teachers) if features else []
         self.replay = Replay(replay) if replay else None
         self.fresh = drawn_anew(batch_size, replay, fresh)
@@ -215,8 +224,8 @@ class SyntheticStream(IterableDataset):
         self.epoch = epoch
 
     def batch(self, index: int, epoch: int | None = None) -> tuple[Tensor, Tensor]:
-        """Batch `index` of an epoch (None: that of set_epoch): images and targets. Raises UserError past the end of a
-        counted stream."""
+        """Batch `index` of an epoch (None: that of set_epoch): images and targets. Raises UserError where index is
+        negative, or past the end of a counted stream."""
         images, targets, *_ = self.watched_batch(index, epoch)
         return images, targets
 
@@ -224,6 +233,8 @@ class SyntheticStream(IterableDataset):
     def watched_batch(self, index: int, epoch: int | None = None, watch: Watch | None = None) -> tuple[Tensor, ...]:
         """`batch`, and behind it what `watch` collects while the teachers look at the fresh images: with CUDA graphs
         that of the first call, so a stream with graphs has one watcher."""
+        if index < 0:
+            raise UserError(f"batch {index} is before the first, which is batch 0")
         if self.num_batches is not None and index >= self.num_batches:
             raise UserError(
                 f"batch {index} is past the end of a stream of {self.num_batches}; give a larger num_batches"
@@ -344,10 +355,13 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
 
     With a folder, new or empty, they are also written there as an image folder, LABEL/NNNNN.png; targets that are
     logits give their argmax as label, and a label that no image has gets no folder (torchvision's ImageFolder counts
-    folders). Raises UserError for another folder, or images that nobody gave a label.
+    folders, and reads images of one channel as three). Raises UserError for another folder, more images than the stream
+    has, or images that nobody gave a label.
     """
     if count < 1:
         raise UserError(f"materialize takes a count of 1 image or more, got {count}")
+    if stream.num_batches is not None and count > (held := stream.num_batches * stream.batch_size):
+        raise UserError(f"{count} images go past the end of a stream of {held}; give a larger num_batches")
     if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
         raise UserError(f"{folder} is no empty folder; give one for these images alone")
     if folder is not None and stream.mix is not None and not stream.teachers:

@@ -51,6 +51,7 @@ class Synthesizer:
 
     With a pool every step is a round: labels and latents are drawn once, `inner` updates work on them, and what comes
     out is put into the pool. With latent_lr the latents are learned too: those of a PixelGenerator are the images.
+    Raises UserError where generator, zoo and losses do not fit together.
     """
 
     def __init__(
@@ -101,6 +102,11 @@ class Synthesizer:
         sync_batchnorm(generator)
         self.accelerator, self.autocast = accelerator, autocast_of(accelerator)
         has_weights = next(generator.parameters(), None) is not None
+        if has_weights and not any(parameter.requires_grad for parameter in generator.parameters()):
+            raise UserError(
+                "the generator has no parameter that learns; call generator.requires_grad_(True) (one that was "
+                "loaded or settled is frozen)"
+            )
         self.prepared = prepare(accelerator, generator) if has_weights else generator
         self.zoo, self.student, self.mix = list(zoo), student, mix
         self.weights = {name: float(weight) for name, weight in losses.items() if weight}
@@ -247,6 +253,11 @@ class Synthesizer:
         """A teacher's terms of mixed images, their labels and shares, and the adversary's logits where it counts."""
         mixed = Mixed(*given[:4])
         answer = ask(teacher, mixed, self.weights, self.manner, self.autocast, self.contrast, position)
+        if answer.logits.shape[1:] != (self.generator.classes,):
+            raise UserError(
+                f"teacher {teacher.name} gives {tuple(answer.logits.shape[1:])} outputs where the generator has "
+                f"{self.generator.classes} classes; make them agree"
+            )
         answer.student = given[4] if len(given) > 4 else None
         terms = teacher_terms(answer, self.weights)
         self.named[teacher.name, len(given)] = list(terms)  # a graph knows their values alone

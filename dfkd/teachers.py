@@ -13,7 +13,7 @@ from dfkd.collectives import all_reduce_mean, global_moments
 from dfkd.draws import STILL, Moves
 from dfkd.errors import UserError, in_a_line
 from dfkd.models import build_model
-from dfkd.models.checkpoints import not_finite
+from dfkd.models.checkpoints import folder_about, not_finite
 from dfkd.norms import Moments, frozen_norms
 from dfkd.paging import Pager, in_turn
 from dfkd.runtime import eval_mode, full_precision, rng, say
@@ -160,6 +160,17 @@ def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) ->
     return True
 
 
+def check_channels(zoo: Iterable[Teacher], channels: int) -> None:
+    """Raise UserError where a teacher normalises images of another number of channels."""
+    for teacher in zoo:
+        given = len(teacher.normalisation[0])
+        if given not in (0, channels):
+            raise UserError(
+                f"teacher {teacher.name} has a mean of {given} channels, the images have {channels}; give mean and std "
+                "one value for each"
+            )
+
+
 def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, to_train: bool = False) -> None:
     """Raise UserError where a teacher's classes, output or weights do not suit the run, or one that is to be trained
     cannot be."""
@@ -198,6 +209,11 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, t
 
 
 SPEC = {"model", "weights", "mean", "std", "input_size", "moves", "weight", "kwargs"}  # keys of a teacher in load_zoo
+KEPT = (
+    "mean",
+    "std",
+    "input_size",
+)  # of which the folder of a trained model tells, besides how its training moved images
 
 
 def load_zoo(
@@ -210,20 +226,20 @@ def load_zoo(
     channels_last: bool = False,
     trust_code: bool = False,
     memory_gb: float = 0.0,
+    untrained: bool = False,
 ) -> list[Teacher]:
-    """The teachers of `{name: {model, weights, mean, std, input_size, moves, weight, kwargs}}`, checked and frozen;
-    moves, a dfkd.draws.Moves, stands for a recipe's pad and flip.
+    """The teachers of `{name: {model, weights, mean, std, input_size, moves, weight, kwargs}}`, checked and frozen.
 
-    With memory_gb their networks are on the host, and on the device as many as so many GB (10^9 bytes) hold. Raises
-    UserError for an unknown key, a model, checkpoint, class count or output that does not fit (see check_teacher), or
-    where one of them takes more than memory_gb.
+    model and weights are as in a recipe; moves, a dfkd.draws.Moves, stands for its pad and flip. What weights that are
+    the folder of a trained model tell of mean, std, input_size and moves holds where the spec says nothing else.
+    With memory_gb their networks are on the host, and on the device as many as so many GB (10^9 bytes) hold; with
+    untrained those without weights keep random ones. Raises UserError for an unknown key, no weights, a model,
+    checkpoint, class count or output that does not fit (see check_teacher), or where one takes more than memory_gb.
     """
     zoo = []
     pager = Pager(torch.device(device), memory_gb * 1e9) if memory_gb else None
     for name, spec in specs.items():
-        if "model" not in spec or (unknown := sorted({*spec} - SPEC)):
-            wrong = "has no model" if "model" not in spec else f"has unknown keys {unknown}"
-            raise UserError(f"teachers.{name} {wrong}; allowed are {', '.join(sorted(SPEC))}")
+        check_spec(name, spec, untrained)
         try:
             model = build_model(
                 spec["model"],
@@ -235,8 +251,10 @@ def load_zoo(
             )
         except UserError as error:
             raise UserError(f"teachers.{name}: {error}") from error
-        options = {key: spec[key] for key in ("mean", "std", "input_size", "moves", "weight") if key in spec}
-        teacher = Teacher(model, name=name, **options)
+        about = folder_about(spec.get("weights", ""))
+        options = {key: spec.get(key) or about[key] for key in KEPT if spec.get(key) or about.get(key)}
+        moves = spec.get("moves") or Moves(*about.get("moves", STILL))
+        teacher = Teacher(model, name=name, moves=moves, weight=spec.get("weight", 1.0), **options)
         if channels_last:
             teacher.to(memory_format=torch.channels_last)
         if pager is None:
@@ -249,6 +267,25 @@ def load_zoo(
         check_teacher(teacher, classes=classes, channels=channels, size=size, to_train=to_train)
         zoo.append(teacher)
     return zoo
+
+
+def check_spec(name: str, spec: object, untrained: bool) -> None:
+    """Raise UserError where what describes a teacher is no mapping of SPEC, or gives it no weights."""
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("model", ""), str):
+        given = type(spec["model"] if isinstance(spec, Mapping) else spec).__name__
+        raise UserError(
+            f"teachers.{name} is given as a {given}; give a mapping such as {{'model': 'timm:resnet18', 'weights': "
+            "PATH}, or for a module of your own put Teacher(module, name=...) into the zoo, which is a list"
+        )
+    unknown = sorted({*spec} - SPEC)
+    if "model" not in spec or unknown:
+        wrong = f"has unknown keys {unknown}" if unknown else "has no model"
+        raise UserError(f"teachers.{name} {wrong}; allowed are {', '.join(sorted(SPEC))}")
+    if not (spec.get("weights") or untrained):
+        raise UserError(
+            f"teachers.{name} has no weights; give a path, a URL or pretrained (untrained=True leaves it random: to "
+            "measure time or memory)"
+        )
 
 
 def sample_teachers(zoo: Sequence[Teacher], count: int, seed: int, step: int) -> list[Teacher]:

@@ -14,7 +14,7 @@ from dfkd.errors import UserError
 from dfkd.mixing import Mixed
 from dfkd.norms import frozen_norms
 from dfkd.runtime import Autocast
-from dfkd.teachers import Teacher, batch_norms, tap_features
+from dfkd.teachers import Teacher, batch_norms, check_channels, tap_features
 from generators import ImageGenerator, PixelGenerator
 
 
@@ -119,11 +119,19 @@ def check_losses(
     generator: ImageGenerator | None = None,
     bank: int = 0,
 ) -> None:
-    """Raise UserError for loss weights by name (LOSSES) that are unknown, that contradict each other, or that these
-    teachers and this generator cannot serve."""
+    """Raise UserError for loss weights by name (LOSSES) that are unknown, below 0, that contradict each other, or that
+    these teachers and this generator cannot serve."""
     unknown = sorted(set(losses) - set(LOSSES))
     if unknown:
         raise UserError(f"unknown generator losses {unknown}; choose from {list(LOSSES)}")
+    if isinstance(zoo, nn.Module) or not all(isinstance(teacher, Teacher) for teacher in zoo):
+        raise UserError("a zoo is a list of dfkd.Teacher: [Teacher(network, name=..., mean=..., std=...), ...]")
+    if generator is not None:
+        check_channels(zoo, generator.channels)
+    if below := sorted(name for name, weight in losses.items() if weight < 0):
+        raise UserError(
+            f"the weight of {below[0]} is {losses[below[0]]:g}; give 0 or more (the terms have their signs)"
+        )
     if losses.get("adversary") and student is None:
         raise UserError(
             "synthesis.losses.adversary needs a student to disagree with; set student.model or its weight to 0"

@@ -18,7 +18,7 @@ from dfkd.data import RealImages, load_images, opened
 from dfkd.draws import STILL, Moves
 from dfkd.errors import Paused
 from dfkd.models import build_model, save_model
-from dfkd.models.checkpoints import read_description
+from dfkd.models.checkpoints import folder_about
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import Deadline, Shard, resolve_precision, rng
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
@@ -39,10 +39,6 @@ def load_recipe_zoo(
         for name, spec in recipe.zoo_specs.items()
     }
     for name, spec in recipe.zoo_specs.items():
-        about = folder_about(spec.weights)
-        specs[name] |= {
-            key: about[key] for key in ("mean", "std", "input_size") if not specs[name][key] and key in about
-        }
         if train and not spec.weights:
             specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say, deadline))
     return load_zoo(
@@ -54,6 +50,7 @@ def load_recipe_zoo(
         channels_last=recipe.runtime.channels_last,
         trust_code=recipe.trust_code,
         memory_gb=recipe.zoo.memory_gb,
+        untrained=not train,
     )
 
 
@@ -68,12 +65,6 @@ def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:
     if spec.pad is not None:
         moves = moves._replace(shift=spec.pad, black=spec.pad > 0)
     return moves if spec.flip is None else moves._replace(flip=spec.flip)
-
-
-def folder_about(weights: str) -> dict[str, Any]:
-    """The description of weights that are a folder which a run made; empty of all others."""
-    made = weights and (Path(weights).expanduser() / "model.json").exists()
-    return read_description(weights) if made else {}
 
 
 def made_from(about: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What every generator of the table is to the rest of the project."""
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 class ImageGenerator(nn.Module):
     """latents [B, latent] and labels [B] int64 -> images [B, channels, size, size] in [0, 1].
 
-    description holds what generator.json says, once loaded; `keys` are those of it that build the generator again,
-    `older` what files from before a key existed had of it.
+    description is what built it, or generator.json where it was loaded; `keys` are those of it that build the generator
+    again, `older` what files from before a key existed had of it.
     Convolutions and linear layers before a batch norm have no bias: its gradient is rounding noise, which Adam would
     blow up to full steps.
     """
@@ -20,6 +21,7 @@ class ImageGenerator(nn.Module):
     older: ClassVar[dict[str, Any]] = {}
     latent: int
     classes: int
+    channels: int
     conditional: bool  # whether it draws the class that is asked for
     description: dict[str, Any]
 
@@ -37,6 +39,13 @@ class ImageGenerator(nn.Module):
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         """Draw images."""
         raise TypeError(f"{type(self).__name__} has no forward")
+
+
+def per_channel(values: Sequence[float], default: float, channels: int) -> list[float]:
+    """One value for each channel, the default where none is given. Raises ValueError for another number of them."""
+    if values and len(values) != channels:
+        raise ValueError(f"mean and std of a generator are one value a channel, of {channels}; got {list(values)}")
+    return list(values) or [default] * channels
 
 
 class _InwardClamp(torch.autograd.Function):

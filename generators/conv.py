@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from generators.base import ImageGenerator, inward_clamp
+from generators.base import ImageGenerator, inward_clamp, per_channel
 
 NORMS = ("class", "code")  # what the scale and shift of a norm belong to
 
@@ -118,7 +118,7 @@ class ConvGenerator(ImageGenerator):
         kinds = classes * (prototypes if norms == "code" else 1) if conditional else 1
         self.stages = nn.ModuleList(Stage(widths[k], widths[k + 1], kinds) for k in range(stages))
         self.to_pixels = nn.Conv2d(width, channels, 3, padding=1, bias=False)
-        self.head = PixelHead(channels, mean or [0.5] * channels, std or [0.25] * channels)
+        self.head = PixelHead(channels, per_channel(mean, 0.5, channels), per_channel(std, 0.25, channels))
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
         if self.embed is None:

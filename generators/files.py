@@ -1,5 +1,6 @@
 """A generator on disk: model.safetensors, and generator.json with all that is needed to rebuild it."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -16,28 +17,42 @@ class GeneratorError(ValueError):
 
 
 def build_generator(description: dict[str, Any]) -> ImageGenerator:
-    """The generator that a description (`arch` and that generator's `keys`) names, with random weights."""
+    """The generator that a description (`arch` and that generator's `keys`, those without a default at least) names,
+    with random weights; its attribute `description` is that, whole. Raises GeneratorError."""
+    kind = _kind(description)
+    defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
+    description = {**defaults, **description}
+    _check_keys(description, kind, "")
+    try:
+        generator = kind(**{key: description[key] for key in kind.keys})
+    except ValueError as error:
+        raise GeneratorError(str(error)) from None
+    generator.description = description
+    return generator
+
+
+def _kind(description: dict[str, Any]) -> type[ImageGenerator]:
     from generators import GENERATORS
 
     arch = description.get("arch")
     if arch not in GENERATORS:
         raise GeneratorError(f"unknown generator {arch!r}; choose from {sorted(GENERATORS)}")
-    kind = GENERATORS[arch]
-    description = {**kind.older, **description}
-    missing = [key for key in kind.keys if key not in description]
-    if missing:
-        raise GeneratorError(
-            f"the generator's description lacks {missing}; it must give {list(kind.keys)}: one of "
-            "an older version must be trained again"
-        )
-    try:
-        return kind(**{key: description[key] for key in kind.keys})
-    except ValueError as error:
-        raise GeneratorError(str(error)) from None
+    return GENERATORS[arch]
 
 
-def save_generator(folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any]) -> None:
-    """Write a generator and its description (build_generator's keys, and what it was trained on) to a folder."""
+def _check_keys(description: dict[str, Any], kind: type[ImageGenerator], remedy: str) -> None:
+    if missing := [key for key in kind.keys if key not in description]:
+        raise GeneratorError(f"the generator's description lacks {missing}; it must give {list(kind.keys)}{remedy}")
+
+
+def save_generator(
+    folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any] | None = None
+) -> None:
+    """Write a generator and its description (None: its own; else build_generator's keys, and what it was trained on) to
+    a folder. Raises GeneratorError where it has none."""
+    description = description or getattr(generator, "description", None)
+    if description is None:
+        raise GeneratorError("this generator was not made by build_generator; give the description that builds it")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
@@ -71,11 +86,13 @@ def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
         raise GeneratorError(f"the generator in {folder} is torn ({error}); train it again or copy it anew") from None
     if not isinstance(description, dict):
         raise GeneratorError(f"{folder}/generator.json holds no description; train the generator again or copy it anew")
+    kind = _kind(description)
+    description = {**kind.older, **description}
+    _check_keys(description, kind, "; one of an older version must be trained again")
     generator = build_generator(description)
     try:
         generator.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise GeneratorError(f"the weights in {folder} do not fit its generator.json: {reason}") from None
-    generator.description = description
     return generator.eval().requires_grad_(False)

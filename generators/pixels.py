@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from generators.base import ImageGenerator, inward_clamp
+from generators.base import ImageGenerator, inward_clamp, per_channel
 
 
 class PixelGenerator(ImageGenerator):
@@ -25,10 +25,10 @@ class PixelGenerator(ImageGenerator):
         self, *, classes: int, channels: int, size: int, mean: Sequence[float] = (), std: Sequence[float] = ()
     ) -> None:
         super().__init__()
-        self.classes, self.shape = classes, (channels, size, size)
+        self.classes, self.channels, self.shape = classes, channels, (channels, size, size)
         self.latent = math.prod(self.shape)
-        self.register_buffer("mean", torch.tensor(mean or [0.5] * channels).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std or [0.25] * channels).view(1, -1, 1, 1))
+        self.register_buffer("mean", torch.tensor(per_channel(mean, 0.5, channels)).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(per_channel(std, 0.25, channels)).view(1, -1, 1, 1))
 
     def first_layers(self) -> list[nn.Module]:
         """None: there is nothing but the latents."""

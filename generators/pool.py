@@ -26,7 +26,8 @@ class PoolGenerator(ImageGenerator):
 
     def __init__(self, *, classes: int, channels: int, size: int, capacity: int, conditional: bool = True) -> None:
         super().__init__()
-        self.latent, self.classes, self.capacity, self.conditional = 1, classes, capacity, conditional
+        self.latent, self.classes, self.channels = 1, classes, channels
+        self.capacity, self.conditional = capacity, conditional
         self.register_buffer("images", torch.zeros(capacity, channels, size, size, dtype=torch.uint8))
         # A row without an image yet has the label `classes`, which sorts behind all others.
         self.register_buffer("labels", torch.full((capacity,), classes))

@@ -47,7 +47,7 @@ class Trained:
         moves, hints = dict(zip(names, options.pop("moves", (Moves(),) * 3))), options.pop("hints", "")
         like: dict[str, Any] = {"kwargs": {"width": 8}, "mean": [0.5], "std": [0.25]}
         specs = {n: {"model": f"dfkd:tiny_{n}", "moves": moves[n], **like} for n in names}
-        zoo = load_zoo(specs, classes=10, channels=1, size=16, device=device, channels_last=True)
+        zoo = load_zoo(specs, classes=10, channels=1, size=16, device=device, channels_last=True, untrained=True)
         self.generator = ConvGenerator(latent=16, classes=10, channels=1, size=16, width=8, prototypes=2).to(device)
         network = build_model(
             "dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 8 if hints == "outputs" else 4}
@@ -238,7 +238,7 @@ def test_teachers_that_take_turns_on_the_gpu_change_no_bit() -> None:
         torch.manual_seed(0)
         names = ("resnet20", "resnet32", "resnet44")
         specs = {n: {"model": f"dfkd:{n}", "mean": [0.5] * 3, "std": [0.25] * 3} for n in names}
-        zoo: list[Teacher] = load_zoo(specs, classes=10, device=GPU, memory_gb=gigabytes)
+        zoo: list[Teacher] = load_zoo(specs, classes=10, device=GPU, memory_gb=gigabytes, untrained=True)
         generator = ConvGenerator(latent=16, classes=10, channels=3, size=32, width=8).to(GPU)
         weights = {"ce": 1.0, "bn": 1.0}
         synthesizer = Synthesizer(

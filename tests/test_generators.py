@@ -105,8 +105,38 @@ def test_every_generator_comes_back_from_its_folder(tmp_path: Path, arch: str) -
         assert torch.equal(loaded(*inputs), generator.eval()(*inputs))
         assert not torch.equal(loaded(*inputs), loaded(-inputs[0], inputs[1]))
     for key in set(GENERATORS[arch].keys) - set(GENERATORS[arch].older):
+        (tmp_path / "generator.json").write_text(json.dumps({k: v for k, v in about.items() if k != key}))
+        with pytest.raises(GeneratorError, match=rf"lacks \['{key}'\]; it must give .* must be trained again"):
+            load_generator(tmp_path)
+
+
+@pytest.mark.parametrize("arch", sorted(GENERATORS))
+def test_a_new_generator_needs_no_more_than_its_sizes_and_says_itself_what_built_it(tmp_path: Path, arch: str) -> None:
+    needed = {"arch": arch, **SIZES} | {"conv": {"latent": 6}, "pixels": {}, "pool": {"capacity": 4}}[arch]
+    generator = build_generator(needed)
+    save_generator(tmp_path, generator)
+    loaded = load_generator(tmp_path)
+    assert needed.items() <= loaded.description.items()
+    assert loaded.description.keys() == DESCRIPTIONS[arch].keys()
+    inputs = latents_and_labels(4, generator.latent)
+    assert torch.equal(loaded(*inputs), generator.eval()(*inputs))
+    for key in needed.keys() - {"arch"}:
         with pytest.raises(GeneratorError, match=rf"lacks \['{key}'\]; it must give"):
-            build_generator({k: v for k, v in DESCRIPTIONS[arch].items() if k != key})
+            build_generator({k: v for k, v in needed.items() if k != key})
+
+
+def test_a_generator_that_nobody_described_is_not_saved(tmp_path: Path) -> None:
+    generator = ConvGenerator(latent=6, **SIZES)
+    with pytest.raises(GeneratorError, match="give the description that builds it"):
+        save_generator(tmp_path / "made", generator)
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("arch", ["conv", "pixels"])
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_a_mean_of_other_channels_is_refused(arch: str, key: str) -> None:
+    with pytest.raises(GeneratorError, match=r"one value a channel, of 2; got \[0.5, 0.5, 0.5\]"):
+        build_generator(DESCRIPTIONS[arch] | {key: [0.5] * 3})
 
 
 def test_pixels_start_with_the_given_mean_and_spread() -> None:

@@ -27,7 +27,7 @@ SPECS = {
 
 def make_zoo(gigabytes: float) -> list[Teacher]:
     torch.manual_seed(0)
-    return load_zoo(SPECS, classes=3, channels=1, size=8, memory_gb=gigabytes)
+    return load_zoo(SPECS, classes=3, channels=1, size=8, memory_gb=gigabytes, untrained=True)
 
 
 def weight(network: nn.Module) -> int:
@@ -125,7 +125,7 @@ def test_gradients_pass_a_network_that_came_and_went() -> None:
 
 
 def test_the_layout_of_weights_is_kept() -> None:
-    zoo = load_zoo(SPECS, classes=3, channels=1, size=8, memory_gb=max(SIZES) / 1e9, channels_last=True)
+    zoo = load_zoo(SPECS, classes=3, channels=1, size=8, memory_gb=max(SIZES) / 1e9, channels_last=True, untrained=True)
     for teacher in zoo:
         teacher(torch.rand(2, 1, 8, 8))
         kernel = next(p for p in teacher.parameters() if p.dim() == 4 and p.shape[1] > 1)

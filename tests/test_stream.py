@@ -523,5 +523,15 @@ def test_images_go_into_a_folder_of_their_own(make_stream: MakeStream, tmp_path:
 def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> None:
     with pytest.raises(UserError, match=r"Teacher\(network, mean=\.\.\., std=\.\.\.\)"):
         make_stream(teacher=nn.Linear(2, 2))
+    for source in ("runs/digits/generator", nn.Linear(2, 2)):
+        with pytest.raises(UserError, match=rf"load_generator\(FOLDER\).* got a {type(source).__name__}"):
+            SyntheticStream(source, batch_size=4)  # type: ignore[arg-type]
+    coloured = Teacher(nn.Flatten(), name="coloured", mean=[0.5] * 3, std=[0.2] * 3)
+    with pytest.raises(UserError, match="teacher coloured has a mean of 3 channels, the images have 1"):
+        make_stream(teacher=coloured)
+    with pytest.raises(UserError, match="batch -1 is before the first"):
+        make_stream(num_batches=4).batch(-1)
+    with pytest.raises(UserError, match="100 images go past the end of a stream of 32"):
+        materialize(make_stream(num_batches=4), 100)
     with pytest.raises(UserError, match="replay >= 0"):
         make_stream(replay=-1)

@@ -588,6 +588,32 @@ def test_losses_that_do_not_fit_are_refused_in_one_line(
         assert word in str(caught.value)
 
 
+def test_a_zoo_that_does_not_fit_its_generator_is_refused(
+    make_teacher: MakeTeacher, make_generator: MakeGenerator
+) -> None:
+    teacher = make_teacher()
+    for zoo in (teacher, [teacher.model]):
+        with pytest.raises(UserError, match=r"a zoo is a list of dfkd\.Teacher"):
+            Synthesizer(make_generator(), zoo, losses={"ce": 1.0}, steps=2)
+    with pytest.raises(UserError, match="teacher coloured has a mean of 3 channels, the images have 1"):
+        build(make_generator(), [make_teacher("coloured", channels=3, mean=[0.5] * 3, std=[0.2] * 3)], {"ce": 1.0})
+    with pytest.raises(UserError, match=r"teacher few gives \(3,\) outputs where the generator has 5 classes"):
+        build(make_generator(classes=5), [make_teacher("few")], {"ce": 1.0}).step(0)
+    with pytest.raises(UserError, match="the weight of bn is -2; give 0 or more"):
+        build(make_generator(), [teacher], {"ce": 1.0, "bn": -2.0})
+
+
+def test_a_frozen_generator_is_refused_until_it_learns(
+    make_teacher: MakeTeacher, make_generator: MakeGenerator
+) -> None:
+    settled = build(make_generator(), [make_teacher()], {"ce": 1.0}, steps=1).settle()
+    with pytest.raises(UserError, match=r"no parameter that learns; call generator\.requires_grad_\(True\)"):
+        build(settled, [make_teacher()], {"ce": 1.0})
+    before = copy.deepcopy(settled.state_dict())
+    build(settled.requires_grad_(True), [make_teacher()], {"ce": 1.0}).step(0)
+    assert any(not torch.equal(before[name], value) for name, value in settled.state_dict().items())
+
+
 def test_terms_without_their_layers_are_refused_by_the_teachers_name(make_generator: MakeGenerator) -> None:
     bare = Teacher(nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()), name="bare")
     for name, bank in (("bn", 0), ("contrastive", 8)):

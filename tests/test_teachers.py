@@ -21,7 +21,7 @@ from dfkd import losses as L
 from dfkd.classifier import Classifier, check_trainable
 from dfkd.draws import Moves
 from dfkd.errors import UserError
-from dfkd.models import build_model
+from dfkd.models import build_model, save_model
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import compiled, eval_mode, frozen
 from dfkd.teachers import (
@@ -380,7 +380,9 @@ def test_a_zoo_is_built_from_its_description(tmp_path: Path) -> None:
         "weight": 2.0,
         "moves": Moves(3),
     }
-    zoo = load_zoo({"a": plain, "b": residual}, classes=4, channels=1, size=8)
+    with pytest.raises(UserError, match=r"teachers\.b has no weights; give a path"):
+        load_zoo({"a": plain, "b": residual}, classes=4, channels=1, size=8)
+    zoo = load_zoo({"a": plain, "b": residual}, classes=4, channels=1, size=8, untrained=True)
     assert [(t.name, t.weight, t.input_size) for t in zoo] == [("a", 1.0, None), ("b", 2.0, 16)]
     assert [t.moves for t in zoo] == [Moves(), Moves(3)]
     x = images()
@@ -392,6 +394,26 @@ def test_a_zoo_is_built_from_its_description(tmp_path: Path) -> None:
         load_zoo({"b": plain | {"pad": 4, "flip": True}}, classes=4, channels=1, size=8)
     with pytest.raises(UserError, match=r"teachers\.b has no model"):
         load_zoo({"b": {}}, classes=4, channels=1, size=8)
+    for given, kind in (("torchvision:resnet18", "str"), ({"model": trained}, "Sequential")):
+        with pytest.raises(UserError, match=rf"teachers\.b is given as a {kind}; give a mapping .* Teacher\(module"):
+            load_zoo({"b": given}, classes=4, channels=1, size=8)  # type: ignore[dict-item]
+
+
+def test_the_folder_of_a_trained_model_says_how_it_is_given_images(tmp_path: Path) -> None:
+    trained = build_model("dfkd:tiny_plain", classes=4, channels=1, kwargs={"width": 2})
+    kept = {"mean": [0.4], "std": [0.3], "input_size": 12, "moves": [2, True, False]}
+    about = {"model": "dfkd:tiny_plain", "classes": 4, "channels": 1, "kwargs": {"width": 2}}
+    save_model(tmp_path, trained, about | kept)
+    spec = {"model": "dfkd:tiny_plain", "weights": str(tmp_path), "kwargs": {"width": 2}}
+
+    def loaded(**own: Any) -> tuple[Any, ...]:
+        (teacher,) = load_zoo({"a": spec | own}, classes=4, channels=1, size=8)
+        return teacher.normalisation, teacher.input_size, teacher.moves
+
+    assert loaded() == (([0.4], [0.3]), 12, Moves(2, True))
+    assert loaded(mean=[], std=[], input_size=None) == loaded()
+    own = {"mean": [0.1], "std": [0.2], "input_size": 16, "moves": Moves(1)}
+    assert loaded(**own) == (([0.1], [0.2]), 16, Moves(1))
 
 
 def test_a_networks_layers_are_its_own_and_slow_ones_compute_in_float() -> None:

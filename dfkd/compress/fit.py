@@ -229,7 +229,7 @@ class Fit:
 
 def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: Any) -> nn.Module:
     """Train a student in place on a stream with a teacher (and maybe features), and return it in eval mode; options are
-    those of Fit.
+    those of dfkd.compress.fit.Fit: lr, weight_decay, warmup, loss, temperature, clip, hints, features and others.
 
     The student is given images in [0, 1] as they are streamed: one with a normalisation of its own is wrapped in a
     dfkd.classifier.Classifier. A stream's set_epoch says which images. Raises UserError where the stream is none, is

@@ -212,6 +212,12 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return description
 
 
+def folder_about(weights: str | os.PathLike[str]) -> dict[str, Any]:
+    """What model.json says of weights that are a folder of `save_model`; empty of all others."""
+    made = weights and (Path(weights).expanduser() / DESCRIPTION).exists()
+    return read_description(weights) if made else {}
+
+
 def _write(path: Path, content: bytes) -> None:
     """Replace a file in one step, on the disk before it has its name."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
