@@ -44,11 +44,17 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
+IN_CACHE = 2**17  # numbers
+
+
 def best_step(values: Tensor, bits: int, signed: bool, power: float = 2.4, candidates: int = 80) -> Tensor:
     """The step [R] per row of values [R, N] with the least mean |error|^2.4 among shares of the largest value.
 
     LAPQ (Nahshan et al. 2021) and BRECQ use the same exponent. A row of zeros gets step 1.
     """
+    rows = max(1, IN_CACHE // values.shape[1])
+    if len(values) > rows:  # what 80 candidates read again and again stays near: half the time
+        return torch.cat([best_step(some, bits, signed, power, candidates) for some in values.split(rows)])
     low, high = limits(bits, signed)
     values = full_precision(values)
     largest = torch.maximum(values.amax(1) / high, values.amin(1) / low if signed else values.amax(1) / high)
@@ -56,7 +62,8 @@ def best_step(values: Tensor, bits: int, signed: bool, power: float = 2.4, candi
     best, least = largest, torch.full_like(largest, math.inf)
     for k in range(candidates):
         step = largest * (1 - 0.9 * k / candidates)
-        error = (learned_step(values, step[:, None], low, high) - values).abs_().pow_(power).mean(1)
+        error = (learned_step(values, step[:, None], low, high) - values).abs_().clamp_min_(1e-30)
+        error = error.log_().mul_(power).exp_().mean(1)  # torch's pow takes twice as long
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best
 
