@@ -1,6 +1,7 @@
 """The command line: `key=value` arguments and a few flags; errors are one line and exit code 2."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,17 +30,22 @@ FLAGS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 where the user must change something."""
+    """Run the command line; returns the exit code: 0, 2 where the user must change something, 128 and more where a
+    signal stopped it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _act(given)
     except (UserError, GeneratorError) as error:
         _tell(str(error))
-        if PartialState._shared_state and PartialState().num_processes > 1:
-            # The other ranks may be waiting in a collective; leave at once, and the launcher ends them.
-            sys.stderr.flush()
-            os._exit(2)
-        return 2
+        code = 2
+    except KeyboardInterrupt:
+        _tell("interrupted; what a run has checkpointed is kept, and the same command goes on from there")
+        code = 128 + signal.SIGINT
+    if PartialState._shared_state and PartialState().num_processes > 1:
+        # The other ranks may be waiting in a collective; leave at once, and the launcher ends them.
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _act(given: list[str]) -> int:
@@ -59,7 +65,7 @@ def _act(given: list[str]) -> int:
     elif "--quality" in flags:
         judge(loaded, flags["--quality"], int(flags.get("--images", IMAGES)), command)
     else:
-        run(loaded, command)
+        return run(loaded, command)
     return 0
 
 

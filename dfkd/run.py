@@ -100,9 +100,10 @@ def new_student(parts: Parts) -> None:
     parts.student, parts.student_about = assemble.make_student(parts.recipe, parts.zoo, parts.shard.device)
 
 
-def run(loaded: Loaded, command: str) -> None:
+def run(loaded: Loaded, command: str) -> int:
     """Carry out a recipe; the same call resumes what was begun, and says so where it is finished already. After
-    runtime.minutes it stops, with a whole checkpoint, and says how far it is."""
+    runtime.minutes, or with Ctrl-C (SIGINT) or SIGTERM, it stops, with a whole checkpoint, and says how far it is.
+    Returns the exit code: 0, or what a shell expects of a program that a signal stopped."""
     recipe = loaded.recipe
     started = time.perf_counter()
     deadline = Deadline(recipe.runtime.minutes, started)
@@ -113,7 +114,7 @@ def run(loaded: Loaded, command: str) -> None:
         phases = plans(recipe)
         parts = build(recipe, accelerator, shard)  # whatever is wrong shows before anything is written or trained
         try:
-            with open_folder(loaded, folder, accelerator):
+            with open_folder(loaded, folder, accelerator), deadline.or_signal():
                 begun = time.perf_counter()
                 assemble.train_zoo(parts, say, deadline)
                 if recipe.student.weights == SELECTED and recipe.student.model:
@@ -127,14 +128,15 @@ def run(loaded: Loaded, command: str) -> None:
             remedy = "free some space and " if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""
             raise UserError(f"could not write in {folder}: {error}; {remedy}run {same} again") from None
         except Paused as paused:
-            say(f"stopped for runtime.minutes={recipe.runtime.minutes:g}: {paused}; {same} goes on")
+            say(f"stopped for {deadline.cause}: {paused}; {same} goes on")
             shut_down(accelerator)
-            return
+            return 128 + deadline.stopped_by if deadline.stopped_by is not None else 0
     if shard.rank == 0:
         results = json.loads((folder / "results.json").read_text())
         print(closing_table(results))
         print(f"{folder}/report.html shows the run; {folder}/results.json holds the figures")
     shut_down(accelerator)
+    return 0
 
 
 def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadline: Deadline | None = None) -> None:

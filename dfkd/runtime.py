@@ -8,6 +8,8 @@ import operator
 import os
 import re
 import shlex
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -51,13 +53,44 @@ class Shard:
 
 @dataclass
 class Deadline:
-    """When a run has to stop: `minutes` after `begun` (time.perf_counter); 0 minutes: never."""
+    """When a run has to stop: `minutes` after `begun` (time.perf_counter; 0 minutes: never), or now, by a signal."""
 
     minutes: float = 0.0
     begun: float = field(default_factory=time.perf_counter)
+    stopped_by: signal.Signals | None = None
+
+    @property
+    def cause(self) -> str:
+        """What it comes for."""
+        return self.stopped_by.name if self.stopped_by is not None else f"runtime.minutes={self.minutes:g}"
+
+    @contextmanager
+    def or_signal(self) -> Iterator[None]:
+        """Let the first SIGINT (Ctrl-C) or SIGTERM within its scope be the deadline; a second one acts at once."""
+        if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
+            yield
+            return
+        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: object) -> None:
+            self.stopped_by = signal.Signals(number)
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            if PartialState().is_main_process:  # print may be at work already, and must not be called within itself
+                os.write(2, f"{self.cause}: stopping at the next line that is logged; again stops at once\n".encode())
+
+        for each in before:
+            signal.signal(each, note)
+        try:
+            yield
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     def left(self) -> float:
         """Minutes until then, or infinity."""
+        if self.stopped_by is not None:
+            return 0.0
         return self.minutes - (time.perf_counter() - self.begun) / 60 if self.minutes else math.inf
 
     def within(self, seconds: float) -> bool:

@@ -302,3 +302,45 @@ def test_a_run_in_pieces_of_given_minutes_ends_with_the_same_bits(setting: str, 
     assert len(teachers[0]) == 2
     assert [path.read_bytes() for path in teachers[0]] == [path.read_bytes() for path in teachers[1]]
     assert not list(tmp_path.rglob("training.p*"))
+
+
+LONG = ("distill.steps=1000000", "runtime.evaluations=0", "runtime.checkpoint_every=1000")
+
+
+@pytest.mark.parametrize("setting", ["fp32", "two"])
+def test_a_signal_stops_a_run_with_a_checkpoint_from_which_the_same_command_goes_on(place: Place, setting: str) -> None:
+    name = f"signalled {setting}"
+    metrics, stops = place.runs.folder / name / "metrics.jsonl", []
+
+    def size() -> int:
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before, job = size(), place.start(setting, name, *LONG)
+        while size() == before:
+            assert job.alive(), place.log(name).read_text()
+        for rank in job.ranks:
+            os.kill(rank.pid, number)
+        assert job.join() == [128 + number] * len(job.ranks), place.log(name).read_text()
+        stops.append(torch.load(metrics.parent / "checkpoints" / "latest" / "rank0.pt")["done"])
+    assert 0 < stops[0] < stops[1]
+    said = place.log(name).read_text()
+    for signalled, done in zip(("SIGINT", "SIGTERM"), stops):
+        line = f"stopped for {signalled}: distill is at step {done} of 1000020; the same command goes on\n"
+        assert said.count(line) == 1
+        assert said.count(f"{signalled}: stopping at the next line that is logged; again stops at once\n") == 1
+    assert said.count(f"after step {stops[0]}\n") == 1
+    assert "Traceback" not in said
+
+
+def test_a_second_signal_stops_at_once_and_in_a_line(place: Place) -> None:
+    name = "impatient"
+    job = place.start("fp32", name, *LONG, "runtime.log_every=1000000")
+    assert wait_for((place.runs.folder / name / "metrics.jsonl").exists, job.alive)
+    os.kill(job.ranks[0].pid, signal.SIGINT)
+    assert wait_for(lambda: "again stops at once" in place.log(name).read_text(), job.alive)
+    os.kill(job.ranks[0].pid, signal.SIGINT)
+    assert job.join() == [130]
+    said = place.log(name).read_text()
+    assert said.splitlines()[-1].startswith("error: interrupted; what a run has checkpointed is kept")
+    assert "Traceback" not in said
