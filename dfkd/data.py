@@ -1,7 +1,7 @@
 """Real images: the only room that opens them, and it writes down every time it does."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,12 @@ def load_images(
     split = "train" if train else "test"
     _ledger.append({"source": data.source, "split": split, "purpose": purpose, "n": len(data)})
     return data
+
+
+def sample(images: RealImages, count: int) -> RealImages:
+    """At most `count` of the images, spread evenly."""
+    rows = evenly(len(images), count)
+    return replace(images, images=images.images[rows], labels=images.labels[rows])
 
 
 def evenly(of: int, count: int) -> Tensor:

@@ -33,7 +33,6 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     return max(0.0, 100 * (centre - half)), min(100.0, 100 * (centre + half))
 
 
-@torch.no_grad()
 def accuracy(
     model: nn.Module,
     data: RealImages,
@@ -46,9 +45,24 @@ def accuracy(
 
     Raises UserError where there is no image, K is not the data's, or a logit is NaN or infinite.
     """
+    named = guesses(model, data, device=device, batch_size=batch_size, autocast=autocast)
+    hits, n = int((named == data.labels).sum()), len(data)
+    return Accuracy(100 * hits / n, n, wilson(hits, n))
+
+
+@torch.no_grad()
+def guesses(
+    model: nn.Module,
+    data: RealImages,
+    *,
+    device: torch.device | str,
+    batch_size: int = 512,
+    autocast: Autocast = nullcontext,
+) -> Tensor:
+    """The classes [N] int64 that a model names for images, on the host; for the rest as `accuracy`."""
     if not len(data):
         raise UserError(f"{data.source} holds no image to evaluate on")
-    guesses, broken = [], []
+    named, broken = [], []
     with eval_mode(model):
         for images in data.images.split(batch_size):
             with autocast():
@@ -58,12 +72,10 @@ def accuracy(
                     f"the model gives {logits.shape[1]} logits but {data.source} has "
                     f"{len(data.class_names)} classes; give both the same classes"
                 )
-            guesses.append(logits.argmax(1))
+            named.append(logits.argmax(1))
             broken.append(~logits.isfinite().all(1))
     refuse_broken(broken, "the model's")
-    correct = torch.cat(guesses).cpu() == data.labels  # [N]
-    hits, n = int(correct.sum()), len(data)
-    return Accuracy(100 * hits / n, n, wilson(hits, n))
+    return torch.cat(named).cpu()
 
 
 @torch.no_grad()

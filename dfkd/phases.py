@@ -13,9 +13,9 @@ from dfkd.classifier import Classifier
 from dfkd.compress.fit import Fit
 from dfkd.compress.hints import Hints, attention_hints, projected_hints, stage_hints
 from dfkd.cuda_graphs import recorder
-from dfkd.data import evenly, opened
+from dfkd.data import opened, sample
 from dfkd.errors import UserError
-from dfkd.evaluate import accuracy, agreement
+from dfkd.evaluate import accuracy, agreement, guesses
 from dfkd.inputs import COMPRESSIONS, settings, task_source
 from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
@@ -25,10 +25,12 @@ from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TRAINED, held_out, training_stream
 from dfkd.teachers import Teacher, have_features, zoo_logits
 from dfkd.training import Loop, Plan
+from dfkd.verdict import teacher_notes
 from dfkd.zoo import made_from
 from generators import PoolGenerator
 
 JUDGED_ON_REAL, JUDGED_ON_DRAWN = 2000, 512  # images, of the test set or of the generator
+SHOWN_TO_TEACHERS = 1000  # test images
 
 
 def plans(recipe: Recipe) -> list[Plan]:
@@ -222,6 +224,18 @@ def make_loop(
     )
 
 
+def notes_on_teachers(parts: Parts) -> dict[str, str]:
+    """By name what looks wrong with the teachers, of what they make of some test images; empty where there are none."""
+    if parts.test is None:
+        return {}
+    some, autocast = sample(parts.test, SHOWN_TO_TEACHERS), autocast_of(parts.accelerator)
+    notes: dict[str, str] = {}
+    for teacher in parts.zoo:
+        named = guesses(teacher, some, device=parts.shard.device, autocast=autocast)
+        notes |= teacher_notes(teacher.name, some.labels, named, some.class_names)
+    return notes
+
+
 def student_judge(parts: Parts, student: nn.Module) -> Callable[[], dict[str, float]]:
     """What measures the student while it trains, in percent, and on how many images: its accuracy on test images
     spread evenly over the test set, or without one its agreement with the teacher on images of the generator."""
@@ -235,8 +249,7 @@ def student_judge(parts: Parts, student: nn.Module) -> Callable[[], dict[str, fl
             return {"agreement": float(found["percent"]), "images": int(found["n"])}  # type: ignore[arg-type]
 
         return agrees
-    rows = evenly(len(parts.test), JUDGED_ON_REAL)
-    images = dataclasses.replace(parts.test, images=parts.test.images[rows], labels=parts.test.labels[rows])
+    images = sample(parts.test, JUDGED_ON_REAL)
 
     def measured() -> dict[str, float]:
         score = accuracy(student, images, device=parts.shard.device, autocast=autocast)

@@ -18,6 +18,7 @@ from dfkd.curves import entries
 from dfkd.data import opened
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.inputs import COMPRESSIONS, task_input
+from dfkd.phases import notes_on_teachers
 from dfkd.report import write_report
 from dfkd.runtime import Shard, autocast_of
 from dfkd.tasks import export, held_out, task_results
@@ -63,7 +64,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         results["student"]["last_quarter"] = last_quarter(measured, begins)
     bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
-    results["verdict"] = verdict(results, generator_notes(parts.generator, figures, bn), warnings)
+    notes = {**notes_on_teachers(parts), **generator_notes(parts.generator, figures, bn)}
+    results["verdict"] = verdict(results, notes, warnings)
     results["data_free"] = training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
     for entry in (entry for each in trained for entry in each.pop("opened")):

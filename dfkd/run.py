@@ -25,7 +25,7 @@ from dfkd.inputs import COMPRESSIONS, check_layers, check_tasks, settings, task_
 from dfkd.metrics import Metrics
 from dfkd.mixing import GROUP, make_mix
 from dfkd.norms import check_triton, triton_norms
-from dfkd.phases import make_fit, make_hints, make_loop, make_synthesizer, plans
+from dfkd.phases import make_fit, make_hints, make_loop, make_synthesizer, notes_on_teachers, plans
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
 from dfkd.results import finish
@@ -154,6 +154,7 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     if state:
         say(f"resuming {folder} after step {step}")
     metrics = Metrics(folder, main=shard.rank == 0, resumed_after=step)
+    metrics.warn(step, notes_on_teachers(parts))
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
     loop_of = partial(make_loop, parts, metrics=metrics, checkpoints=checkpoints, spent=spent, deadline=deadline)
     offset, worked = 0, False

@@ -5,6 +5,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
 
 FEW_CLASSES = 0.5  # entropy of the classes that a teacher sees, over that of balanced ones
@@ -13,6 +16,7 @@ UNSEEN, DISAGREES = 50.0, 80.0  # % of the images
 UNMATCHED = 0.7  # batch-norm loss over its value at the start
 FALLEN = 0.5  # agreement of the student over the best it had
 NEWEST = 0.2  # share of a moving mean that is the newest value's
+CHANCE = 1.2  # times the share that guessing gives
 SWING = 5.0  # points by which the last quarter of training may fall below its mean
 # What to do where a task does worse than rounding or cutting alone.
 ADDED = {
@@ -63,6 +67,34 @@ def generator_notes(
                 f"synthesis.losses.bn or {'.inner' if pooled else '.steps'}, or check its mean and std"
             )
     return notes
+
+
+def teacher_notes(name: str, labels: Tensor, guesses: Tensor, classes: Sequence[str]) -> dict[str, str]:
+    """By name what looks wrong with a teacher, of the classes [N] that it names for test images and their labels [N]:
+    that it knows the classes in another order, or does not do better than chance."""
+    counts = torch.bincount(labels * len(classes) + guesses, minlength=len(classes) ** 2).view(len(classes), -1)
+    own = (counts.sum(1) > 0).nonzero().flatten()  # the classes of which there are images
+    most, usual = counts[own].max(1)  # what it calls most of each
+    right, renamed = float(counts.diag().sum() / len(labels)), float(most.sum() / len(labels))
+    enough = len(labels) >= 10 * len(classes) and len(usual.unique()) == len(usual)
+    if enough and renamed > max(right + 0.2, 0.5):
+        first = int((usual != own).nonzero()[0])
+        label, output = int(own[first]), int(usual[first])
+        return {
+            f"order {name}": (
+                f"teacher {name} has {100 * right:.0f} % of {len(labels)} test images, and {100 * renamed:.0f} % where "
+                f"its outputs stand for the classes in another order (output {output} for {classes[label]!r}, which is "
+                f"class {label} here): the folders of data.root in alphabetical order are to be its outputs in theirs"
+            )
+        }
+    if right * len(classes) <= CHANCE and len(classes) > 1:
+        return {
+            f"chance {name}": (
+                f"teacher {name} has {100 * right:.1f} % of {len(labels)} test images, as one that guesses: check its "
+                "weights, its mean and std, and that the images' classes are its own, in the order of its outputs"
+            )
+        }
+    return {}
 
 
 def moving_mean(mean: float | None, now: float) -> float:

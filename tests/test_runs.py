@@ -522,6 +522,19 @@ def test_what_goes_wrong_is_told_while_it_trains_and_in_the_verdict(runs: Runs) 
     assert "While it trained" in (runs.folder / "wrong" / "report.html").read_text()
 
 
+def test_a_teacher_given_other_images_than_it_learned_is_told_before_it_costs_a_run(runs: Runs) -> None:
+    text = "of 540 test images, as one that guesses: check its weights, its mean and std"
+    assert text not in runs.run("sound", *SHORT).out
+    like = {"kwargs": {"width": 4, "depth": 1}, "classes": 10, "channels": 1, "mean": [0.3]}.items()
+    trained = [path for path in runs.cache.glob("plain-*/model.json") if like <= json.loads(path.read_text()).items()]
+    wrong = ("teachers.plain.mean=[50]", "teachers.plain.std=[0.001]", f"teachers.plain.weights={trained[0].parent}")
+    called = runs.run("wrong", *SHORT, *wrong)
+    found = results(runs.folder / "wrong")
+    told = f"teacher plain has {found['teachers']['plain']['accuracy']:.1f} % {text}"
+    assert f"warning at step 0: {told}" in called.out
+    assert any(note.startswith(told) for note in found["verdict"]["notes"])
+
+
 def test_batches_that_several_processes_pair_otherwise_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     given = [
         "recipe=digits",

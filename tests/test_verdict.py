@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
 from dfkd.inputs import COMPRESSIONS
-from dfkd.verdict import generator_notes, last_quarter, moving_mean, student_notes, verdict
+from dfkd.verdict import generator_notes, last_quarter, moving_mean, student_notes, teacher_notes, verdict
 from generators import ConvGenerator
 
 SOUND = {"class_agreement_a": 90.0, "predicted_balance_a": 0.98, "feature_ratio": 0.6}
@@ -118,6 +119,35 @@ def test_the_last_quarter_is_one_of_the_training_however_often_it_was_measured()
     found = last_quarter([{"step": 1, "accuracy": 5.0, "images": 9}])
     assert found is not None
     assert found["mean"] == 5
+
+
+def named(order: list[int], right: int = 9, of: int = 10) -> dict[str, str]:
+    """Notes on a teacher that calls `right` of `of` images of each class by its number in an order, the rest by the
+    next."""
+    labels = torch.arange(len(order)).repeat_interleave(of)
+    guesses = torch.tensor(
+        [order[k] if i < right else (order[k] + 1) % len(order) for k in range(len(order)) for i in range(of)]
+    )
+    return teacher_notes("a", labels, guesses, [f"class-{k}" for k in range(len(order))])
+
+
+def test_a_teacher_that_knows_the_classes_in_another_order_is_told() -> None:
+    (text,) = named([0, 2, 3, 1]).values()
+    assert text.startswith("teacher a has 22 % of 40 test images, and 90 % where its outputs stand for")
+    assert "output 2 for 'class-1', which is class 1 here" in text
+    assert named([0, 1, 2, 3]) == {}
+    assert set(named([0, 2, 3, 1], right=2, of=3)) == {"chance a"}  # too few images to tell an order
+    assert set(named([1, 1, 1, 1])) == {"chance a"}  # it calls all of them one class
+
+
+def test_a_teacher_that_guesses_is_told_and_a_weak_one_is_not() -> None:
+    rng = torch.Generator().manual_seed(0)
+    labels, guesses = (torch.randint(10, (1000,), generator=rng) for _ in range(2))
+    (text,) = teacher_notes("a", labels, guesses, list("abcdefghij")).values()
+    assert "% of 1000 test images, as one that guesses: check its weights, its mean and std" in text
+    guesses[:100] = labels[:100]
+    assert teacher_notes("a", labels, guesses, list("abcdefghij")) == {}
+    assert teacher_notes("a", labels[:5] * 0, guesses[:5] * 0, ["one"]) == {}
 
 
 def results(**student: object) -> dict:
