@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from dfkd.errors import UserError, in_a_line
 
 KEEP = 2
-FOREIGN = "is of another recipe, precision or number of processes"
+FOREIGN = "is of another recipe, precision or number of processes, or of networks whose files have changed"
 
 
 class Resumed(NamedTuple):
@@ -102,7 +102,7 @@ class Checkpoints:
     def load(self, device: torch.device) -> Resumed | None:
         """The newest whole checkpoint of this owner, or None where there is none; torn ones are passed over by name.
 
-        Raises UserError where none can be used and one belongs to another recipe, precision or number of processes.
+        Raises UserError where none can be used and one has another owner.
         """
         warnings: list[str] = []
         foreign: list[Path] = []
@@ -118,9 +118,9 @@ class Checkpoints:
             warnings.append(f"checkpoint {folder} {problem}; using the one before it")
         if foreign:
             raise UserError(
-                f"checkpoint {foreign[0]} is of another recipe, precision or number of processes; run the command and "
-                "the launcher options that began this run, on a machine where runtime.precision=auto is the same, "
-                "choose another output=..., or overwrite=true to start over"
+                f"checkpoint {foreign[0]} {FOREIGN}; run the command and the launcher options that began this run, on "
+                "a machine where runtime.precision=auto is the same, choose another output=..., or overwrite=true to "
+                "start over"
             )
         return Resumed(0, {}, warnings) if warnings else None
 

@@ -66,21 +66,9 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
         _read(folder / CONFIG)
     elif any((folder / name).exists() for name in MADE if name != QUALITY):
         raise UserError(f"{folder} holds no run (no {CONFIG}) and is not removed; choose another output=...")
-    teachers = recipe.teachers.values()
-    weights = {recipe.student.weights, *(spec.weights for spec in teachers)} - {SELECTED}
-    models = (recipe.student.model, *(spec.model for spec in teachers))
+    models = (recipe.student.model, *(spec.model for spec in recipe.teachers.values()))
     code = [model.removeprefix("python:").rpartition(":")[0] for model in models]
-    given = [recipe.distill.input, *(getattr(recipe, task).input for task in COMPRESSIONS)]
-    folders = [name for name in given if name and name not in ("main", "student", *recipe.tasks)]
-    needed = [
-        *folders,
-        recipe.generator.checkpoint,
-        recipe.data.root,
-        recipe.data.train_root,
-        recipe.training.cache,
-        *weights,
-        *code,
-    ]
+    needed = [*_given(recipe), recipe.data.root, recipe.data.train_root, recipe.training.cache, *code]
     # By name, since of a link only the link goes, and by where it is, however it was reached.
     made = [base / name for base in (Path(os.path.abspath(folder)), folder.resolve()) for name in MADE]
     for name in filter(None, needed):
@@ -88,6 +76,14 @@ def _may_remove(recipe: Recipe, folder: Path) -> None:
         places = (Path(os.path.abspath(path)), path.resolve())
         if path.exists() and any(place.is_relative_to(one) for place in places for one in made):
             raise UserError(f"overwrite=true would remove {name}, which this run needs; choose another output=...")
+
+
+def _given(recipe: Recipe) -> list[str]:
+    """The files and folders that networks are read from, as the recipe names them (of weights also what is no path)."""
+    weights = {recipe.student.weights, *(spec.weights for spec in recipe.zoo_specs.values())} - {SELECTED}
+    inputs = [recipe.distill.input, *(getattr(recipe, task).input for task in COMPRESSIONS)]
+    folders = {name for name in inputs if name not in ("main", "student", *recipe.tasks)}
+    return sorted(filter(None, {*weights, *folders, recipe.generator.checkpoint}))
 
 
 @contextmanager
@@ -167,7 +163,18 @@ def _differences(recipe: Recipe, config: dict[str, Any]) -> list[str]:
 
 
 def owner(recipe: Recipe, precision: str, world: int) -> str:
-    """What a checkpoint belongs to: the recipe, less the keys that may change, the precision (runtime.precision=auto is
-    another one on another machine) and the number of processes."""
-    text = json.dumps([_comparable(dataclasses.asdict(recipe)), precision, world], sort_keys=True)
+    """What a checkpoint belongs to: the recipe, less the keys that may change, the contents of the files of networks
+    that it names, the precision (runtime.precision=auto is another one on another machine), the number of processes."""
+    networks = {name: _content(Path(name).expanduser()) for name in _given(recipe)}
+    text = json.dumps([_comparable(dataclasses.asdict(recipe)), networks, precision, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content(path: Path) -> list[str]:
+    """Digests of a file, or of the weights and descriptions in a folder; none of what is no path."""
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
+    digests = []
+    for file in files:
+        with file.open("rb") as opened:
+            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    return digests

@@ -39,8 +39,8 @@ def check_tasks(recipe: Recipe) -> None:
         name = keys.input
         if name is not None and name not in earlier and not _is_folder(recipe, name):
             raise UserError(
-                f"{task}.input={name} is no earlier task and no folder of a model; before {task} there are "
-                f"{', '.join(earlier)}"
+                f"{task}.input={name} is no earlier task and no folder of a model; give a folder such as "
+                f"runs/NAME/student, or of what is there before {task}: {', '.join(earlier)}"
             )
         if getattr(keys, "source", None) == "real" and recipe.data.dataset == "none":
             raise UserError(f"{task}.source=real needs real images: set data.dataset, or {task}.source=noise")

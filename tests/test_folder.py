@@ -8,8 +8,10 @@ from runs_fixture import Runs, start, wait_for
 
 from dfkd.errors import UserError
 from dfkd.folder import may_run
+from dfkd.models import build_model
 from dfkd.recipe import load_recipe
 from dfkd.runtime import resolve_precision
+from generators import build_generator, save_generator
 
 SHORT = ("synthesis.steps=2", "distill.steps=2", "tasks=[distill]")
 
@@ -93,6 +95,27 @@ def test_a_run_does_not_go_on_where_auto_is_another_precision(runs: Runs, monkey
         elsewhere = {"bf16": "fp32", "fp32": "bf16"}[here]
         monkeypatch.setattr(f"dfkd.{module}.resolve_precision", lambda given, device, of=elsewhere: of)
     assert "is of another recipe, precision or number of processes" in runs.run("run", *pieces).refused()
+
+
+def test_a_run_does_not_go_on_with_networks_that_have_changed(runs: Runs) -> None:
+    given = (*SHORT, "runtime.minutes=0.0001", "teachers.plain.weights=net.pt", f"generator.checkpoint={runs.folder}/g")
+    torch.manual_seed(0)
+    network = build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": 4, "depth": 1})
+    torch.save(network.state_dict(), runs.folder / "net.pt")
+    shape = {"arch": "conv", "latent": 8, "classes": 10, "channels": 1, "size": 8, "width": 4}
+    save_generator(runs.folder / "g", build_generator(shape))
+    assert runs.run("teachers", *SHORT).code == 0
+    assert "the same command goes on" in runs.run("run", *given).out
+    for change in ("net.pt", "g/model.safetensors"):
+        content = (runs.folder / change).read_bytes()
+        if change == "net.pt":
+            torch.save({name: x + 1 for name, x in network.state_dict().items()}, runs.folder / change)
+        else:
+            save_generator(runs.folder / "g", build_generator(shape))
+        assert "networks whose files have changed" in runs.run("run", *given).refused()
+        (runs.folder / change).write_bytes(content)
+    (runs.folder / "g" / "notes.txt").write_text("mine")
+    assert "resuming" in runs.run("run", *given).out
 
 
 def test_images_measured_before_there_is_a_run_are_in_nobodys_way(tmp_path: Path) -> None:
