@@ -122,6 +122,8 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     try:
         with torch.no_grad():
             logits = student.eval()(images)
+    except UserError as error:
+        raise UserError(f"the {error}") from None
     except Exception as error:  # whatever a stranger's network may raise
         raise UserError(
             f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "

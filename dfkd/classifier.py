@@ -1,7 +1,7 @@
 """A network together with the normalisation and input size it was trained for."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -90,7 +90,13 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         slow = self.slow and torch.is_autocast_enabled("cpu")
         with _slow_kernels_spared(self.slow) if slow else nullcontext():
-            return full_precision(self.model(self.network_input(images)))
+            logits = self.model(self.network_input(images))
+        if isinstance(logits, tuple | list | Mapping):
+            raise UserError(
+                f"{self.name} gives a {type(logits).__name__} where logits [B, K] belong; give a network whose forward "
+                "returns them alone"
+            )
+        return full_precision(logits)
 
 
 @torch.no_grad()

@@ -236,13 +236,23 @@ def image_folder(train: bool, root: str, train_root: str | None) -> Path:
 
 
 def _class_folders(root: str) -> set[str]:
-    return {entry.name for entry in Path(root).iterdir() if entry.is_dir()}
+    return {entry.name for entry in Path(root).iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+
+
+class _Folder(torchvision.datasets.ImageFolder):
+    """An image folder in which what programs hide beside the classes (.ipynb_checkpoints) is none."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        names = sorted(_class_folders(directory))
+        if not names:
+            raise FileNotFoundError(f"no folder in {directory}")
+        return names, {name: k for k, name in enumerate(names)}
 
 
 def _folder_images(folder: Path, channels: int, size: int, classes: int) -> RealImages:
     """Images in one folder per class, labels in the order of the sorted names, all decoded into memory."""
     try:
-        listing = torchvision.datasets.ImageFolder(str(folder))
+        listing = _Folder(str(folder))
     except OSError as error:
         reason = in_a_line(error)
         raise UserError(f"{folder} is not an image folder with one folder per class: {reason}") from error

@@ -43,8 +43,12 @@ GROUPS = {"data", "image", "teachers", "zoo", "synthesis", "distill", "runtime"}
 def may_run(loaded: Loaded, folder: Path) -> bool:
     """False where the folder holds this very run, finished. Raises UserError where it holds another one, or no run."""
     config = folder / CONFIG
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output={folder} is a file; choose another output=... for the run's folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        what = "is" if there == folder.absolute() else f"lies in {there}, which is"
+        raise UserError(f"output={folder} {what} a file; choose another output=... for the run's folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output={folder}: nothing may be written in {there}; choose another output=...")
     if loaded.recipe.overwrite:
         _may_remove(loaded.recipe, folder)
     elif config.exists():
@@ -159,7 +163,8 @@ def _read(config: Path) -> dict[str, Any]:
 def _differences(recipe: Recipe, config: dict[str, Any]) -> list[str]:
     before, now = _comparable(config), _comparable(dataclasses.asdict(recipe))
     keys = sorted(set(before) | set(now))
-    return [f"{key}: {before.get(key)} there, {now.get(key)} here" for key in keys if before.get(key) != now.get(key)]
+    changed = [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
+    return [f"{key}: {'empty' if a == '' else a} there, {'empty' if b == '' else b} here" for key, a, b in changed]
 
 
 def owner(recipe: Recipe, precision: str, world: int) -> str:

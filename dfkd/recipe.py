@@ -224,6 +224,10 @@ def _find(name: str, near: Path | None, source: str) -> Path:
     for path in (*places, FOLDER / f"{name.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path.resolve()
+    if places and name.endswith(".yaml"):
+        raise UserError(
+            f"{source}: no recipe {name!r}, no file {places[0].resolve()}; the project's are named without .yaml"
+        )
     names = _names()
     guess = nearest(name, names)
     raise UserError(f"{source}: no recipe {name!r}{guess}; the recipes are {', '.join(names)}")

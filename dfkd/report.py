@@ -125,7 +125,19 @@ def columns(rows: list[list[str]], sides: str = "") -> list[str]:
 def _task_rows(tasks: Mapping[str, Any]) -> list[list[str]]:
     """Accuracy before, naively compressed and after, and what it cost, one task a row; the heads come first."""
     rows = [
-        ["task", "of", "images", "before %", "naive %", "after %", "95 % interval", "agreement %", "bytes", "MACs", "s"]
+        [
+            "task",
+            "of",
+            "images",
+            "before %",
+            "naive %",
+            "after %",
+            "95 % interval",
+            "agreement %",
+            "bytes of weights",
+            "MACs",
+            "s",
+        ]
     ]
     for name, task in ((name, _dict(task)) for name, task in tasks.items()):
         cost = _dict(task.get("cost"))

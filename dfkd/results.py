@@ -50,7 +50,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
             "parameters": assemble.parameters(parts.generator),
             "bn_loss": parts.bn or None,
             "class_agreement": {t.name: figures[f"class_agreement_{t.name}"] for t in parts.zoo}
-            if parts.description["conditional"]
+            if parts.generator.conditional
             else None,
         },
         "diversity": {name: value for name, value in figures.items() if not name.startswith("class_agreement")},

@@ -39,6 +39,8 @@ from dfkd.training import Loop, Plan
 from dfkd.zoo import load_recipe_zoo, real_images
 from generators import save_generator
 
+NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     """Build and check all networks and data; no teacher is trained yet."""
@@ -126,7 +128,8 @@ def run(loaded: Loaded, command: str) -> int:
         except OSError as error:
             # Of a full disk torch gives no number.
             remedy = "free some space and " if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""
-            raise UserError(f"could not write in {folder}: {error}; {remedy}run {same} again") from None
+            again = f"{remedy}run {same} again" if error.errno not in NO_PLACE else "choose another output=..."
+            raise UserError(f"could not write in {folder}: {error}; {again}") from None
         except Paused as paused:
             say(f"stopped for {deadline.cause}: {paused}; {same} goes on")
             shut_down(accelerator)

@@ -121,7 +121,12 @@ def verify(
             last = model.resized(last) if isinstance(model, Classifier) else last
             if (shape := list(last.shape[1:])) != (own := session.get_inputs()[0].shape[1:]):
                 raise UserError(f"{path} takes images of {own}, not {shape}; give such, or export it with an example")
-            mine.append(model(batch.to(device)).float().cpu())
+            logits = model(batch.to(device))
+            if not isinstance(logits, Tensor):
+                raise UserError(
+                    f"the model gives a {type(logits).__name__}; verify compares one that gives logits alone"
+                )
+            mine.append(logits.float().cpu())
             theirs.append(_logits(session, last))
     if not len(last):
         raise UserError("no image to verify the file on; give at least one")

@@ -14,9 +14,9 @@ from torch import nn
 from dfkd.classifier import Classifier
 from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
-from dfkd.data import RealImages, load_images, opened
+from dfkd.data import RealImages, image_folder, load_images, opened
 from dfkd.draws import STILL, Moves
-from dfkd.errors import Paused
+from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import folder_about
 from dfkd.pretrain import train_teacher
@@ -39,6 +39,8 @@ def load_recipe_zoo(
         for name, spec in recipe.zoo_specs.items()
     }
     for name, spec in recipe.zoo_specs.items():
+        if not (train or spec.weights):
+            check_training_images(recipe, name, spec)
         if train and not spec.weights:
             specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say, deadline))
     return load_zoo(
@@ -52,6 +54,18 @@ def load_recipe_zoo(
         memory_gb=recipe.zoo.memory_gb,
         untrained=not train,
     )
+
+
+def check_training_images(recipe: Recipe, name: str, spec: TeacherSpec) -> None:
+    """Raise UserError where a teacher without weights, not trained yet, has no folder of images to be trained on."""
+    data = recipe.data
+    if data.dataset == "imagefolder" and not (teacher_folder(recipe, name, spec) / "model.json").exists():
+        try:
+            image_folder(True, data.root, data.train_root)
+        except UserError as error:
+            raise UserError(
+                f"teacher {name} has no weights and is to be trained first: {error}; or give teachers.{name}.weights"
+            ) from None
 
 
 def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:

@@ -152,6 +152,8 @@ def test_image_folder_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     other = save_folder(tmp_path / "train", {"a/x.png": pixels, "c/x.png": pixels})
     message = error("imagefolder", True, root=root, train_root=other, classes=2)
     assert "differ in classes: b, c" in message
+    save_folder(tmp_path / "test", {".ipynb_checkpoints/x.png": pixels})
+    assert load("imagefolder", root=root, classes=2).class_names == ["a", "b"]
     (tmp_path / "empty").mkdir()
     assert "not an image folder" in error("imagefolder", root=str(tmp_path / "empty"), classes=2)
     save_folder(tmp_path / "test", {"a/deep.png": np.full((8, 8), 40000, np.uint16)})

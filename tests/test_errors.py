@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from runs_fixture import ROOT, Runs, free_port, start
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -49,6 +50,10 @@ class Auxiliary(nn.Module):
 
     def forward(self, x):
         return (self.net(x), self.net(x)) if self.training else self.net(x)
+
+class Pair(Auxiliary):
+    def forward(self, x):
+        return {"logits": self.net(x)}
 """
 
 
@@ -79,6 +84,9 @@ def prepared(runs: Runs) -> Runs:
     torn = generator_folder(folder / "torn-generator")
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-9])
     (folder / "empty").mkdir()
+    for name in "abcdefghij":
+        (folder / "pictures" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(folder / "pictures" / name / "black.png")
     return runs
 
 
@@ -103,6 +111,15 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
     ),
     "NaN in a teacher": (["teachers.plain.weights=nan.safetensors"], ["nan.safetensors", "nan or inf in linear.bias"]),
     "no image folder": (["data.dataset=imagefolder", "data.root=nowhere"], ["data.root=nowhere is no folder"]),
+    "no images to train a teacher on": (
+        ["data.dataset=imagefolder", "data.root=pictures"],
+        ["teacher plain has no weights and is to be trained first: data.train_root=null", "teachers.plain.weights"],
+    ),
+    "recipe file": (["recipe=mine/own.yaml"], ["no recipe 'mine/own.yaml', no file /", "/mine/own.yaml"]),
+    "task of no input": (
+        ["tasks=[generator,ptq]", "ptq.input=student"],
+        ["ptq.input=student is no earlier task and no folder of a model; give a folder such as", "main"],
+    ),
     "empty image folder": (["data.dataset=imagefolder", "data.root=empty"], ["empty is not an image folder"]),
     "classes of the data": (["classes=5"], ["digits has 10 classes but classes=5"]),
     "classes of a teacher": (
@@ -126,6 +143,14 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
     "auxiliary heads of the student": (
         [f"student.model={THEIRS}:Auxiliary", "student.kwargs={}", "trust_code=true"],
         ["the student python:theirs.py:Auxiliary gives a tuple in training mode"],
+    ),
+    "outputs of the student": (
+        [f"student.model={THEIRS}:Pair", "student.kwargs={}", "trust_code=true"],
+        ["the student gives a dict where logits [B, K] belong"],
+    ),
+    "outputs of a teacher": (
+        [f"{PLAIN}={THEIRS}:Pair", "trust_code=true"],
+        ["teacher plain gives a dict where logits [B, 10] belong"],
     ),
     "softmax": ([f"{PLAIN}={THEIRS}:softmaxed", "trust_code=true"], ["teacher plain ends in a softmax"]),
     "image size of a network": (
@@ -187,7 +212,10 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
         ["nothing to train", "distill.steps"],
     ),
     "nothing to train": (["distill.steps=0", "generator.checkpoint=five", "classes=5"], ["nothing to train"]),
-    "folder that is a file": (["output=tiny.yaml/run"], ["tiny.yaml/run"]),
+    "folder that is a file": (
+        ["output=tiny.yaml/run"],
+        ["output=tiny.yaml/run lies in /", "tiny.yaml, which is a file"],
+    ),
 }
 
 

@@ -176,6 +176,11 @@ def test_a_float_file_of_another_size_is_timed_on_its_own(tmp_path: Path) -> Non
     assert verify(paths[0], small, images(4), float_path=paths[1], repeats=1)["float_latency_ms"] > 0
 
 
+class Named(nn.Module):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": x.flatten(1)[:, :3]}
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     path = export_onnx(network, images(2, size=8), tmp_path / "m.onnx")
@@ -190,6 +195,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         (path, network, endless, 1, "the stream of images has no end; give it num_batches"),
         (path, network, images(2, size=8), 0, "repeats=0 is not allowed"),
         (path, broken, images(2, size=8), 1, "NaN or infinite"),
+        (path, Named(), images(2, size=8), 1, "the model gives a dict; verify compares one that gives logits alone"),
     ]
     for file, model, given, repeats, message in cases:
         with pytest.raises(UserError, match=message):

@@ -360,3 +360,7 @@ def test_a_student_of_other_classes_is_refused(make_stream: Callable[..., Synthe
             fit(student, make_stream(), steps=1)
     with pytest.raises(UserError, match="gives 6 x 4 x 4 numbers an image and its teacher"):
         fit(network()[:5], make_stream(), steps=1)
+    paired = network()
+    paired.register_forward_hook(lambda module, given, logits: (logits, logits))
+    with pytest.raises(UserError, match=r"the student gives a tuple where logits \[B, 3\] belong"):
+        fit(paired, make_stream(), steps=1)

@@ -233,7 +233,15 @@ def test_tied_weights_and_wrapped_models_are_saved(tmp_path):
     save_model(tmp_path / "m", nn.DataParallel(saved), description(model))
     loaded = load_compressed(tmp_path / "m", trust_code=True)
     assert_same(loaded.model.state_dict(), saved.state_dict())
-    assert "trust_code=true" in error_line(load_compressed, tmp_path / "m")
+    assert "trust_code=true on the command line, in Python trust_code=True" in error_line(
+        load_compressed, tmp_path / "m"
+    ).replace("`", "")
+    (tmp_path / "own_nets.py").rename(tmp_path / "moved.py")
+    line = error_line(load_compressed, tmp_path / "m", trust_code=True)
+    assert f"no file '{tmp_path / 'own_nets.py'}'" in line
+    assert "load_compressed takes model='python:PATH:NAME'" in line
+    again = load_compressed(tmp_path / "m", trust_code=True, model=f"python:{tmp_path / 'moved.py'}:Tied")
+    assert_same(again.model.state_dict(), saved.state_dict())
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

@@ -36,14 +36,15 @@ def save_compressed(folder: str | os.PathLike[str], model: nn.Module, descriptio
     save_tensors(folder, tensors, description)
 
 
-def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False) -> Classifier:
+def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, model: str = "") -> Classifier:
     """A model of save_compressed (or a student, or a cached teacher) from its folder alone, in eval mode.
 
-    Raises UserError where the folder is torn or does not fit the network it names.
+    One whose model string is `python:` or `hub:` runs that code, with trust_code; `model` is another string in its
+    place, where the code has moved. Raises UserError where the folder is torn or does not fit the network it names.
     """
     about = read_description(folder)
     network = build_model(
-        about["model"],
+        model or about["model"],
         classes=about["classes"],
         channels=about["channels"],
         kwargs=about.get("kwargs"),

@@ -186,6 +186,11 @@ class Fit:
             if "maps" in self.project:
                 ours = self.project["maps"](*ours)
         classes = targets.shape[1] - sum(self.stream.widths)
+        if not isinstance(logits, Tensor):
+            raise UserError(
+                f"the student gives a {type(logits).__name__} where logits [B, {classes}] belong; give a network whose "
+                "forward returns them alone"
+            )
         if logits.shape != (len(targets), classes):
             shape = " x ".join(map(str, logits.shape[1:]))
             raise UserError(

@@ -87,7 +87,8 @@ def build_model(
         raise UserError(f"model {spec!r} needs classes and channels above 0, not {classes} and {channels}")
     if scheme.runs_code and not trust_code:
         raise UserError(
-            f"model {spec!r} runs other people's code; to trust it add `trust_code=true` on the command line"
+            f"model {spec!r} runs other people's code; to trust it add `trust_code=true` on the command line, in "
+            "Python trust_code=True"
         )
     if weights == "pretrained" and not scheme.has_pretrained:
         raise UserError(f"model {spec!r} has no pretrained weights; give a path or URL as weights, or leave them empty")
@@ -196,7 +197,10 @@ def _import(source: str, spec: str) -> ModuleType:
     path = Path(source).expanduser().resolve()
     is_file = source.endswith(".py")
     if is_file and not path.is_file():
-        raise UserError(f"model {spec!r}: no file {str(path)!r}")
+        raise UserError(
+            f"model {spec!r}: no file {str(path)!r}; paths are those of the working directory (load_compressed takes "
+            "model='python:PATH:NAME' where the file has moved)"
+        )
     if not is_file and not all(part.isidentifier() for part in source.split(".")):
         raise UserError(f"model {spec!r}: {source!r} is neither a dotted module name nor a .py file")
     beside = str(path.parent if is_file else Path.cwd())
