@@ -159,9 +159,10 @@ def _task_rows(tasks: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _further(task: Mapping[str, Any]) -> dict[str, Any]:
-    """What the printed table has no room for: the other two intervals, and zeros among the weights."""
+    """What the printed table has no room for: before training, the other intervals, and zeros among the weights."""
     intervals, cost = _dict(task.get("intervals")), _dict(_dict(task.get("cost")).get("after"))
     return {
+        "before training %": _figure(task.get("repaired")),
         "interval before": _figure(intervals.get("before")),
         "interval naive": _figure(intervals.get("naive")),
         "zeros %": _figure(cost.get("sparsity")),
@@ -176,7 +177,8 @@ def _tasks(tasks: Mapping[str, Any]) -> str:
     further = [_further(_dict(task)) for task in tasks.values()]
     text = _table([dict(zip(head, row)) | more for row, more in zip(rows, further)])
     text += (
-        "<p class='soft'>naive: rounded to nearest, or pruned without repair. Agreement: with the model before, on "
+        "<p class='soft'>naive: rounded to nearest, or pruned without repair. Before training: pruned and repaired, "
+        "where it was trained afterwards. Agreement: with the model before, on "
         "synthetic images; it is no accuracy. Bytes: of all weights at their bits. MACs: multiply-accumulates of one "
         "image in convolutions and linear layers (half of torch's FLOPs).</p>\n"
     )

@@ -142,6 +142,7 @@ def _prune(parts: Parts, model: Classifier, source: Source, train: Train) -> Com
         inner_only=keys.inner_only,
     )
     if keys.steps:
+        pruned.repaired = copy.deepcopy(pruned.model)  # training may also make it worse, which would not show
         hold_zeros(pruned.model.requires_grad_(True))
         teacher = as_teacher(model, copy.deepcopy(model.model))
         image = assemble.blank(parts.recipe, parts.shard.device)
@@ -231,20 +232,25 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
 
 
 def compare(parts: Parts, before: Classifier, done: Compressed) -> dict[str, Any]:
-    """The model before, naively compressed, and after: accuracy, cost, and agreement with the one before."""
+    """The model before, naively compressed, repaired before it was trained further (None: it was not), and after:
+    accuracy, cost, and agreement with the one before."""
     recipe = parts.recipe
     image = assemble.blank(recipe, parts.shard.device)
-    models = {"before": before, "naive": done.naive, "after": done.model}
-    scores = {name: measure(parts, model) for name, model in models.items()}
-    costs = {name: cost(model, image) for name, model in models.items()}
+    models = {"before": before, "naive": done.naive, "repaired": done.repaired, "after": done.model}
+    scores = {name: None if model is None else measure(parts, model) for name, model in models.items()}
+    costs = {name: cost(model, image) for name, model in (("before", before), ("after", done.model))}
     after = scores["after"]
     return {
         **{name: None if score is None else score.percent for name, score in scores.items()},
         "interval": None if after is None else list(after.interval),
         "intervals": {name: None if score is None else list(score.interval) for name, score in scores.items()},
         "n": None if after is None else after.n,
-        "agreement": {name: agreement(models[name], before, held_out(parts)) for name in ("naive", "after")},
-        "cost": {name: costs[name] for name in ("before", "after")},
+        "agreement": {
+            name: None if model is None else agreement(model, before, held_out(parts))
+            for name, model in models.items()
+            if name != "before"
+        },
+        "cost": costs,
     }
 
 

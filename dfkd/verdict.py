@@ -148,14 +148,21 @@ def verdict(
             found.append(
                 f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"
             )
-        naive, after = ((task.get("agreement") or {}).get(which) for which in ("naive", "after"))
+        agreement = task.get("agreement") or {}
+        naive, repaired, after = (agreement.get(which) for which in ("naive", "repaired", "after"))
         made_for = task.get("source") in (None, "generator", "no data")  # not for other images, as a control is
         if made_for and naive and after and after["interval"][1] < naive["interval"][0]:
             found.append(
                 f"task {name} agrees with the network before on {after['percent']:.1f} % of synthetic images, and on "
                 f"{naive['percent']:.1f} % without what it adds to plain rounding or cutting: {ADDED[name]}"
             )
-        if task["before"] is not None and task["after"] < task["before"] - 10:
+        if made_for and repaired and after and after["interval"][1] < repaired["interval"][0]:
+            found.append(
+                f"task {name} agrees with the network before on {after['percent']:.1f} % of synthetic images, and on "
+                f"{repaired['percent']:.1f} % before it was trained: lower {name}.lr, raise {name}.steps or set "
+                "it to 0"
+            )
+        elif task["before"] is not None and task["after"] < task["before"] - 10:
             found.append(
                 f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
             )

@@ -38,7 +38,20 @@ SHORT = (
     "export.images=64",
 )
 SHORT += ("ptq.steps=4", "qat.batch_size=16", "qat.warm_start=2", "prune.batch_size=16", "prune.steps=4")
-FIGURES = {"before", "naive", "after", "interval", "intervals", "n", "source", "input", "cost", "agreement", "layers"}
+FIGURES = {
+    "before",
+    "naive",
+    "repaired",
+    "after",
+    "interval",
+    "intervals",
+    "n",
+    "source",
+    "input",
+    "cost",
+    "agreement",
+    "layers",
+}
 
 
 def results(folder: Path) -> dict:

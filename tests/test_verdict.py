@@ -97,6 +97,19 @@ def test_a_task_that_does_worse_than_rounding_alone_is_told(name: str) -> None:
     assert noted((98.0, 98.6)) == noted((99.0, 99.9)) == []  # within what so many images can tell, and better
 
 
+def test_training_that_made_a_pruned_network_worse_is_told() -> None:
+    def noted(after: float, accuracy: float = 34.0) -> list[str]:
+        of = {"naive": 25.0, "repaired": 96.0, "after": after}
+        agreement = {name: {"percent": each, "interval": [each - 1, each + 1]} for name, each in of.items()}
+        task = {"before": 100.0, "after": accuracy, "agreement": agreement, "source": "generator"}
+        return verdict({"tasks": {"prune": task}, "student": None}, {}, [])["notes"]
+
+    (note,) = noted(36.0)
+    assert note.endswith("on 96.0 % before it was trained: lower prune.lr, raise prune.steps or set it to 0")
+    assert noted(95.0) == ["task prune lost 66 points: compress less, or train longer after it"]
+    assert noted(98.0, accuracy=97.0) == []
+
+
 def test_a_task_that_is_not_exported_is_told() -> None:
     task = {"before": 90.0, "after": 89.0, "export": {"error": "no operator for it"}}
     assert verdict({"tasks": {"ptq": task}, "student": None}, {}, [])["notes"] == [

@@ -10,7 +10,8 @@ from torch import nn
 class Compressed:
     """A smaller model, the naive baseline of its method, and what was done to it.
 
-    model and naive take what the given model takes (a Classifier stays one). layers has a line per layer for the
+    model and naive take what the given model takes (a Classifier stays one), and so does repaired: the model before it
+    was trained further, where it was. layers has a line per layer for the
     report, and per unit of several that was reconstructed as one. structure is what rebuilds the network besides its
     model string: see dfkd.compress.files.
     """
@@ -19,3 +20,4 @@ class Compressed:
     naive: nn.Module
     layers: list[dict[str, Any]] = field(default_factory=list)
     structure: dict[str, Any] = field(default_factory=dict)
+    repaired: nn.Module | None = None
