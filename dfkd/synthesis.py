@@ -45,9 +45,9 @@ def _gathering(x: Tensor) -> Tensor:
 class Synthesizer:
     """Trains a generator against a zoo: MixMix's Data and Feature Mixing, an image prior, an adversary (see terms.py).
 
-    losses gives a weight per name (terms.LOSSES); weight 0 is not computed. With an accelerator the generator is
-    prepared by it, its batch norms are synchronised, and the statistics of teachers are those of the global batch.
-    student is the adversary: a module on images [B, C, H, W] in [0, 1].
+    losses gives a weight per name (of the two tables of terms.py); weight 0 is not computed. With an accelerator the
+    generator is prepared by it, its batch norms are synchronised, and the statistics of teachers are those of the
+    global batch. student is the adversary: a module on images [B, C, H, W] in [0, 1].
 
     With a pool every step is a round: labels and latents are drawn once, `inner` updates work on them, and what comes
     out is put into the pool. With latent_lr the latents are learned too: those of a PixelGenerator are the images.

@@ -66,7 +66,6 @@ IMAGE_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor, Teacher], Tensor]] = { 
     "l2": lambda images, latents, labels, teacher: L.pixel_l2(images, teacher.mean, teacher.std),
     "smooth": lambda images, latents, labels, teacher: L.smooth(images),
 }
-LOSSES = (*TEACHER_TERMS, *IMAGE_TERMS)
 
 
 def ask(
@@ -119,11 +118,11 @@ def check_losses(
     generator: ImageGenerator | None = None,
     bank: int = 0,
 ) -> None:
-    """Raise UserError for loss weights by name (LOSSES) that are unknown, below 0, that contradict each other, or that
+    """Raise UserError for loss weights by name that no table has, that are below 0, that contradict each other, or that
     these teachers and this generator cannot serve."""
-    unknown = sorted(set(losses) - set(LOSSES))
-    if unknown:
-        raise UserError(f"unknown generator losses {unknown}; choose from {list(LOSSES)}")
+    known = [*TEACHER_TERMS, *IMAGE_TERMS]
+    if unknown := sorted(set(losses) - set(known)):
+        raise UserError(f"unknown generator losses {unknown}; choose from {known}")
     if isinstance(zoo, nn.Module) or not all(isinstance(teacher, Teacher) for teacher in zoo):
         raise UserError("a zoo is a list of dfkd.Teacher: [Teacher(network, name=..., mean=..., std=...), ...]")
     if generator is not None:

@@ -21,13 +21,14 @@ from dfkd.renewal import redraw_steps
 from dfkd.runtime import Shard
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, map_layers
-from dfkd.terms import LOSSES
+from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS
 from generators import ConvGenerator, PixelGenerator
 
 MakeTeacher = Callable[..., Teacher]
 MakeGenerator = Callable[..., ConvGenerator]
 BATCH = 8
 CPU = torch.device("cpu")
+LOSSES = (*TEACHER_TERMS, *IMAGE_TERMS)
 MIXMIX = {"ce": 1.0, "bn": 0.5}
 IMAGE = {"diversity": 0.3, "tv": 0.7, "l2": 0.2, "smooth": 0.9}
 LIKENESS = {"likeness": 0.9}
