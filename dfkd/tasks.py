@@ -30,6 +30,7 @@ from dfkd.errors import UserError
 from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx
 from dfkd.inputs import bits_by_layer, settings, task_input, task_source
+from dfkd.metrics import LINE_EVERY
 from dfkd.runtime import Autocast, Shard, autocast_of, say, to_float
 from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream
@@ -88,12 +89,26 @@ def training_stream(
 Train = Callable[[Fit], object]  # runs a Fit to its end, with logging and checkpoints
 
 
+def blocks_done() -> Callable[[int, int], None]:
+    """What says now and then how many blocks of a reconstruction are done, and how long the rest may take."""
+    begun = said = time.perf_counter()
+
+    def log(done: int, of: int) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said >= LINE_EVERY:
+            say(f"block {done} of {of}, {(of - done) * (now - begun) / done:.0f} s to go")
+            said = now
+
+    return log
+
+
 def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compressed:
     keys = parts.recipe.ptq
     options: dict[str, Any] = {}
     if keys.method != "nearest":
         options = {"unit": keys.method, "steps": keys.steps, "drop": keys.drop, "fisher": keys.fisher}
-        options["seed"] = parts.recipe.seed
+        options |= {"seed": parts.recipe.seed, "log": blocks_done()}
     return quantize(
         model,
         calibration(parts, source),

@@ -168,7 +168,9 @@ def test_output_comes_closer_on_images_not_seen(unit: str, model: str) -> None:
             plain = build_model("dfkd:tiny_residual", classes=4, channels=3, kwargs={"width": 4, "depth": 1}).eval()
     graph = prepared(plain)
     nearest, unseen = copy.deepcopy(graph), images(128, position=5)
-    figures = reconstruct(graph, images(64), unit=unit, steps=80)
+    told: list[tuple[int, int]] = []
+    figures = reconstruct(graph, images(64), unit=unit, steps=80, log=lambda done, of: told.append((done, of)))
+    assert told == [(k + 1, len(told)) for k in range(len(told))] != []
     quantised, names = [name for name, _ in layers(graph)], [each["unit"] for each in figures]
     assert names == quantised if unit == "layer" else len(names) < len(quantised)
     with torch.no_grad():

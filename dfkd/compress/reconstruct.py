@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -229,6 +229,7 @@ def reconstruct(
     *,
     unit: str = "block",
     fisher: bool = False,
+    log: Callable[[int, int], None] = lambda done, of: None,
     **options: Any,
 ) -> list[dict[str, Any]]:
     """Learn a quantised network's rounding and scales unit by unit, in place, from (normalised) images [N, C, H, W];
@@ -236,6 +237,7 @@ def reconstruct(
 
     graph is what `prepare(..., folded=True)` returns. Every unit (`block`: what one tensor enters and one leaves, or
     `layer`) is to give the float network's output on what the quantised units before it give: BRECQ, Li et al. 2021.
+    log is told after each block how many are done, of how many.
 
     Returns per unit its name and the norms of its error before and after, relative to the float output's; for a layer
     that no unit holds the reason under `skipped`. The images, and a unit's inputs and outputs for all of
@@ -253,7 +255,8 @@ def reconstruct(
     figures: list[dict[str, Any]] = []
     left = dict.fromkeys(quantized_layers(graph), "in no unit with one input and one output")
     x_float, x, one = images, images, images[:1]
-    for block in units(graph):
+    blocks = list(units(graph))
+    for done, block in enumerate(blocks, 1):
         try:
             _, source, sink = extract(graph, block.nodes, block.name)
         except UserError as error:  # nothing behind it has inputs then
@@ -282,6 +285,7 @@ def reconstruct(
         x_float = values(reference, float_nodes, twin[source], x_float, twin[sink])
         x = values(graph, block.nodes, source, x, sink)
         one = values(graph, block.nodes, source, one, sink)
+        log(done, len(blocks))
         if len(one) != 1:
             left |= dict.fromkeys(left, f"the first axis of what {block.name} gives is not that of the images")
             break
