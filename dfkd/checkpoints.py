@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from dfkd.errors import UserError, in_a_line
 
 KEEP = 2
-FOREIGN = "is of another recipe, precision or number of processes, or of networks whose files have changed"
+FOREIGN = "is of another recipe, precision or number of processes, an older version or networks whose files changed"
 
 
 class Resumed(NamedTuple):

@@ -72,7 +72,7 @@ class Classifier(nn.Module):
             for module in model.modules()
             if type(module) is nn.Conv2d and module.groups == module.in_channels > 1 and max(module.stride) > 1
         ]
-        self.normalisation = (list(mean), list(std))
+        self.normalisation = ([float(each) for each in mean], [float(each) for each in std])
         self.register_buffer("mean", torch.tensor(self.normalisation[0] or [0.0]).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(self.normalisation[1] or [1.0]).view(1, -1, 1, 1))
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from accelerate import PartialState
 
@@ -38,10 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, GeneratorError) as error:
         _tell(str(error))
         code = 2
-    except KeyboardInterrupt:
-        _tell("interrupted; what a run has checkpointed is kept, and the same command goes on from there")
+    except KeyboardInterrupt as interrupt:
+        _tell(str(interrupt) or "interrupted")
         code = 128 + signal.SIGINT
-    if PartialState._shared_state and PartialState().num_processes > 1:
+    if PartialState._shared_state.get("num_processes", 1) > 1:  # it may have been interrupted before it knows
         # The other ranks may be waiting in a collective; leave at once, and the launcher ends them.
         sys.stderr.flush()
         os._exit(code)
@@ -93,8 +94,9 @@ def _tell(text: str) -> None:
     """An error on the main process, or on this one where it is not known yet which that is."""
     rank = int(os.environ.get("RANK", "0"))
     # The newline in the same write: print() writes it apart, and the lines of two processes may then run together.
-    sys.stderr.write(f"error: {text}\n" if not rank else f"error (process {rank}): {text}\n")
-    sys.stderr.flush()
+    with suppress(BrokenPipeError):  # nobody reads it
+        sys.stderr.write(f"error: {text}\n" if not rank else f"error (process {rank}): {text}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

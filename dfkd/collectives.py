@@ -20,6 +20,15 @@ def agreed(answer: bool, device: torch.device) -> bool:
     return bool(broadcast(torch.tensor(int(answer), device=device)).item())
 
 
+def largest(number: int, device: torch.device) -> int:
+    """The largest of what the processes give."""
+    if world_size() == 1:
+        return number
+    shared = torch.tensor(number, device=device)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return int(shared)
+
+
 class _AllReduceMean(torch.autograd.Function):
     """Mean over processes. Backward sums what the processes' losses ask and divides by their number, so that the
     mean of gradients that DDP takes afterwards is the gradient of the global loss."""

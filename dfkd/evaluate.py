@@ -45,7 +45,11 @@ def accuracy(
 
     Raises UserError where there is no image, K is not the data's, or a logit is NaN or infinite.
     """
-    named = guesses(model, data, device=device, batch_size=batch_size, autocast=autocast)
+    return score(guesses(model, data, device=device, batch_size=batch_size, autocast=autocast), data)
+
+
+def score(named: Tensor, data: RealImages) -> Accuracy:
+    """The accuracy of the classes [N] that a model named for images."""
     hits, n = int((named == data.labels).sum()), len(data)
     return Accuracy(100 * hits / n, n, wilson(hits, n))
 

@@ -20,6 +20,7 @@ from dfkd.inputs import COMPRESSIONS
 from dfkd.recipe import Loaded
 from dfkd.runtime import say
 from dfkd.schema import SELECTED, Recipe
+from dfkd.zoo import teacher_folder
 
 try:
     import fcntl
@@ -43,12 +44,10 @@ GROUPS = {"data", "image", "teachers", "zoo", "synthesis", "distill", "runtime"}
 def may_run(loaded: Loaded, folder: Path) -> bool:
     """False where the folder holds this very run, finished. Raises UserError where it holds another one, or no run."""
     config = folder / CONFIG
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)), Path())
     if not there.is_dir():
         what = "is" if there == folder.absolute() else f"lies in {there}, which is"
         raise UserError(f"output={folder} {what} a file; choose another output=... for the run's folder")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output={folder}: nothing may be written in {there}; choose another output=...")
     if loaded.recipe.overwrite:
         _may_remove(loaded.recipe, folder)
     elif config.exists():
@@ -61,6 +60,8 @@ def may_run(loaded: Loaded, folder: Path) -> bool:
         if all((folder / name).exists() for name in ("results.json", "report.html")):  # the last two that are written
             say(f"the run in {folder} is finished; overwrite=true starts it over")
             return False
+    if not os.access(there, os.W_OK):
+        raise UserError(f"output={folder}: nothing may be written in {there}; choose another output=...")
     return True
 
 
@@ -169,17 +170,23 @@ def _differences(recipe: Recipe, config: dict[str, Any]) -> list[str]:
 
 def owner(recipe: Recipe, precision: str, world: int) -> str:
     """What a checkpoint belongs to: the recipe, less the keys that may change, the contents of the files of networks
-    that it names, the precision (runtime.precision=auto is another one on another machine), the number of processes."""
-    networks = {name: _content(Path(name).expanduser()) for name in _given(recipe)}
+    that it names and of its trained teachers, the precision (runtime.precision=auto is another one on another machine),
+    the number of processes."""
+    paths = {name: Path(name).expanduser() for name in _given(recipe) if name != "pretrained"}
+    paths |= {
+        f"teachers.{n}": teacher_folder(recipe, n, spec) for n, spec in recipe.zoo_specs.items() if not spec.weights
+    }
+    networks = {name: _content(path) for name, path in paths.items()}
     text = json.dumps([_comparable(dataclasses.asdict(recipe)), networks, precision, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _content(path: Path) -> list[str]:
     """Digests of a file, or of the weights and descriptions in a folder; none of what is no path."""
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.json")])
     digests = []
-    for file in files:
+    for file in (path, path / "model.safetensors", path / "model.json", path / "generator.json"):
+        if not file.is_file():
+            continue
         with file.open("rb") as opened:
             digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
     return digests

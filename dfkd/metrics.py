@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dfkd.collectives import mean_over_processes
 from dfkd.errors import UserError
+from dfkd.runtime import say
 
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
@@ -82,7 +83,7 @@ class Metrics:
         for name, text in notes.items() if self.main else ():
             if name not in self.warned:
                 self.warned.add(name)
-                print(f"warning at step {step}: {text}", flush=True)
+                say(f"warning at step {step}: {text}")
                 seconds = round(time.perf_counter() - self.begin, 3)
                 line = {"phase": "warning", "step": step, "seconds": seconds, "name": name, "text": text}
                 self.file.write(json.dumps(line) + "\n")
@@ -118,7 +119,7 @@ class Metrics:
         if now - self.said >= LINE_EVERY or done == total:
             taken, steps = now - self.begin_progress, done - self.first
             left = f", {(total - done) * taken / steps:.0f} s to go" if steps else ""
-            print(f"{done}/{total} steps{left}: {text}", flush=True)
+            say(f"{done}/{total} steps{left}: {text}")
             self.said = now
 
     def close(self) -> None:

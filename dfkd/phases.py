@@ -30,7 +30,7 @@ from dfkd.zoo import made_from
 from generators import PoolGenerator
 
 JUDGED_ON_REAL, JUDGED_ON_DRAWN = 2000, 512  # images, of the test set or of the generator
-SHOWN_TO_TEACHERS = 1000  # test images
+SHOWN, SMALL = 1000, 64 * 64  # test images that teachers are shown, and pixels up to which they are shown so many
 
 
 def plans(recipe: Recipe) -> list[Plan]:
@@ -228,10 +228,14 @@ def notes_on_teachers(parts: Parts) -> dict[str, str]:
     """By name what looks wrong with the teachers, of what they make of some test images; empty where there are none."""
     if parts.test is None:
         return {}
-    some, autocast = sample(parts.test, SHOWN_TO_TEACHERS), autocast_of(parts.accelerator)
-    notes: dict[str, str] = {}
+    pixels = parts.test.images[0, 0].numel()
+    some = sample(parts.test, max(SHOWN // 10, min(SHOWN, SHOWN * SMALL // pixels)))  # it is to take seconds
+    autocast, notes = autocast_of(parts.accelerator), dict[str, str]()
     for teacher in parts.zoo:
-        named = guesses(teacher, some, device=parts.shard.device, autocast=autocast)
+        try:
+            named = guesses(teacher, some, device=parts.shard.device, autocast=autocast)
+        except UserError as error:
+            raise UserError(f"teacher {teacher.name}: {error}") from None
         notes |= teacher_notes(teacher.name, some.labels, named, some.class_names)
     return notes
 

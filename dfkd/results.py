@@ -9,22 +9,21 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import write_atomically
 from dfkd.curves import entries
-from dfkd.data import opened
-from dfkd.evaluate import Accuracy, accuracy, agreement
+from dfkd.data import RealImages, opened
+from dfkd.evaluate import agreement, guesses, score
 from dfkd.inputs import COMPRESSIONS, task_input
-from dfkd.phases import notes_on_teachers
 from dfkd.report import write_report
 from dfkd.runtime import Shard, autocast_of
 from dfkd.tasks import export, held_out, task_results
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Plan, look
-from dfkd.verdict import generator_notes, last_quarter, verdict
+from dfkd.verdict import generator_notes, last_quarter, teacher_notes, verdict
 from dfkd.zoo import made_from, training_images
 
 
@@ -34,6 +33,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     begun = time.perf_counter()
     recipe, folder, accelerator, shard = parts.recipe, parts.folder, parts.accelerator, parts.shard
     figures, _ = look(parts.generator, parts.zoo, accelerator)
+    named = {} if parts.test is None else {t.name: _guesses(t, parts, parts.test) for t in parts.zoo}
     tasks = {name: task_results(recipe, name) for name in recipe.tasks if name in COMPRESSIONS}
     results: dict[str, Any] = {
         "name": recipe.name,
@@ -43,7 +43,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         "processes": shard.world,
         "precision": accelerator.mixed_precision,
         "versions": versions(),
-        "teachers": {t.name: _teacher_results(parts, t) for t in parts.zoo},
+        "teachers": {t.name: _teacher_results(parts, t, named.get(t.name)) for t in parts.zoo},
         "student": _student_results(parts) if "distill" in recipe.tasks else None,
         "generator": {
             "arch": parts.description["arch"],
@@ -64,7 +64,10 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         results["student"]["last_quarter"] = last_quarter(measured, begins)
     bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
-    notes = {**notes_on_teachers(parts), **generator_notes(parts.generator, figures, bn)}
+    notes = generator_notes(parts.generator, figures, bn)
+    if parts.test is not None:
+        for name, classes in named.items():
+            notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)
     results["verdict"] = verdict(results, notes, warnings)
     results["data_free"] = training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
@@ -84,24 +87,23 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         write_report(folder)
 
 
-def _measured(score: Accuracy | None) -> dict[str, Any]:
-    if score is None:
+def _measured(named: Tensor | None, parts: Parts) -> dict[str, Any]:
+    if named is None or parts.test is None:
         return {"accuracy": None, "n": None, "interval": None}
-    return {"accuracy": score.percent, "n": score.n, "interval": list(score.interval)}
+    found = score(named, parts.test)
+    return {"accuracy": found.percent, "n": found.n, "interval": list(found.interval)}
 
 
-def _accuracy(model: nn.Module, parts: Parts) -> Accuracy | None:
-    if parts.test is None:
-        return None
-    return accuracy(model, parts.test, device=parts.shard.device, autocast=autocast_of(parts.accelerator))
+def _guesses(model: nn.Module, parts: Parts, test: RealImages) -> Tensor:
+    return guesses(model, test, device=parts.shard.device, autocast=autocast_of(parts.accelerator))
 
 
-def _teacher_results(parts: Parts, teacher: Teacher) -> dict[str, Any]:
+def _teacher_results(parts: Parts, teacher: Teacher, named: Tensor | None) -> dict[str, Any]:
     spec = parts.recipe.teachers[teacher.name]
     return {
         "model": spec.model,
         "parameters": assemble.parameters(teacher),
-        **_measured(_accuracy(teacher, parts)),
+        **_measured(named, parts),
         "trained_here": not spec.weights,
     }
 
@@ -120,7 +122,7 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
         "source": parts.student_about["source"],
         "selected": parts.student_about.get("selected"),
         "opened": made_from(parts.student_about),
-        **_measured(_accuracy(student, parts)),
+        **_measured(None if parts.test is None else _guesses(student, parts, parts.test), parts),
         "agreement": agreement(
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast
         ),

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -16,7 +17,7 @@ from torch import nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints, Resumed
-from dfkd.collectives import agreed, sync_batchnorm
+from dfkd.collectives import sync_batchnorm
 from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.errors import Paused, UserError
@@ -35,7 +36,7 @@ from dfkd.stream import FRESH, drawn_anew
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TRAINED, finished, run_task
 from dfkd.terms import check_losses
-from dfkd.training import Loop, Plan
+from dfkd.training import Loop, Plan, out_of_time
 from dfkd.zoo import load_recipe_zoo, real_images
 from generators import save_generator
 
@@ -116,21 +117,29 @@ def run(loaded: Loaded, command: str) -> int:
         phases = plans(recipe)
         parts = build(recipe, accelerator, shard)  # whatever is wrong shows before anything is written or trained
         try:
-            with open_folder(loaded, folder, accelerator), deadline.or_signal():
+            with open_folder(loaded, folder, accelerator):
                 begun = time.perf_counter()
-                assemble.train_zoo(parts, say, deadline)
-                if recipe.student.weights == SELECTED and recipe.student.model:
-                    new_student(parts)  # the one that was checked may have an untrained teacher's
-                spent = {"teachers": time.perf_counter() - begun}
-                carry_out(parts, phases, spent, deadline)
+                with deadline.or_signal():
+                    assemble.train_zoo(parts, say, deadline)
+                    if recipe.student.weights == SELECTED and recipe.student.model:
+                        new_student(parts)  # the one that was checked may have an untrained teacher's
+                    spent = {"teachers": time.perf_counter() - begun}
+                    carry_out(parts, phases, spent, deadline)
                 spent["before"] = begun - started
                 finish(parts, phases, spent, command)
         except OSError as error:
             # Of a full disk torch gives no number.
             remedy = "free some space and " if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""
-            again = f"{remedy}run {same} again" if error.errno not in NO_PLACE else "choose another output=..."
+            again = f"{remedy}run {same} again"
+            if error.errno in NO_PLACE and str(folder.absolute()) in os.path.abspath(str(error.filename)):
+                again = "choose another output=..."
             raise UserError(f"could not write in {folder}: {error}; {again}") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; what was checkpointed is kept, and {same} goes on from there"
+            ) from None
         except Paused as paused:
+            out_of_time(deadline, 0, shard.device)  # all processes end alike, whichever got the signal
             say(f"stopped for {deadline.cause}: {paused}; {same} goes on")
             shut_down(accelerator)
             return 128 + deadline.stopped_by if deadline.stopped_by is not None else 0
@@ -157,13 +166,14 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     if state:
         say(f"resuming {folder} after step {step}")
     metrics = Metrics(folder, main=shard.rank == 0, resumed_after=step)
-    metrics.warn(step, notes_on_teachers(parts))
+    if not step and shard.rank == 0:
+        metrics.warn(step, notes_on_teachers(parts))
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
     loop_of = partial(make_loop, parts, metrics=metrics, checkpoints=checkpoints, spent=spent, deadline=deadline)
     offset, worked = 0, False
     with closing(metrics), triton_norms(recipe.runtime.triton and shard.device.type == "cuda"):
         for k, plan in enumerate(phases):
-            if worked and agreed(deadline.within(0), shard.device):
+            if worked and out_of_time(deadline, 0, shard.device):
                 raise Paused(f"task {plan.name} is next")
             mine = state if k == reached else {}
             if plan.name not in COMPRESSIONS and k < reached:  # finished before the checkpoint was written

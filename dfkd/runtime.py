@@ -9,11 +9,12 @@ import os
 import re
 import shlex
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -66,18 +67,22 @@ class Deadline:
 
     @contextmanager
     def or_signal(self) -> Iterator[None]:
-        """Let the first SIGINT (Ctrl-C) or SIGTERM within its scope be the deadline; a second one acts at once."""
+        """Let the first SIGINT (Ctrl-C) or SIGTERM within its scope be the deadline; a second one acts at once. What is
+        ignored, as by a job in the background, stays so."""
         if threading.current_thread() is not threading.main_thread():  # which alone hears of signals
             yield
             return
-        before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+        before = {each: handler for each, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
         def note(number: int, frame: object) -> None:
             self.stopped_by = signal.Signals(number)
             for each, handler in before.items():
                 signal.signal(each, handler)
-            if PartialState().is_main_process:  # print may be at work already, and must not be called within itself
-                os.write(2, f"{self.cause}: stopping at the next line that is logged; again stops at once\n".encode())
+            if PartialState().is_main_process:
+                # print may be at work already, and must not be called within itself; the reader of a pipe may be gone.
+                with suppress(OSError):
+                    os.write(2, f"{self.cause}: stopping with a checkpoint; again stops at once\n".encode())
 
         for each in before:
             signal.signal(each, note)
@@ -338,9 +343,12 @@ def _asked_of_launcher() -> int:
 
 
 def say(text: str) -> None:
-    """Print a line on the main process."""
+    """Print a line on the main process; where nobody reads it any more (Ctrl-C ends `| tee` too) it costs no run."""
     if PartialState().is_main_process:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def shut_down(accelerator: Accelerator) -> None:

@@ -161,10 +161,10 @@ def have_features(networks: Mapping[str, nn.Module], image: Tensor, key: str) ->
 
 
 def check_channels(zoo: Iterable[Teacher], channels: int) -> None:
-    """Raise UserError where a teacher normalises images of another number of channels."""
+    """Raise UserError where a teacher normalises images of another number of channels, in the forward a traceback."""
     for teacher in zoo:
         given = len(teacher.normalisation[0])
-        if given not in (0, channels):
+        if given not in (0, 1, channels):  # one value serves all
             raise UserError(
                 f"teacher {teacher.name} has a mean of {given} channels, the images have {channels}; give mean and std "
                 "one value for each"
@@ -252,8 +252,10 @@ def load_zoo(
         except UserError as error:
             raise UserError(f"teachers.{name}: {error}") from error
         about = folder_about(spec.get("weights", ""))
-        options = {key: spec.get(key) or about[key] for key in KEPT if spec.get(key) or about.get(key)}
-        moves = spec.get("moves") or Moves(*about.get("moves", STILL))
+        given = {key: value for key, value in spec.items() if value is not None and value != ""}
+        kept = {key: about[key] for key in KEPT if about.get(key)}
+        own = {key: given[key] for key in KEPT if key in given and (key == "input_size" or len(given[key]))}
+        options, moves = kept | own, given.get("moves") or Moves(*about.get("moves", STILL))
         teacher = Teacher(model, name=name, moves=moves, weight=spec.get("weight", 1.0), **options)
         if channels_last:
             teacher.to(memory_format=torch.channels_last)

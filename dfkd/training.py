@@ -1,6 +1,7 @@
 """The training loop of a run: generator and student in turn, then the student alone; logged and resumable."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dfkd.checkpoints import Checkpoints
-from dfkd.collectives import agreed, float_buffers, mean_over_processes
+from dfkd.collectives import agreed, float_buffers, largest, mean_over_processes
 from dfkd.compress.fit import Fit
 from dfkd.draws import draw_latents
 from dfkd.errors import Paused, UserError
@@ -88,7 +89,7 @@ class Loop:
 
     def run(self, start: int = 0) -> None:
         """Go from loop step `start` to the end. Raises UserError where a term is NaN or the disk is full, and Paused,
-        with a checkpoint, where the deadline would come before the next line is logged."""
+        with a checkpoint, where the deadline would come before the next line is logged, or a signal came."""
         plan, saved, counted = self.plan, time.perf_counter(), time.perf_counter()
         measured = plan.evaluated(self.evaluations) if self.evaluate is not None else set()
         terms: dict[str, Tensor] = {}
@@ -102,11 +103,14 @@ class Loop:
                 if self.fit is not None and k >= plan.first_student:
                     terms = self.fit.step(k - plan.first_student)
             done = k + 1
-            if done % self.log_every and done != plan.total and done not in measured and not self._ends_round(k):
+            line = not done % self.log_every or done == plan.total or done in measured or self._ends_round(k)
+            # Several processes look at the deadline together, at lines alone.
+            if not line and (self.deadline.stopped_by is None or self.shard.world > 1):
                 continue
             last_line, counted = counted, self._account(counted)
-            self._log(done, terms)
-            if self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
+            if line:
+                self._log(done, terms)
+            if line and self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
                 self.snapshot(done)
             if self.evaluate is not None and done in measured:
                 self._refuse_broken(done)
@@ -114,7 +118,7 @@ class Loop:
                 figures = {**self.evaluate(), "trained": self.spent[plan.name]}  # seconds, over all calls
                 self.metrics.write("evaluation", self.offset + done, figures)
                 counted = self._account(counted, "measuring the student")
-            late = done != plan.total and agreed(self.deadline.within(counted - last_line), self.shard.device)
+            late = done != plan.total and out_of_time(self.deadline, counted - last_line, self.shard.device)
             due = agreed(time.perf_counter() - saved >= self.checkpoint_every, self.shard.device)
             if done == plan.total or late or due:
                 self._refuse_broken(done)
@@ -209,6 +213,14 @@ class Loop:
         if self.fit is not None:
             self.fit.load_state_dict(state["fit"])
         return done
+
+
+def out_of_time(deadline: Deadline, seconds: float, device: torch.device) -> bool:
+    """Whether a run has to stop before so many seconds are over, on all processes alike: as the main one's clock says,
+    or for a signal that came to any of them."""
+    if number := largest(deadline.stopped_by or 0, device):
+        deadline.stopped_by = signal.Signals(number)
+    return agreed(deadline.within(seconds), device)
 
 
 @torch.no_grad()

@@ -2,12 +2,13 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from dfkd.evaluate import wilson
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
 
 FEW_CLASSES = 0.5  # entropy of the classes that a teacher sees, over that of balanced ones
@@ -16,7 +17,7 @@ UNSEEN, DISAGREES = 50.0, 80.0  # % of the images
 UNMATCHED = 0.7  # batch-norm loss over its value at the start
 FALLEN = 0.5  # agreement of the student over the best it had
 NEWEST = 0.2  # share of a moving mean that is the newest value's
-CHANCE = 1.2  # times the share that guessing gives
+UNCLEAR = 15.0  # points above chance that few images leave open
 SWING = 5.0  # points by which the last quarter of training may fall below its mean
 # What to do where a task does worse than rounding or cutting alone.
 ADDED = {
@@ -72,28 +73,30 @@ def generator_notes(
 def teacher_notes(name: str, labels: Tensor, guesses: Tensor, classes: Sequence[str]) -> dict[str, str]:
     """By name what looks wrong with a teacher, of the classes [N] that it names for test images and their labels [N]:
     that it knows the classes in another order, or does not do better than chance."""
-    counts = torch.bincount(labels * len(classes) + guesses, minlength=len(classes) ** 2).view(len(classes), -1)
-    own = (counts.sum(1) > 0).nonzero().flatten()  # the classes of which there are images
-    most, usual = counts[own].max(1)  # what it calls most of each
-    right, renamed = float(counts.diag().sum() / len(labels)), float(most.sum() / len(labels))
-    enough = len(labels) >= 10 * len(classes) and len(usual.unique()) == len(usual)
-    if enough and renamed > max(right + 0.2, 0.5):
-        first = int((usual != own).nonzero()[0])
-        label, output = int(own[first]), int(usual[first])
-        return {
-            f"order {name}": (
-                f"teacher {name} has {100 * right:.0f} % of {len(labels)} test images, and {100 * renamed:.0f} % where "
-                f"its outputs stand for the classes in another order (output {output} for {classes[label]!r}, which is "
-                f"class {label} here): the folders of data.root in alphabetical order are to be its outputs in theirs"
-            )
-        }
-    if right * len(classes) <= CHANCE and len(classes) > 1:
-        return {
-            f"chance {name}": (
-                f"teacher {name} has {100 * right:.1f} % of {len(labels)} test images, as one that guesses: check its "
-                "weights, its mean and std, and that the images' classes are its own, in the order of its outputs"
-            )
-        }
+    n, counts = len(labels), Counter(zip(labels.tolist(), guesses.tolist()))
+    of_class, guessed = Counter(labels.tolist()), Counter(guesses.tolist())
+    usual: dict[int, int] = {}  # what it calls most images of each class
+    for (label, guess), _ in counts.most_common():
+        usual.setdefault(label, guess)
+    right = sum(counts[label, label] for label in of_class)
+    renamed = sum(counts[label, guess] for label, guess in usual.items())
+    apart = len(set(usual.values())) > 0.9 * len(usual)
+    if n >= 10 * len(classes) and apart and renamed > max(right + 0.2 * n, 0.5 * n):
+        label, output = next((label, guess) for label, guess in sorted(usual.items()) if label != guess)
+        text = (
+            f"teacher {name} has {100 * right / n:.0f} % of {n} test images, and {100 * renamed / n:.0f} % where its "
+            f"outputs stand for the classes in another order (output {output} for {classes[label]!r}, which is class "
+            f"{label} here): the folders of data.root in alphabetical order are to be its outputs in theirs"
+        )
+        return {f"order {name}": text}
+    chance = 100 * sum(of_class[label] / n * guessed[label] / n for label in of_class)
+    low, high = wilson(right, n)
+    if low <= chance and high < chance + UNCLEAR and len(classes) > 1:
+        text = (
+            f"teacher {name} has {100 * right / n:.1f} % of {n} test images, no more than by chance: check its "
+            "weights, its mean and std, and that the images' classes are its own, in the order of its outputs"
+        )
+        return {f"chance {name}": text}
     return {}
 
 

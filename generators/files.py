@@ -25,8 +25,8 @@ def build_generator(description: dict[str, Any]) -> ImageGenerator:
     _check_keys(description, kind, "")
     try:
         generator = kind(**{key: description[key] for key in kind.keys})
-    except ValueError as error:
-        raise GeneratorError(str(error)) from None
+    except (TypeError, ValueError) as error:
+        raise GeneratorError(f"generator {description['arch']}: {error}") from None
     generator.description = description
     return generator
 
@@ -35,7 +35,7 @@ def _kind(description: dict[str, Any]) -> type[ImageGenerator]:
     from generators import GENERATORS
 
     arch = description.get("arch")
-    if arch not in GENERATORS:
+    if not isinstance(arch, str) or arch not in GENERATORS:
         raise GeneratorError(f"unknown generator {arch!r}; choose from {sorted(GENERATORS)}")
     return GENERATORS[arch]
 
@@ -48,11 +48,13 @@ def _check_keys(description: dict[str, Any], kind: type[ImageGenerator], remedy:
 def save_generator(
     folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any] | None = None
 ) -> None:
-    """Write a generator and its description (None: its own; else build_generator's keys, and what it was trained on) to
+    """Write a generator and its description (build_generator's keys, and what it was trained on; None: its own keys) to
     a folder. Raises GeneratorError where it has none."""
-    description = description or getattr(generator, "description", None)
     if description is None:
-        raise GeneratorError("this generator was not made by build_generator; give the description that builds it")
+        own = getattr(generator, "description", None)
+        if own is None:
+            raise GeneratorError("this generator was not made by build_generator; give the description that builds it")
+        description = {key: own[key] for key in ("arch", *generator.keys)}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}

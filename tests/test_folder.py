@@ -112,7 +112,7 @@ def test_a_run_does_not_go_on_with_networks_that_have_changed(runs: Runs) -> Non
             torch.save({name: x + 1 for name, x in network.state_dict().items()}, runs.folder / change)
         else:
             save_generator(runs.folder / "g", build_generator(shape))
-        assert "networks whose files have changed" in runs.run("run", *given).refused()
+        assert "networks whose files changed" in runs.run("run", *given).refused()
         (runs.folder / change).write_bytes(content)
     (runs.folder / "g" / "notes.txt").write_text("mine")
     assert "resuming" in runs.run("run", *given).out

@@ -49,9 +49,9 @@ CORE: dict[str, set[str]] = {
     "export": {"classifier", "compress", "errors"},
     "quality": {"draws", "errors", "evaluate", "losses", "norms", "runtime", "teachers"},
     "verify": {"classifier", "compress", "errors", "export", "runtime"},
-    "verdict": {"generators"},
+    "verdict": {"evaluate", "generators"},
     "checkpoints": {"errors", "runtime"},
-    "metrics": {"collectives", "errors"},
+    "metrics": {"collectives", "errors", "runtime"},
     "training": {
         *("checkpoints", "collectives", "compress", "draws", "errors", "evaluate", "generators", "metrics", "models"),
         *("runtime", "stream", "synthesis", "teachers", "verdict"),

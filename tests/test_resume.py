@@ -307,20 +307,23 @@ def test_a_run_in_pieces_of_given_minutes_ends_with_the_same_bits(setting: str, 
 LONG = ("distill.steps=1000000", "runtime.evaluations=0", "runtime.checkpoint_every=1000")
 
 
-@pytest.mark.parametrize("setting", ["fp32", "two"])
-def test_a_signal_stops_a_run_with_a_checkpoint_from_which_the_same_command_goes_on(place: Place, setting: str) -> None:
-    name = f"signalled {setting}"
+def trained(metrics: Path, before: int = 0) -> Callable[[], bool]:
+    """What tells whether a line has been logged since the file had so many bytes."""
+    return lambda: metrics.exists() and metrics.stat().st_size > before
+
+
+@pytest.mark.parametrize(("setting", "ranks"), [("fp32", [0]), ("two", [0, 1]), ("two", [1])])
+def test_a_signal_stops_a_run_with_a_checkpoint_from_which_the_same_command_goes_on(
+    place: Place, setting: str, ranks: list[int]
+) -> None:
+    name = f"signalled {setting} {ranks}"
     metrics, stops = place.runs.folder / name / "metrics.jsonl", []
-
-    def size() -> int:
-        return metrics.stat().st_size if metrics.exists() else 0
-
     for number in (signal.SIGINT, signal.SIGTERM):
-        before, job = size(), place.start(setting, name, *LONG)
-        while size() == before:
-            assert job.alive(), place.log(name).read_text()
-        for rank in job.ranks:
-            os.kill(rank.pid, number)
+        before = metrics.stat().st_size if metrics.exists() else 0
+        job = place.start(setting, name, *LONG)
+        assert wait_for(trained(metrics, before), job.alive), place.log(name).read_text()
+        for rank in ranks:
+            os.kill(job.ranks[rank].pid, number)
         assert job.join() == [128 + number] * len(job.ranks), place.log(name).read_text()
         stops.append(torch.load(metrics.parent / "checkpoints" / "latest" / "rank0.pt")["done"])
     assert 0 < stops[0] < stops[1]
@@ -328,19 +331,53 @@ def test_a_signal_stops_a_run_with_a_checkpoint_from_which_the_same_command_goes
     for signalled, done in zip(("SIGINT", "SIGTERM"), stops):
         line = f"stopped for {signalled}: distill is at step {done} of 1000020; the same command goes on\n"
         assert said.count(line) == 1
-        assert said.count(f"{signalled}: stopping at the next line that is logged; again stops at once\n") == 1
+        assert said.count(f"{signalled}: stopping with a checkpoint; again stops at once\n") == int(0 in ranks)
     assert said.count(f"after step {stops[0]}\n") == 1
     assert "Traceback" not in said
 
 
+def test_one_process_stops_at_the_next_step_and_where_nobody_reads_what_it_says(place: Place) -> None:
+    """As with Ctrl-C in `python train.py ... 2>&1 | tee log`, which ends tee too."""
+    name = "piped"
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *place.arguments("fp32", name, *LONG, "runtime.log_every=1000000"),
+    ]
+    running = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    folder = place.runs.folder / name
+    assert wait_for((folder / "metrics.jsonl").exists, lambda: running.poll() is None, 120)
+    assert running.stdout is not None
+    running.stdout.close()
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130
+    assert torch.load(folder / "checkpoints" / "latest" / "rank0.pt")["done"] > 0
+
+
 def test_a_second_signal_stops_at_once_and_in_a_line(place: Place) -> None:
     name = "impatient"
-    job = place.start("fp32", name, *LONG, "runtime.log_every=1000000")
-    assert wait_for((place.runs.folder / name / "metrics.jsonl").exists, job.alive)
+    job = place.start("fp32", name, "tasks=[generator,ptq]", "ptq.steps=1000000", "ptq.images=64", "overwrite=true")
+    assert wait_for(place.log(name).exists, job.alive)
+    assert wait_for(lambda: "task ptq\n" in place.log(name).read_text(), job.alive)
     os.kill(job.ranks[0].pid, signal.SIGINT)
     assert wait_for(lambda: "again stops at once" in place.log(name).read_text(), job.alive)
     os.kill(job.ranks[0].pid, signal.SIGINT)
     assert job.join() == [130]
     said = place.log(name).read_text()
-    assert said.splitlines()[-1].startswith("error: interrupted; what a run has checkpointed is kept")
+    ending = "what was checkpointed is kept, and the same command without overwrite=true goes on from there"
+    assert said.splitlines()[-1] == f"error: interrupted; {ending}"
     assert "Traceback" not in said
+
+
+def test_a_run_does_not_go_on_with_a_trained_teacher_that_has_changed(tmp_path: Path) -> None:
+    place = Place(tmp_path / "runs", tmp_path / "teachers")
+    checkpoints = stopped(place, "fp32", "changed")
+    file = next(path for path in place.runs.cache.glob("plain-*/model.safetensors"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-4] + b"\x00\x00\x80\x3f")
+    job = place.start("fp32", "changed")
+    assert job.join() == [2]
+    assert "networks whose files changed" in place.log("changed").read_text()
+    file.write_bytes(content)
+    assert checkpoints.exists()
+    place.finish("fp32", "changed")

@@ -149,18 +149,44 @@ def test_a_teacher_that_knows_the_classes_in_another_order_is_told() -> None:
     assert text.startswith("teacher a has 22 % of 40 test images, and 90 % where its outputs stand for")
     assert "output 2 for 'class-1', which is class 1 here" in text
     assert named([0, 1, 2, 3]) == {}
-    assert set(named([0, 2, 3, 1], right=2, of=3)) == {"chance a"}  # too few images to tell an order
-    assert set(named([1, 1, 1, 1])) == {"chance a"}  # it calls all of them one class
+    assert named([0, 2, 3, 1], right=2, of=3) == {}  # too few images to tell
+    assert set(named([1, 1, 1, 1], right=18, of=20)) == {"chance a"}  # it calls all of them one class
 
 
 def test_a_teacher_that_guesses_is_told_and_a_weak_one_is_not() -> None:
     rng = torch.Generator().manual_seed(0)
     labels, guesses = (torch.randint(10, (1000,), generator=rng) for _ in range(2))
     (text,) = teacher_notes("a", labels, guesses, list("abcdefghij")).values()
-    assert "% of 1000 test images, as one that guesses: check its weights, its mean and std" in text
+    assert "% of 1000 test images, no more than by chance: check its weights, its mean and std" in text
     guesses[:100] = labels[:100]
     assert teacher_notes("a", labels, guesses, list("abcdefghij")) == {}
     assert teacher_notes("a", labels[:5] * 0, guesses[:5] * 0, ["one"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("share", "of", "images", "told"),
+    [
+        (0.58, 2, 1000, False),  # five deviations above chance
+        (0.38, 3, 1000, False),
+        (0.70, 2, 10, False),  # too few to tell
+        (0.50, 2, 1000, True),
+        (0.10, 10, 540, True),
+        (0.001, 1000, 1000, True),
+        (0.0, 4, 240, True),
+    ],
+)
+def test_chance_is_told_by_the_classes_and_the_number_of_images(share: float, of: int, images: int, told: bool) -> None:
+    labels = torch.arange(images) % of
+    guesses = (labels + 1 + torch.arange(images) // of % max(1, of - 1)) % of  # wrong, spread over the others
+    right = torch.arange(images) < share * images
+    notes = teacher_notes("a", labels, torch.where(right, labels, guesses), list(map(str, range(of))))
+    assert ("chance a" in notes) == told
+
+
+def test_one_that_always_says_the_commonest_class_is_told_whatever_its_accuracy() -> None:
+    labels = (torch.arange(1000) >= 900).long()
+    (text,) = teacher_notes("a", labels, labels * 0, ["common", "rare"]).values()
+    assert "has 90.0 % of 1000 test images, no more than by chance" in text
 
 
 def results(**student: object) -> dict:

@@ -44,7 +44,7 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-IN_CACHE = 2**17  # numbers
+IN_CACHE = 2**17  # numbers in a CPU's cache
 
 
 def best_step(values: Tensor, bits: int, signed: bool, power: float = 2.4, candidates: int = 80) -> Tensor:
@@ -53,7 +53,7 @@ def best_step(values: Tensor, bits: int, signed: bool, power: float = 2.4, candi
     LAPQ (Nahshan et al. 2021) and BRECQ use the same exponent. A row of zeros gets step 1.
     """
     rows = max(1, IN_CACHE // values.shape[1])
-    if len(values) > rows:  # what 80 candidates read again and again stays near: half the time
+    if len(values) > rows and values.device.type == "cpu":  # what 80 candidates read stays near: half the time
         return torch.cat([best_step(some, bits, signed, power, candidates) for some in values.split(rows)])
     low, high = limits(bits, signed)
     values = full_precision(values)
