@@ -314,18 +314,18 @@ def test_a_student_learns_features_where_it_has_a_linear_layer(runs: Runs, no_da
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((), "plain, through 1x1 convolutions: model.features.2, model.features.6, model.features"),
+        ((), "plain, through 1x1 convolutions: features.2, features.6, features"),
         (
             ("teachers.residual.weight=2",),
-            "residual, through 1x1 convolutions: model.features.3, model.features.4, model.features",
+            "residual, through 1x1 convolutions: features.3, features.4, features",
         ),
         (
             ("zoo.main=residual",),
-            "residual, through 1x1 convolutions: model.features.3, model.features.4, model.features",
+            "residual, through 1x1 convolutions: features.3, features.4, features",
         ),
         (  # with half the channels of every layer: there is none to learn as it is
             ("student.weights=teacher",),
-            "plain, through 1x1 convolutions: model.features.2, model.features.6, model.features",
+            "plain, through 1x1 convolutions: features.2, features.6, features",
         ),
         (("distill.maps=0",), None),
         (("teachers.plain.input_size=16",), None),

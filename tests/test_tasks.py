@@ -178,7 +178,7 @@ def test_what_was_pruned_learns_features_and_the_blocks_that_keep_their_channels
     ends = [f"model.layer{k}.2" for k in (1, 2, 3)]
     assert fit.hints.pairs == list(zip(ends, ends))
     assert fit.hints.weight == 0.3
-    assert f"of the layers before: {', '.join(ends)}" in capfd.readouterr().out
+    assert "of the layers before: layer1.2, layer2.2, layer3.2\n" in capfd.readouterr().out
     assert fit.projectors["features"].weight.shape == (64, 64)
     assert float(fit.weights.sum()) == pytest.approx(7)
     assert not fit.student.training  # its batch norms hold

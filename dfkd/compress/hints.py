@@ -43,8 +43,8 @@ class Hints:
 
     @property
     def layers(self) -> list[str]:
-        """The teacher's layers."""
-        return [name for _, name in self.pairs]
+        """The teacher's layers, as the network that it wraps names them."""
+        return [name.removeprefix("model.") for _, name in self.pairs]
 
     def watch_student(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the student's layers give in a forward within its scope, pair by pair."""
@@ -52,7 +52,7 @@ class Hints:
 
     def watch_teacher(self) -> AbstractContextManager[list[Tensor]]:
         """Collect what the teacher's layers give in a forward within its scope, pair by pair."""
-        return collected(self.teacher, self.layers)
+        return collected(self.teacher, [name for _, name in self.pairs])
 
     def term(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
         """The weighted loss of what was collected from the student and from the teacher, a float32 scalar."""
