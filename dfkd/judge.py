@@ -13,7 +13,7 @@ from torchvision.utils import make_grid, save_image
 
 from dfkd import assemble
 from dfkd.checkpoints import write_atomically
-from dfkd.data import evenly, load_folder, opened
+from dfkd.data import evenly, load_folder, opened, sample
 from dfkd.errors import UserError
 from dfkd.folder import QUALITY
 from dfkd.metrics import enlarged
@@ -57,17 +57,17 @@ def judge(loaded: Loaded, source: str, count: int, command: str) -> None:
     recipe = loaded.recipe
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     zoo = load_recipe_zoo(recipe, shard.device, say, train=False)
-    sample = opener(recipe, source, count, zoo)  # on every process: all say what is wrong, before a teacher is trained
+    found = opener(recipe, source, count, zoo)  # on every process: all say what is wrong, before a teacher is trained
     zoo = []  # the one that was checked must not be in memory beside the one that is used
     zoo = load_recipe_zoo(recipe, shard.device, say)
     if accelerator.is_main_process:
         name = assemble.main_teachers(recipe, zoo)[0].name
-        figures, classes = quality(sample.images, sample.labels, zoo, features=name)
-        about = {"source": source, "about": sample.about, "command": command, "seed": recipe.seed}
+        figures, classes = quality(found.images, found.labels, zoo, features=name)
+        about = {"source": source, "about": found.about, "command": command, "seed": recipe.seed}
         machine = {"device": describe_device(shard), "versions": versions()}
         ledger = [entry for entry in opened()[before:] if entry["purpose"] != "train teacher"]
         figures = {**about, **machine, **figures, "opened": training_images(recipe) + ledger}
-        _write(Path(recipe.folder) / QUALITY / slug(source), figures, grid(sample.images, classes, recipe.classes))
+        _write(Path(recipe.folder) / QUALITY / slug(source), figures, grid(found.images, classes, recipe.classes))
     shut_down(accelerator)
 
 
@@ -110,7 +110,8 @@ def _generated(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> S
     generator, about = assemble.make_generator(given, zoo, device)
     if isinstance(generator, PoolGenerator):  # it draws with replacement: duplicates that the pool may not have
         labels = generator.labels[generator.labels < generator.classes]
-        images, labels = _thinned(generator.kept().cpu(), labels.cpu(), count)
+        rows = evenly(len(labels), count)
+        images, labels = generator.kept().cpu()[rows], labels.cpu()[rows]
     else:
         images, labels = _streamed(recipe, from_generator(generator), count, device)
     conditional = "conditional" in generator.keys and about["conditional"]
@@ -136,17 +137,11 @@ def _noise(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Sampl
 
 
 def _real(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Sample:
-    real = assemble.control_images(recipe)
-    return _sample(source, *_thinned(real.images, real.labels, count), f"real images of {real.source}")
+    real = sample(assemble.control_images(recipe), count)
+    return _sample(source, real.images, real.labels, f"real images of {real.source}")
 
 
 CONTROLS = {"noise": _noise, "real": _real}
-
-
-def _thinned(images: Tensor, labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """At most `count` images with their labels, evenly out of all."""
-    rows = evenly(len(images), count)
-    return images[rows], labels[rows]
 
 
 def slug(source: str) -> str:

@@ -15,7 +15,7 @@ from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import write_atomically
 from dfkd.curves import entries
-from dfkd.data import RealImages, opened
+from dfkd.data import opened
 from dfkd.evaluate import agreement, guesses, score
 from dfkd.inputs import COMPRESSIONS, task_input
 from dfkd.report import write_report
@@ -33,7 +33,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     begun = time.perf_counter()
     recipe, folder, accelerator, shard = parts.recipe, parts.folder, parts.accelerator, parts.shard
     figures, _ = look(parts.generator, parts.zoo, accelerator)
-    named = {} if parts.test is None else {t.name: _guesses(t, parts, parts.test) for t in parts.zoo}
+    named = {teacher.name: _guesses(teacher, parts) for teacher in parts.zoo}
     tasks = {name: task_results(recipe, name) for name in recipe.tasks if name in COMPRESSIONS}
     results: dict[str, Any] = {
         "name": recipe.name,
@@ -43,7 +43,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         "processes": shard.world,
         "precision": accelerator.mixed_precision,
         "versions": versions(),
-        "teachers": {t.name: _teacher_results(parts, t, named.get(t.name)) for t in parts.zoo},
+        "teachers": {t.name: _teacher_results(parts, t, named[t.name]) for t in parts.zoo},
         "student": _student_results(parts) if "distill" in recipe.tasks else None,
         "generator": {
             "arch": parts.description["arch"],
@@ -65,8 +65,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
     notes = generator_notes(parts.generator, figures, bn)
-    if parts.test is not None:
-        for name, classes in named.items():
+    for name, classes in named.items():
+        if parts.test is not None and classes is not None:
             notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)
     results["verdict"] = verdict(results, notes, warnings)
     results["data_free"] = training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
@@ -94,8 +94,10 @@ def _measured(named: Tensor | None, parts: Parts) -> dict[str, Any]:
     return {"accuracy": found.percent, "n": found.n, "interval": list(found.interval)}
 
 
-def _guesses(model: nn.Module, parts: Parts, test: RealImages) -> Tensor:
-    return guesses(model, test, device=parts.shard.device, autocast=autocast_of(parts.accelerator))
+def _guesses(model: nn.Module, parts: Parts) -> Tensor | None:
+    if parts.test is None:
+        return None
+    return guesses(model, parts.test, device=parts.shard.device, autocast=autocast_of(parts.accelerator))
 
 
 def _teacher_results(parts: Parts, teacher: Teacher, named: Tensor | None) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
         "source": parts.student_about["source"],
         "selected": parts.student_about.get("selected"),
         "opened": made_from(parts.student_about),
-        **_measured(None if parts.test is None else _guesses(student, parts, parts.test), parts),
+        **_measured(_guesses(student, parts), parts),
         "agreement": agreement(
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast
         ),

@@ -110,8 +110,8 @@ class Loop:
             last_line, counted = counted, self._account(counted)
             if line:
                 self._log(done, terms)
-            if line and self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
-                self.snapshot(done)
+                if self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
+                    self.snapshot(done)
             if self.evaluate is not None and done in measured:
                 self._refuse_broken(done)
                 counted = self._account(counted)
