@@ -44,7 +44,6 @@ class Parts:
     shard: Shard
     zoo: list[Teacher]
     generator: ImageGenerator
-    description: dict[str, Any]
     student: Classifier | None
     student_about: dict[str, Any]
     test: RealImages | None
@@ -162,20 +161,16 @@ def reload_generator(recipe: Recipe, folder: str | os.PathLike[str], device: tor
     return generator
 
 
-def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tuple[ImageGenerator, dict[str, Any]]:
-    """The generator and its description: new, or out of generator.checkpoint (frozen, and checked to suit the run)."""
+def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> ImageGenerator:
+    """The generator of a recipe: new, or out of generator.checkpoint (frozen, and checked to suit the run)."""
     spec = recipe.generator
     if spec.checkpoint is not None:
         generator = reload_generator(recipe, spec.checkpoint, device)
-        description = generator.description
-        for key, wanted in {
-            "classes": recipe.classes,
-            "channels": recipe.image.channels,
-            "size": recipe.image.size,
-        }.items():
-            if description[key] != wanted:
-                raise UserError(f"the generator in {spec.checkpoint} has {key}={description[key]}, the recipe {wanted}")
-        return generator, description
+        image = recipe.image
+        for key, wanted in {"classes": recipe.classes, "channels": image.channels, "size": image.size}.items():
+            if (found := generator.description[key]) != wanted:
+                raise UserError(f"the generator in {spec.checkpoint} has {key}={found}, the recipe {wanted}")
+        return generator
     if spec.arch not in TRAINABLE:
         raise UserError(f"generator.arch={spec.arch!r} is unknown; choose from {list(TRAINABLE)}")
     mean, std = pixel_statistics(zoo, recipe.image.channels)
@@ -205,7 +200,7 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
     generator = seeded(recipe, "generator", lambda: build_generator(description)).to(device)
     if recipe.runtime.channels_last:
         generator.to(memory_format=torch.channels_last)
-    return generator, description
+    return generator
 
 
 def check_coarse(recipe: Recipe, networks: Sequence[Classifier]) -> None:
@@ -224,15 +219,15 @@ def check_coarse(recipe: Recipe, networks: Sequence[Classifier]) -> None:
             ) from None
 
 
-def make_pool(recipe: Recipe, description: dict[str, Any], shard: Shard) -> tuple[ImageGenerator, dict[str, Any]]:
-    """What is streamed where the generator of a description works in rounds: a pool of the images they leave."""
+def make_pool(recipe: Recipe, worker: ImageGenerator, shard: Shard) -> ImageGenerator:
+    """What is streamed where a generator works in rounds: a pool of the images they leave."""
     synthesis = recipe.synthesis
     made = synthesis.steps * synthesis.batch_size * shard.world
     description = {
-        **description,
+        **worker.description,
         "arch": "pool",
-        "made_by": description["arch"],
+        "made_by": worker.description["arch"],
         "inner": synthesis.inner,
         "capacity": min(synthesis.pool, made),
     }
-    return build_generator(description).to(shard.device), description
+    return build_generator(description).to(shard.device)

@@ -32,7 +32,7 @@ def dry_run(loaded: Loaded) -> None:
         origin = spec.weights or f"to be trained on {recipe.data.dataset}"
         say(f"  teacher {teacher.name}: {spec.model}, {assemble.parameters(teacher):,} parameters, {origin}")
     worker = parts.worker or parts.generator
-    about = parts.description
+    about = parts.generator.description
     kept = f", a pool of {about['capacity']:,} images" if about["arch"] == "pool" else ""
     say(f"  generator: {about.get('made_by', about['arch'])}, {assemble.parameters(worker):,} parameters{kept}")
     if parts.student is not None:
@@ -77,7 +77,7 @@ def estimated_memory(recipe: Recipe, parts: Parts) -> float:
     if learner is not None and learns_features(recipe, teachers, learner):
         width = sum(feature_widths(teachers))
         weights += (replayed + 3 * feature_widths([learner])[0]) * width  # in the ring, and the projector
-    kept = replayed + parts.description.get("capacity", 0)
+    kept = replayed + parts.generator.description.get("capacity", 0)
     return 4 * (weights + largest * recipe.synthesis.batch_size * 2) + kept * images[0].numel()
 
 

@@ -107,15 +107,14 @@ def _streamed(recipe: Recipe, source: Source, count: int, device: torch.device) 
 def _generated(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> Sample:
     device = zoo[0].mean.device
     given = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, checkpoint=source))
-    generator, about = assemble.make_generator(given, zoo, device)
+    generator = assemble.make_generator(given, zoo, device)
     if isinstance(generator, PoolGenerator):  # it draws with replacement: duplicates that the pool may not have
         labels = generator.labels[generator.labels < generator.classes]
         rows = evenly(len(labels), count)
         images, labels = generator.kept().cpu()[rows], labels.cpu()[rows]
     else:
         images, labels = _streamed(recipe, from_generator(generator), count, device)
-    conditional = "conditional" in generator.keys and about["conditional"]
-    return _sample(source, images, labels if conditional else None, f"images of the generator in {source}")
+    return _sample(source, images, labels if generator.conditional else None, f"images of the generator in {source}")
 
 
 def _sample(source: str, images: Tensor, labels: Tensor | None, about: str) -> Sample:

@@ -46,7 +46,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         "teachers": {t.name: _teacher_results(parts, t, named[t.name]) for t in parts.zoo},
         "student": _student_results(parts) if "distill" in recipe.tasks else None,
         "generator": {
-            "arch": parts.description["arch"],
+            "arch": parts.generator.description["arch"],
             "parameters": assemble.parameters(parts.generator),
             "bn_loss": parts.bn or None,
             "class_agreement": {t.name: figures[f"class_agreement_{t.name}"] for t in parts.zoo}

@@ -56,8 +56,8 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
         with PartialState().local_main_process_first():  # the first one downloads
             test = real_images(recipe, train=False, purpose="evaluate")
     zoo = load_recipe_zoo(recipe, device, say, train=False)
-    generator, description = assemble.make_generator(recipe, zoo, device)
-    parts = Parts(recipe, accelerator, shard, zoo, generator, description, None, {}, test)
+    generator = assemble.make_generator(recipe, zoo, device)
+    parts = Parts(recipe, accelerator, shard, zoo, generator, None, {}, test)
     if recipe.student.model:
         new_student(parts)
     synthesis = recipe.synthesis
@@ -67,7 +67,7 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
         assemble.check_coarse(recipe, [*zoo, *adversary])
         if synthesis.inner > 1:
             parts.worker = generator
-            parts.generator, parts.description = assemble.make_pool(recipe, description, shard)
+            parts.generator = assemble.make_pool(recipe, generator, shard)
     make_hints(parts)  # raises where there is no pair
     make_mix(recipe.synthesis.mix.kind)
     check_layers(parts)
@@ -244,7 +244,7 @@ def save_phase(parts: Parts, plan: Plan, synthesizer: Synthesizer | None) -> Non
             parts.bn[name] = {"start": float(value), "end": float(synthesizer.bn_end[name])}
     untrained = not parts.recipe.synthesis.steps and parts.recipe.generator.checkpoint is None  # noise
     if main and (synthesizer is not None or untrained):
-        about = {**parts.description, "steps": plan.synthesis, "bn_loss": parts.bn}
+        about = {**parts.generator.description, "steps": plan.synthesis, "bn_loss": parts.bn}
         save_generator(folder / "generator", parts.generator, about)
     if plan.name == "generator" and parts.student is not None:
         new_student(parts)
