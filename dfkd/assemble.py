@@ -109,7 +109,8 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
         raise UserError(f"student: {error}") from error
     mean, std = like.normalisation
     made = folder_about(spec.weights)
-    student = Classifier(model, name="student", mean=made.get("mean", mean), std=made.get("std", std)).to(device)
+    own = {"mean": made.get("mean", mean), "std": made.get("std", std), "input_size": made.get("input_size")}
+    student = Classifier(model, name="student", **own).to(device)
     if recipe.runtime.channels_last:
         student.to(memory_format=torch.channels_last)
     about = describe(recipe, spec.model, spec.kwargs, student) | {"opened": made_from(made)}

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,16 @@ def _slow_kernels_spared(layers: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for layer in swapped:
             layer.__class__ = nn.Conv2d
+
+
+def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
+@cache
+def _resizing(given: int, wanted: int, device: torch.device) -> Tensor:
+    """The matrix [wanted, given] by which lines of pixels are resized."""
+    return _resized(torch.eye(given)[None, None], (wanted, given))[0, 0].to(device)
 
 
 def head(network: nn.Module) -> nn.Linear | None:
@@ -80,8 +91,13 @@ class Classifier(nn.Module):
         """Images [B, C, H, W] in the size that the network takes."""
         if self.input_size is None or images.shape[-2:] == (self.input_size, self.input_size):
             return images
-        size = (self.input_size, self.input_size)
-        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            return _resized(images, (self.input_size, self.input_size))
+        # As matrix products: on a GPU interpolate's backward sums in an order that changes from run to run.
+        rows, columns = (_resizing(size, self.input_size, images.device) for size in images.shape[-2:])
+        wide = full_precision(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return rows.to(wide) @ wide @ columns.to(wide).mT
 
     def network_input(self, images: Tensor) -> Tensor:
         """What the network itself is given for images [B, C, H, W] in [0, 1]: of its size, normalised."""

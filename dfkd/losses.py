@@ -76,7 +76,16 @@ def bn_square(batch: Sequence[Moments], stored: Sequence[Moments], eps: float = 
     return torch.stack(terms).sum()
 
 
-BN_DISTANCES = {"l2": bn_l2, "kl": bn_kl, "square": bn_square}
+def bn_mse(batch: Sequence[Moments], stored: Sequence[Moments]) -> Tensor:
+    """Mean over layers of mean (mu - mu^)^2 + mean (var - var^)^2; moments [C] per layer. GDFQ (Xu et al. 2020), as in
+    its code, where eq. 3 sums."""
+    errors = [
+        (mean - mu).square().mean() + (var - sigma2).square().mean() for (mean, var), (mu, sigma2) in zip(batch, stored)
+    ]
+    return torch.stack(errors).mean()
+
+
+BN_DISTANCES = {"l2": bn_l2, "kl": bn_kl, "square": bn_square, "mse": bn_mse}
 
 
 def kd_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, reduction: str = "mean") -> Tensor:

@@ -144,8 +144,8 @@ class Synthesis:
     clip: float = key(5.0, "largest gradient norm of the generator; 0: no clipping", 0)
     losses: Losses = key(Losses, "loss weights by name")
     mix: Mix = key(Mix, "Data Mixing")
-    bn_distance: Literal["l2", "kl", "square"] = key(
-        "l2", "distance of batch-norm statistics; kl: The Knowledge Within; square: ZeroQ, of means and deviations"
+    bn_distance: Literal["l2", "kl", "square", "mse"] = key(
+        "l2", "distance of batch-norm statistics; kl: The Knowledge Within; square: ZeroQ; mse: GDFQ"
     )
     equalise: bool = key(True, "divide each teacher's batch-norm loss by its value at the start")
     learn_weights: bool = key(False, "learn the weights of ce and bn (uncertainty weights, Kendall et al. 2018)")

@@ -22,9 +22,9 @@ from generators import ImageGenerator, PixelGenerator
 class Manner:
     """How the terms are taken: distances by name, and whether the adversary is masked."""
 
-    bn_distance: str = "l2"
-    adversary_loss: str = "l1"
-    adversary_mask: bool = True
+    bn_distance: str
+    adversary_loss: str
+    adversary_mask: bool
 
 
 @dataclass
@@ -89,6 +89,11 @@ def ask(
         means = stack.enter_context(teacher.tap_means()) if contrast is not None else []
         stack.enter_context(autocast())
         logits = teacher(mixed.images)
+    if "activation" in wanted and not features:
+        raise UserError(
+            f"teacher {teacher.name} does not use its last linear layer, so there are no features to read; set "
+            "synthesis.losses.activation=0"
+        )
     answer = Answer(mixed, manner, logits, features=features, likeness=likeness)
     if statistics is not None:
         answer.bn = L.BN_DISTANCES[manner.bn_distance](statistics.gather(), statistics.stored)

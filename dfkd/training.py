@@ -93,6 +93,10 @@ class Loop:
         plan, saved, counted = self.plan, time.perf_counter(), time.perf_counter()
         measured = plan.evaluated(self.evaluations) if self.evaluate is not None else set()
         terms: dict[str, Tensor] = {}
+
+        def has_line(done: int) -> bool:
+            return not done % self.log_every or done == plan.total or done in measured or self._ends_round(done - 1)
+
         self.metrics.new_phase()
         for k in range(start, plan.total):
             if self.synthesizer is not None and k == plan.alternating:
@@ -103,14 +107,15 @@ class Loop:
                 if self.fit is not None and k >= plan.first_student:
                     terms = self.fit.step(k - plan.first_student)
             done = k + 1
-            line = not done % self.log_every or done == plan.total or done in measured or self._ends_round(k)
+            line = has_line(done)
             # Several processes look at the deadline together, at lines alone.
             if not line and (self.deadline.stopped_by is None or self.shard.world > 1):
                 continue
             last_line, counted = counted, self._account(counted)
             if line:
                 self._log(done, terms)
-                if self.zoo and (done % self.grid_every < self.log_every or done == plan.total):
+                passed = done - done % self.grid_every  # a grid is due with the first line from there on
+                if self.zoo and (done == plan.total or (passed and not any(map(has_line, range(passed, done))))):
                     self.snapshot(done)
             if self.evaluate is not None and done in measured:
                 self._refuse_broken(done)

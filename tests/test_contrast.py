@@ -49,6 +49,16 @@ def ask(contrast: Contrast, teacher: Teacher, images: Tensor) -> Tensor:
     return contrast(teacher, images, means, 3, "x")
 
 
+def test_a_batch_norm_behind_the_pixels_is_one_of_the_features() -> None:
+    norms = [torch.nn.BatchNorm2d(3), torch.nn.BatchNorm1d(3)]
+    pooled = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3), norms[0], torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    teacher = Teacher(torch.nn.Sequential(pooled, norms[1], torch.nn.Linear(3, 2)))
+    with teacher.tap_means() as means:
+        teacher(images := random(4, 1, 8, 8))
+    torch.testing.assert_close(means[0], pooled[0](images).mean((2, 3)))
+    torch.testing.assert_close(means[1], pooled(images))
+
+
 # --- crops ---
 
 

@@ -101,6 +101,13 @@ def test_bn_square_is_the_sum_of_squared_errors_of_means_and_deviations() -> Non
     assert L.BN_DISTANCES["square"](stored, stored) == 0
 
 
+def test_bn_mse_is_the_mean_over_layers_of_mean_squared_errors() -> None:
+    batch, stored = moments(1), moments(2)
+    errors = [F.mse_loss(mean, mu) + F.mse_loss(var, sigma2) for (mean, var), (mu, sigma2) in zip(batch, stored)]
+    close(L.bn_mse(batch, stored), sum(map(float, errors)) / len(errors))
+    assert L.BN_DISTANCES["mse"](stored, stored) == 0
+
+
 def test_bn_square_has_a_finite_gradient_where_a_channel_is_dead() -> None:
     mean, var = (torch.zeros(3, requires_grad=True) for _ in range(2))
     L.bn_square([(mean, var)], [(torch.ones(3), torch.tensor([1.0, 4.0, 0.0]))]).backward()
@@ -489,6 +496,9 @@ GRADIENTS = {
     "mixed_ce": lambda x, y: L.mixed_ce(x, labels(1), labels(2), torch.linspace(0, 1, BATCH, dtype=torch.float64)),
     "bn_l2": lambda x, y: L.bn_l2([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
     "bn_square": lambda x, y: L.bn_square([(x[0], x[1].exp())], [(y[0], y[1].exp())]),
+    "bn_mse": lambda x, y: L.bn_mse(
+        [(x[0], x[1].exp()), (x[2:5, 0], x[2:5, 1])], [(y[0], y[1].exp()), (y[2:5, 0], y[2:5, 1])]
+    ),
     "kd_mae": lambda x, y: L.kd_mae(x, y),
     "js": lambda x, y: L.js(x, y),
     "map_error": lambda x, y: L.map_error([x, x.view(2, 3, 1, CLASSES).square()], [y, y.view(2, 3, 1, CLASSES)]),

@@ -212,6 +212,17 @@ def test_every_round_is_a_line(runs: Runs) -> None:
     assert [line["step"] for line in lines(runs.folder / "lines") if line["phase"] == "generator"] == [1, 2, 3]
 
 
+def test_a_grid_is_due_with_the_first_line_after_so_many_steps(runs: Runs) -> None:
+    rounds = ("synthesis.inner=2", "synthesis.latent_lr=0.1", "distill.replay=0", "synthesis.losses.adversary=0")
+    for name, keys, wanted in (
+        ("rounds", (*rounds, "tasks=[generator]", "synthesis.steps=7", "runtime.grid_every=3"), [3, 6, 7]),
+        ("measured", ("runtime.grid_every=7", "runtime.log_every=4", "runtime.evaluations=3"), [8, 16, 24, 28, 30]),
+    ):
+        assert runs.run(name, *keys).code == 0
+        grids = [line["step"] for line in lines(runs.folder / name) if line["phase"] == "images"]
+        assert grids == wanted
+
+
 def test_a_pool_goes_on_to_serve_other_tasks_and_other_runs(runs: Runs) -> None:
     rounds = ("synthesis.inner=2", "synthesis.latent_lr=0.1", "distill.replay=0", "synthesis.pool=40", *SHORT)
     called = runs.run(

@@ -110,6 +110,8 @@ def bn_distance(norms: list[tuple[Tensor, ...]], kind: str) -> Tensor:
         return sum(  # type: ignore[return-value]
             ((m - mu) ** 2).sum() + (((v + eps).sqrt() - (s + eps).sqrt()) ** 2).sum() for m, v, mu, s in norms
         )
+    if kind == "mse":
+        return sum(((m - mu) ** 2 + (v - s) ** 2).mean() for m, v, mu, s in norms) / len(norms)  # type: ignore[return-value]
     eps = 1e-5  # of each variance, as the networks have it
     normal = torch.distributions.Normal
     return sum(  # type: ignore[return-value]
@@ -153,9 +155,10 @@ def naive(
     student: nn.Module | None = None,
     position: tuple[int | str, ...] = (),
     as_trained: bool = True,
+    main: str | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Terms and generator gradients of one joint backward, straight from the formulas; box: Data Mixing's boxes;
-    position: that of the moves."""
+    position: that of the moves; main: the teacher that the student learns."""
     latents, labels = inputs
     images = generator(latents, labels).double()
     targets = F.one_hot(labels, generator.classes).double()
@@ -183,7 +186,7 @@ def naive(
         each["one_hot"].append(-p.max(1).values.log().mean())
         each["activation"].append(-features.abs().mean())
         each["information"].append((p.mean(0) * p.mean(0).log()).sum())
-        if student is not None:
+        if student is not None and main in (None, teacher.name):
             answer = copy.deepcopy(student).double().eval()(mixed)
             agree = answer.argmax(1) == logits.argmax(1)
             answer, target = answer - answer.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
@@ -228,9 +231,14 @@ CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "kl": ({"bn": 1.0}, {"bn_distance": "kl"}),
     "image prior and diversity": (MIXMIX | IMAGE, {"mix": make_mix("resize")}),
     "square": ({"bn": 1.0}, {"bn_distance": "square"}),
+    "mse": ({"bn": 1.0}, {"bn_distance": "mse"}),
     "spread": (MIXMIX | SPREAD, {"mix": make_mix("resize")}),
     "likeness": (MIXMIX | LIKENESS, {"mix": make_mix("resize")}),
     "DAFL": (DAFL, {}),
+    "an adversary of one teacher": (
+        MIXMIX | {"adversary": 2.0},
+        {"main": "plain", "warmup": 0.0, "adversary_loss": "l1"},
+    ),
     "everything": (
         MIXMIX | IMAGE | LIKENESS | SPREAD | DAFL | {"adversary": 2.0},
         {"mix": make_mix("resize"), "warmup": 0.0, "adversary_loss": "l1"},
@@ -264,13 +272,14 @@ def test_an_update_is_that_of_the_formulas(
         student=adversary,
         position=position,
         as_trained=options.get("as_trained", True),
+        main=options.get("main"),
     )
     same_update(synthesizer, before, terms, wanted)
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), synthesizer.generator.parameters())]
     assert all(changed)
 
 
-@pytest.mark.parametrize("kind", ["l2", "kl", "square"])
+@pytest.mark.parametrize("kind", ["l2", "kl", "square", "mse"])
 def test_teachers_are_equalised_by_their_loss_at_the_start(
     zoo: list[Teacher], make_generator: MakeGenerator, kind: str
 ) -> None:
@@ -544,6 +553,26 @@ def test_an_update_waits_for_no_value(
             float(terms["ce"])
 
 
+def test_no_adversary_where_the_teacher_it_learns_is_not_asked(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
+) -> None:
+    options = {"student": student, "warmup": 0.0, "sample": 1}
+    synthesizer = build(make_generator(), zoo, MIXMIX | {"adversary": 2.0}, main="plain", **options)
+    bare = build(make_generator(), zoo, MIXMIX, sample=1)
+    with_it, seen = [], Seen(synthesizer)
+    for step in range(6):
+        for each in (synthesizer, bare):
+            each.generator.load_state_dict(make_generator().state_dict())
+            each.optimizer = each._adam([*each.generator.parameters()], each.lr)
+        terms, without = synthesizer.step(step), bare.step(step)
+        with_it.append("adversary" in terms)
+        assert with_it[-1] == (seen.asked[-1].name == "plain")
+        same = [torch.equal(a, b) for a, b in zip(synthesizer.generator.parameters(), bare.generator.parameters())]
+        assert all(same) == (not with_it[-1])
+        assert terms["bn"] == without["bn"]
+    assert len(set(with_it)) == 2
+
+
 # --- what is refused ---
 
 
@@ -602,6 +631,10 @@ def test_a_zoo_that_does_not_fit_its_generator_is_refused(
         build(make_generator(classes=5), [make_teacher("few")], {"ce": 1.0}).step(0)
     with pytest.raises(UserError, match="the weight of bn is -2; give 0 or more"):
         build(make_generator(), [teacher], {"ce": 1.0, "bn": -2.0})
+    with pytest.raises(UserError, match=r"main='big' is not in the zoo; choose from \['plain'\], or None"):
+        build(make_generator(), [teacher], {"ce": 1.0}, main="big")
+    with pytest.raises(UserError, match="learns from 4 or more images an update, got batch_size=3"):
+        Synthesizer(make_generator(), [teacher], losses={"ce": 1.0}, steps=2, batch_size=3)
 
 
 def test_a_frozen_generator_is_refused_until_it_learns(
@@ -622,6 +655,12 @@ def test_terms_without_their_layers_are_refused_by_the_teachers_name(make_genera
             build(make_generator(), [bare], {name: 1.0}, bank=bank)
     with pytest.raises(UserError, match=r"teacher bare has no linear layer .* set synthesis.losses.activation=0"):
         build(make_generator(), [bare], {"activation": 1.0})
+    last = nn.ModuleDict({"used": nn.Linear(3, 3), "auxiliary": nn.Linear(3, 3)})
+    unused = Teacher(nn.Sequential(bare.model, last["used"]), name="unused")
+    unused.model.auxiliary = last["auxiliary"]
+    unused.model.forward = lambda x: last["used"](bare.model(x))
+    with pytest.raises(UserError, match=r"teacher unused does not use its last linear layer.*losses.activation=0"):
+        build(make_generator(), [unused], {"activation": 1.0}).step(0)
     with pytest.raises(UserError, match=r"teachers need names of their own, got \['bare', 'bare'\]"):
         build(make_generator(), [bare, bare], {"ce": 1.0})
 

@@ -232,6 +232,21 @@ def test_images_are_resized_and_normalised_for_the_network() -> None:
     assert torch.equal(taken[1], x[:, :, :5, :5])
 
 
+@pytest.mark.parametrize("size", [5, 12, 17])
+def test_resized_images_and_their_gradient_are_those_of_interpolate(size: int) -> None:
+    classifier, x = Teacher(nn.Identity(), input_size=size), images(2, 3, 12)[:, :, :, :9]
+    slope = images(2, 3, size)
+    ours, theirs = (each.clone().double().requires_grad_() for each in (x, x))
+    wanted = F.interpolate(theirs, size=(size, size), mode="bilinear", align_corners=False, antialias=True)
+    found = classifier.resized(ours)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    (found * slope).sum().backward()
+    (wanted * slope).sum().backward()
+    assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(classifier.resized(x.clone().requires_grad_()).double(), wanted, atol=1e-6)
+
+
 @pytest.mark.parametrize(("mean", "std"), [([0.5], []), ([0.5, 0.5], [1.0]), ([0.5], [0.0]), ([0.5], [-1.0])])
 def test_a_bad_normalisation_is_refused(mean: list[float], std: list[float]) -> None:
     with pytest.raises(UserError, match=r"teacher digits: mean .* and std .* must be one value per channel"):

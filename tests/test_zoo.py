@@ -96,6 +96,7 @@ def test_a_folder_says_how_its_images_were_normalised_and_what_it_was_trained_on
     recipe = load("student.model=dfkd:tiny_plain", "student.kwargs={width: 4}", f"student.weights{of_it}")
     student, described = make_student(recipe, [teacher], torch.device("cpu"))
     assert student.normalisation == ([0.9], [0.7])
+    assert student.input_size == described["input_size"] == 32
     assert made_from(described) == [entry]
 
 

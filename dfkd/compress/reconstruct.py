@@ -197,11 +197,12 @@ class Learner:
             for step in range(self.steps):
                 # One position gives all draws of a step; ActivationQuantizer's come from torch's global generator.
                 reseed(device, self.seed, "reconstruct", name, step)
-                index = torch.randperm(len(target))[: self.batch_size]
+                index = torch.randperm(len(target))[: self.batch_size].to(x.device)
                 given, wanted = x[index], target[index].to(device)
                 if self.drop:
                     # torch.where takes four times as long on a CPU: branches on a random mask cannot be foretold.
-                    given = torch.lerp(given, x_float[index], (torch.rand(given.shape) < self.drop).to(given))
+                    dropped = torch.rand(given.shape, device=given.device) < self.drop
+                    given = torch.lerp(given, x_float[index], dropped.to(given))
                 with self.autocast():
                     out = part(given.to(device))
                 loss = squared_error(out, wanted, None if weight is None else weight[index].to(device))
