@@ -147,7 +147,7 @@ def noise_like(recipe: Recipe, models: Sequence[Classifier]) -> Source:
 def pixel_statistics(zoo: Sequence[Classifier], channels: int) -> tuple[list[float], list[float]]:
     """Mean and std per channel that the generator's head starts from: the zoo's average, over the teachers that have
     any; 0.5 and 0.25 where none has."""
-    known: list[Tensor] = [torch.tensor(t.normalisation) for t in zoo if t.normalisation[0]]
+    known: list[Tensor] = [torch.tensor(t.normalisation).expand(2, channels) for t in zoo if t.normalisation[0]]
     if not known:
         return [0.5] * channels, [0.25] * channels
     mean, std = torch.stack(known).mean(0).tolist()

@@ -69,7 +69,7 @@ PUBLIC = {
     "teachers",
 }  # handed out by dfkd
 READS_RECIPES = COMMAND_LINE | {"recipe", "contradictions", "dfkd"}
-OPENS_IMAGES = COMMAND_LINE | {"evaluate"}
+OPENS_IMAGES = {"assemble", "evaluate", "judge", "phases", "results", "tasks", "zoo"}
 IMAGE_FILES = {"PIL", "sklearn", "torchvision.datasets", "torchvision.io"}  # what real images are read with
 
 
@@ -149,10 +149,9 @@ def imported_modules(path: Path) -> Iterator[str]:
             yield "generators" if node.level else str(node.module)
 
 
-def test_only_evaluation_and_the_command_line_reach_real_images() -> None:
+def test_only_evaluation_and_some_of_the_command_line_reach_real_images() -> None:
     importers = {room for room, path in FILES if "data" in rooms_of(imported(path.read_text(), room))} - {"data"}
-    assert "evaluate" in importers
-    assert importers <= OPENS_IMAGES
+    assert importers == OPENS_IMAGES
 
 
 def test_only_data_reads_image_files() -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dfkd import zoo
-from dfkd.assemble import make_student
+from dfkd.assemble import make_student, pixel_statistics
+from dfkd.classifier import Classifier
 from dfkd.errors import Paused
 from dfkd.models import build_model, save_model
 from dfkd.recipe import load_recipe
@@ -98,6 +100,16 @@ def test_a_folder_says_how_its_images_were_normalised_and_what_it_was_trained_on
     assert student.normalisation == ([0.9], [0.7])
     assert student.input_size == described["input_size"] == 32
     assert made_from(described) == [entry]
+
+
+def test_a_generator_begins_with_the_mean_pixel_of_the_teachers_that_know_one() -> None:
+    given = {"grey": ([0.5], [0.2]), "colour": ([0.1, 0.2, 0.3], [0.4, 0.4, 0.6]), "none": ([], [])}
+    networks = [Classifier(nn.Identity(), name=name, mean=mean, std=std) for name, (mean, std) in given.items()]
+    mean, std = pixel_statistics(networks, 3)
+    assert mean == pytest.approx([0.3, 0.35, 0.4])
+    assert std == pytest.approx([0.3, 0.3, 0.4])
+    assert pixel_statistics(networks[:1], 3)[0] == [0.5] * 3
+    assert pixel_statistics(networks[2:], 3) == ([0.5] * 3, [0.25] * 3)
 
 
 def test_teachers_trained_otherwise_are_not_found_for_each_other() -> None:
