@@ -35,7 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal stopped it."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _act(given)
+        code = _act(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # of `--list | head`: what is left to say nobody reads
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (UserError, GeneratorError) as error:
         _tell(str(error))
         code = 2

@@ -1,5 +1,8 @@
 """Sums over all processes that gradients pass through, and a batch norm that rests on them (on any device)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast
@@ -115,6 +118,18 @@ def mean_over_processes(tensors: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for tensor, value in zip(tensors, (flat / world_size()).split([t.numel() for t in tensors])):
         tensor.copy_(value.view_as(tensor))
+
+
+@contextmanager
+def averaged(tensors: list[Tensor]) -> Iterator[None]:
+    """Tensors as their mean over processes in this scope, after which each process has its own again."""
+    own = [tensor.clone() for tensor in tensors]
+    mean_over_processes(tensors)
+    try:
+        yield
+    finally:
+        for tensor, before in zip(tensors, own):
+            tensor.copy_(before)
 
 
 def all_gather(x: Tensor) -> Tensor:

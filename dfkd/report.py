@@ -90,7 +90,7 @@ def closing_table(results: Mapping[str, Any]) -> str:
     """The plain-text table printed at the end of a run, from the layout of results.json.
 
     Accuracies are percent; what could not be measured says so. `student.ratio` is the student's parameters
-    over its teacher's.
+    over its teacher's. What the verdict has against the result comes last.
     """
     student = _dict(results.get("student"))
     models = {f"teacher {name}": _dict(each) for name, each in _dict(results.get("teachers")).items()}
@@ -112,6 +112,8 @@ def closing_table(results: Mapping[str, Any]) -> str:
         lines += ["", *columns(_task_rows(tasks))]
     if results.get("seconds"):
         lines.append(f"seconds: {_figure(results['seconds'])}")
+    if notes := _dict(results.get("verdict")).get("notes"):
+        lines += ["", "look at this before you use the result:", *(f"- {note}" for note in notes)]
     return "\n".join(line.rstrip() for line in lines)
 
 

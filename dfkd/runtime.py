@@ -82,7 +82,7 @@ class Deadline:
             if PartialState().is_main_process:
                 # print may be at work already, and must not be called within itself; the reader of a pipe may be gone.
                 with suppress(OSError):
-                    os.write(2, f"{self.cause}: stopping with a checkpoint; again stops at once\n".encode())
+                    os.write(2, f"{self.cause}: stopping once what is done is kept; again stops at once\n".encode())
 
         for each in before:
             signal.signal(each, note)

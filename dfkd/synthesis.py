@@ -20,6 +20,7 @@ from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import STILL, Moves, augment, draw_labels, draw_latents, jitter
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, mix_batch
+from dfkd.models.checkpoints import not_finite
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
 from dfkd.renewal import RENEWED, draw_anew, redraw_steps
@@ -366,8 +367,12 @@ class Synthesizer:
     def settle(self, batches: int = 50) -> ImageGenerator:
         """Finish what is streamed, frozen and in eval mode, and return it: the pool, or the generator, whose running
         statistics become the mean over fresh batches of what its batch norms see in training, so that eval mode draws
-        the images that were trained."""
+        the images that were trained. Raises UserError where a weight is NaN or infinite."""
         self.graphs.forget()
+        if broken := not_finite(self.generator):
+            terms = [name for name, value in self.last.items() if not value.isfinite()]
+            of = f" and so do its terms {', '.join(terms)}" if terms else ""
+            raise UserError(f"{broken[0]} of the generator holds NaN or infinity{of}; lower lr or a loss weight")
         done = self.generator if self.pool is None else self.pool
         norms = [module for module in done.modules() if isinstance(module, _BatchNorm)]
         momenta = [norm.momentum for norm in norms]

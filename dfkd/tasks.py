@@ -18,7 +18,7 @@ from dfkd.checkpoints import write_atomically
 from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
-from dfkd.compress.files import save_compressed
+from dfkd.compress.files import load_compressed, save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.compress.graph import images_of
 from dfkd.compress.hints import stage_hints
@@ -239,6 +239,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         history = {**about.get("compressed_by", {}), task: made}
         description = {**about, "structure": structure, "compressed_by": history, "opened": figures["opened"]}
         save_compressed(folder, done.model, description)
+        figures["not_loaded"] = not_loaded(parts, folder, done.model)
         if parts.recipe.export.input in ("tasks", task):
             figures["export"] = export(parts, folder, model, done.model)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
@@ -267,6 +268,18 @@ def compare(parts: Parts, before: Classifier, done: Compressed) -> dict[str, Any
         },
         "cost": costs,
     }
+
+
+@torch.no_grad()
+def not_loaded(parts: Parts, folder: Path, model: nn.Module) -> str | None:
+    """Why a folder does not give the model back that was saved in it; None where it does."""
+    image = assemble.blank(parts.recipe, parts.shard.device, 2)
+    try:
+        loaded = load_compressed(folder, trust_code=parts.recipe.trust_code).to(parts.shard.device)
+    except UserError as error:
+        return str(error)
+    same = torch.allclose(loaded(image), model(image), rtol=1e-3, atol=1e-4)
+    return None if same else "what is loaded gives other logits than what was saved"
 
 
 def measure(parts: Parts, model: nn.Module) -> Accuracy | None:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dfkd.checkpoints import Checkpoints
-from dfkd.collectives import agreed, float_buffers, largest, mean_over_processes
+from dfkd.collectives import agreed, averaged, float_buffers, largest, mean_over_processes
 from dfkd.compress.fit import Fit
 from dfkd.draws import draw_latents
 from dfkd.errors import Paused, UserError
@@ -95,7 +95,8 @@ class Loop:
         terms: dict[str, Tensor] = {}
 
         def has_line(done: int) -> bool:
-            return not done % self.log_every or done == plan.total or done in measured or self._ends_round(done - 1)
+            ends = done in (plan.alternating, plan.total) or self._ends_round(done - 1)
+            return ends or not done % self.log_every or done in measured
 
         self.metrics.new_phase()
         for k in range(start, plan.total):
@@ -115,12 +116,14 @@ class Loop:
             if line:
                 self._log(done, terms)
                 passed = done - done % self.grid_every  # a grid is due with the first line from there on
-                if self.zoo and (done == plan.total or (passed and not any(map(has_line, range(passed, done))))):
+                due = passed and not any(map(has_line, range(passed, done)))
+                if self.zoo and (due or done in (plan.alternating, plan.total)):
                     self.snapshot(done)
             if self.evaluate is not None and done in measured:
                 self._refuse_broken(done)
                 counted = self._account(counted)
-                figures = {**self.evaluate(), "trained": self.spent[plan.name]}  # seconds, over all calls
+                with averaged(float_buffers(self.fit.student) if self.fit is not None else []):
+                    figures = {**self.evaluate(), "trained": self.spent[plan.name]}  # seconds, over all calls
                 self.metrics.write("evaluation", self.offset + done, figures)
                 counted = self._account(counted, "measuring the student")
             late = done != plan.total and out_of_time(self.deadline, counted - last_line, self.shard.device)

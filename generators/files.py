@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from generators.base import ImageGenerator
 
@@ -45,19 +46,25 @@ def _check_keys(description: dict[str, Any], kind: type[ImageGenerator], remedy:
         raise GeneratorError(f"the generator's description lacks {missing}; it must give {list(kind.keys)}{remedy}")
 
 
+def _check_numbers(weights: dict[str, Tensor], whose: str, remedy: str) -> None:
+    if broken := [name for name, tensor in weights.items() if tensor.isnan().any()]:
+        raise GeneratorError(f"{broken[0]} of {whose} holds NaN; {remedy}")
+
+
 def save_generator(
     folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any] | None = None
 ) -> None:
     """Write a generator and its description (build_generator's keys, and what it was trained on; None: its own keys) to
-    a folder. Raises GeneratorError where it has none."""
+    a folder. Raises GeneratorError where it has none, or a weight is NaN."""
     if description is None:
         own = getattr(generator, "description", None)
         if own is None:
             raise GeneratorError("this generator was not made by build_generator; give the description that builds it")
         description = {key: own[key] for key in ("arch", *generator.keys)}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in generator.state_dict().items()}
+    _check_numbers(weights, "the generator", "train it with a lower rate or loss weight")
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         save_file(weights, folder / "model.safetensors.tmp")
     except SafetensorError as error:  # of a full disk too
@@ -73,7 +80,7 @@ def save_generator(
 def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
     """The generator of a folder, frozen and in eval mode; its description is its attribute `description`.
 
-    Raises GeneratorError where a file is missing, torn or does not fit.
+    Raises GeneratorError where a file is missing, torn or does not fit, or a weight is NaN.
     """
     folder = Path(folder).expanduser()
     try:
@@ -88,6 +95,7 @@ def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
         raise GeneratorError(f"the generator in {folder} is torn ({error}); train it again or copy it anew") from None
     if not isinstance(description, dict):
         raise GeneratorError(f"{folder}/generator.json holds no description; train the generator again or copy it anew")
+    _check_numbers(weights, f"the generator in {folder}", "train it again")
     kind = _kind(description)
     description = {**kind.older, **description}
     _check_keys(description, kind, "; one of an older version must be trained again")

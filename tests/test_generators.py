@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from generators import (
@@ -128,6 +129,14 @@ def test_a_new_generator_needs_no_more_than_its_sizes_and_says_itself_what_built
 def test_a_generator_that_nobody_described_is_not_saved(tmp_path: Path) -> None:
     generator = ConvGenerator(latent=6, **SIZES)
     with pytest.raises(GeneratorError, match="give the description that builds it"):
+        save_generator(tmp_path / "made", generator)
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_generator_that_holds_nan_is_not_saved(tmp_path: Path) -> None:
+    generator = build_generator(DESCRIPTION)
+    torch.nn.init.constant_(generator.project.weight, torch.nan)
+    with pytest.raises(GeneratorError, match=r"project\.weight of the generator holds NaN; train it"):
         save_generator(tmp_path / "made", generator)
     assert not (tmp_path / "made").exists()
 
@@ -347,6 +356,12 @@ def without(folder: Path, key: str) -> None:
     (folder / "generator.json").write_text(json.dumps({k: v for k, v in DESCRIPTION.items() if k != key}))
 
 
+def spoil(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["project.weight"][0] = torch.nan
+    save_file(weights, folder / "model.safetensors")
+
+
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no description": (lambda f: (f / "generator.json").unlink(), "generator.json is missing"),
@@ -358,6 +373,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "description is a list": (lambda f: (f / "generator.json").write_text("[1]"), "generator.json"),
     "unknown architecture": (lambda f: describe(f, arch="gan"), "unknown generator 'gan'; choose from ['conv'"),
     "incomplete description": (lambda f: without(f, "latent"), "lacks ['latent']"),
+    "NaN": (spoil, "generator holds NaN; train it again"),
     "other width": (lambda f: describe(f, width=8), "do not fit its generator.json"),
 }
 

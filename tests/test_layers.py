@@ -37,8 +37,8 @@ CORE: dict[str, set[str]] = {
     "contrast": {"collectives", "losses", "runtime", "teachers"},
     "terms": {"collectives", "contrast", "errors", "generators", "losses", "mixing", "norms", "runtime", "teachers"},
     "synthesis": {
-        *("collectives", "contrast", "cuda_graphs", "draws", "errors", "generators", "losses", "mixing", "norms"),
-        *("paging", "renewal", "runtime", "teachers", "terms"),
+        *("collectives", "contrast", "cuda_graphs", "draws", "errors", "generators", "losses", "mixing", "models"),
+        *("norms", "paging", "renewal", "runtime", "teachers", "terms"),
     },
     "stream": {"classifier", "cuda_graphs", "draws", "errors", "generators", "mixing", "runtime", "teachers"},
     "pretrain": {"checkpoints", "classifier", "cuda_graphs", "draws", "errors", "runtime"},

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks_fixture import Small, functional, images, named, vary
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import fold, network_of
@@ -364,6 +366,49 @@ def checked(m: Any, x: Tensor) -> Tensor:
     _, channels, _, _ = made.shape
     torch._assert(channels == 4, "four")
     return m.head(m.b(m.a(made.mean((2, 3))).relu()))
+
+
+def gained(m: Any, x: Tensor) -> Tensor:
+    """What a layer in few bits takes goes into a product too, which is computed in float."""
+    x = m.norm(m.stem(x)).relu()
+    return m.head((0.8 * x + m.after(m.conv(x))).relu().mean((2, 3)))
+
+
+def resized(m: Any, x: Tensor) -> Tensor:
+    """... or into an interpolation."""
+    x = m.norm(m.stem(x)).relu()
+    small = F.interpolate(x, scale_factor=0.5, mode="bilinear", align_corners=False)
+    return m.head((small + F.max_pool2d(m.after(m.conv(x)).relu(), 2)).mean((2, 3)))
+
+
+def normed(m: Any, x: Tensor) -> Tensor:
+    """A batch norm behind a linear layer, whose input is quantised behind a mean."""
+    x = m.after(m.conv(m.norm(m.stem(x)).relu())).relu()
+    return m.head(m.rows(m.wide(x.mean((2, 3)))).relu())
+
+
+def squeezed(m: Any, x: Tensor) -> Tensor:
+    """... or between a pooling and what takes its axes away."""
+    x = m.after(m.conv(m.norm(m.stem(x)).relu())).relu()
+    return m.head(m.rows(m.wide(F.adaptive_avg_pool2d(x, 1).squeeze(-1).squeeze(-1))).relu())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("forward", [gained, resized, normed, squeezed])
+def test_quantisers_stand_where_those_of_rounding_do_and_every_norm_is_folded(forward: Any, bits: int) -> None:
+    """With them dfkd.compress.files builds the network again, whichever way it was quantised."""
+    layers: dict[str, nn.Module] = {"stem": nn.Conv2d(1, 4, 3, padding=1), "norm": nn.BatchNorm2d(4)}
+    layers |= {"conv": nn.Conv2d(4, 4, 3, padding=1, bias=False), "after": nn.BatchNorm2d(4)}
+    layers |= {"wide": nn.Linear(4, 4), "rows": nn.BatchNorm1d(4)} if forward in (normed, squeezed) else {}
+    network = vary(Small(forward, **layers, head=nn.Linear(4, 3)).eval())
+    made = [
+        quantize(network, [images(32, 1, 8, 8)], bits, method=method, images=32, **more).model
+        for method, more in (("nearest", {}), ("train", {"steps": 2, "warm_start": 2}))
+    ]
+    rounded, learned = ({name: each.bits for name, each in activation_quantizers(m).items()} for m in made)
+    assert rounded == learned
+    assert made[0].state_dict().keys() == made[1].state_dict().keys()
+    assert not any(isinstance(module, _BatchNorm) for module in made[1].modules())
 
 
 @pytest.mark.parametrize("method", ["nearest", "reconstruct", "train"])

@@ -267,6 +267,11 @@ def test_closing_table_has_a_row_per_model_with_figures_in_columns() -> None:
     assert "seconds: total 83.21, teachers 20.4, synthesis 60" in lines
     assert "student's agreement" not in closing_table(RESULTS)
     assert "control" not in closing_table(RESULTS)
+    assert closing_table({**RESULTS, "verdict": {"ok": True, "notes": []}}) == closing_table(
+        {**RESULTS, "verdict": None}
+    )
+    bad = closing_table({**RESULTS, "verdict": {"ok": False, "notes": ["it fell", "it swings"]}})
+    assert bad.splitlines()[-4:] == ["", "look at this before you use the result:", "- it fell", "- it swings"]
     control = {**RESULTS, "student": {**RESULTS["student"], "source": "real"}}
     assert "the student is a control, trained on real images" in closing_table(control).splitlines()
 

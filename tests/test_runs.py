@@ -2,6 +2,8 @@
 
 import ast
 import json
+import os
+import signal
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -216,7 +218,7 @@ def test_a_grid_is_due_with_the_first_line_after_so_many_steps(runs: Runs) -> No
     rounds = ("synthesis.inner=2", "synthesis.latent_lr=0.1", "distill.replay=0", "synthesis.losses.adversary=0")
     for name, keys, wanted in (
         ("rounds", (*rounds, "tasks=[generator]", "synthesis.steps=7", "runtime.grid_every=3"), [3, 6, 7]),
-        ("measured", ("runtime.grid_every=7", "runtime.log_every=4", "runtime.evaluations=3"), [8, 16, 24, 28, 30]),
+        ("measured", ("runtime.grid_every=7", "runtime.log_every=4", "runtime.evaluations=3"), [8, 16, 20, 24, 28, 30]),
     ):
         assert runs.run(name, *keys).code == 0
         grids = [line["step"] for line in lines(runs.folder / name) if line["phase"] == "images"]
@@ -487,6 +489,14 @@ def test_three_channels_and_a_saved_teacher_folder(runs: Runs) -> None:
     assert (called.code, called.err) == (0, "")
     about = json.loads((runs.folder / "colour/generator/generator.json").read_text())
     assert about["teachers"]["mine"]["moves"] == [2, False, True]
+
+
+def test_a_reader_that_leaves_early_costs_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr("sys.stdout", pipe)
+        assert main(["--list"]) == 128 + signal.SIGPIPE  # as of any program in `... | head`
 
 
 def test_the_module_is_the_same_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

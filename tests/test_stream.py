@@ -162,6 +162,14 @@ def test_a_counted_stream_ends_and_says_so(make_stream: MakeStream) -> None:
         len(endless)
 
 
+@pytest.mark.parametrize("key", ["batch_size", "num_batches", "replay", "seed", "epoch"])
+def test_what_is_counted_is_a_whole_number(make_stream: MakeStream, key: str) -> None:
+    for value in (2.5, 64.0, "64"):
+        with pytest.raises(UserError, match=rf"a stream's {key} is a whole number, got {value!r}"):
+            make_stream(**{key: value})
+    assert make_stream(**{key: np.int64(4)}).batch(0)
+
+
 @pytest.mark.parametrize(("batch_size", "num_batches"), [(1, 5), (8, 0)])
 def test_an_empty_stream_is_refused(make_stream: MakeStream, batch_size: int, num_batches: int) -> None:
     with pytest.raises(UserError, match="batch_size >= 2 and num_batches >= 1, got"):

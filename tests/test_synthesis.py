@@ -637,6 +637,17 @@ def test_a_zoo_that_does_not_fit_its_generator_is_refused(
         Synthesizer(make_generator(), [teacher], losses={"ce": 1.0}, steps=2, batch_size=3)
 
 
+def test_a_generator_gone_wrong_is_not_settled_and_its_terms_are_named(
+    make_teacher: MakeTeacher, make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = IMAGE_TERMS | {"tv": lambda images, latents, labels, teacher: images.mean() * torch.nan}
+    monkeypatch.setattr("dfkd.terms.IMAGE_TERMS", broken)
+    synthesizer = build(make_generator(), [make_teacher()], {"ce": 1.0, "tv": 1.0})
+    synthesizer.step(0)
+    with pytest.raises(UserError, match="of the generator holds NaN or infinity and so do its terms tv; lower lr"):
+        synthesizer.settle()
+
+
 def test_a_frozen_generator_is_refused_until_it_learns(
     make_teacher: MakeTeacher, make_generator: MakeGenerator
 ) -> None:

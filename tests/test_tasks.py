@@ -43,6 +43,7 @@ FIGURES = {
     "naive",
     "repaired",
     "after",
+    "not_loaded",
     "interval",
     "intervals",
     "n",
@@ -152,6 +153,28 @@ def test_a_model_that_cannot_be_exported_costs_nothing_else(runs: Runs, monkeypa
     assert found["tasks"]["ptq"]["export"] == {"error": "this operator does not export"}
     assert found["verdict"]["notes"].count("task ptq is not exported: this operator does not export") == 1
     assert accuracy_of(runs.folder / "unexported" / "ptq") == pytest.approx(found["tasks"]["ptq"]["after"], abs=1e-9)
+
+
+def test_a_folder_that_does_not_give_the_model_back_is_told(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def another(folder: Path, trust_code: bool) -> nn.Module:
+        loaded = load_compressed(folder, trust_code)
+        loaded.model.linear.bias.data[3] += 1
+        return loaded
+
+    monkeypatch.setattr(tasks, "load_compressed", another)
+    nearest = ("ptq.method=nearest", "export.input=none", *SHORT)
+    done = runs.run("other", "tasks=[distill,ptq]", *nearest)
+    assert done.code == 0
+    assert "- task ptq cannot be loaded again (what is loaded gives other logits than what was saved)" in done.out
+    torn = read_description(runs.folder / "other" / "ptq") | {"kwargs": {"width": 3}}
+    (runs.folder / "other/ptq/model.json").write_text(json.dumps(torn))
+    monkeypatch.undo()
+    recipe = load_recipe(runs.arguments("other", "tasks=[distill,ptq]", *nearest)).recipe
+    reset_accelerate()
+    parts = build(recipe, *make_accelerator("fp32"))
+    why = tasks.not_loaded(parts, runs.folder / "other" / "ptq", parts.zoo[0])
+    assert why is not None
+    assert "does not fit dfkd:tiny_plain" in why
 
 
 @pytest.mark.parametrize("task", ["prune", "qat"])

@@ -13,6 +13,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.classifier import Classifier
+from dfkd.compress.quantizers import ActivationQuantizer
+from dfkd.compress.tracing import Mark
 from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode, to_float
 
@@ -23,7 +25,7 @@ GATES: set[object] = {nn.Sigmoid, nn.Hardsigmoid, F.sigmoid, F.hardsigmoid, torc
 RELUS: set[object] = {nn.ReLU, nn.ReLU6, F.relu, F.relu6, torch.relu, "relu"}
 # What hands on the values it is given, or some of them, at other places: quantised before or after is the same.
 CARRIERS: set[object] = {
-    *(nn.Identity, nn.Flatten, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.PixelUnshuffle),
+    *(Mark, nn.Identity, nn.Flatten, nn.MaxPool2d, nn.Dropout, nn.Dropout2d, nn.PixelShuffle, nn.PixelUnshuffle),
     *(torch.flatten, F.max_pool2d, F.dropout, torch.reshape, torch.permute, torch.transpose, torch.squeeze),
     *("flatten", "view", "reshape", "permute", "transpose", "contiguous", "squeeze"),
 }
@@ -167,13 +169,14 @@ def _is_norm_of(graph: fx.GraphModule, node: fx.Node, layer: fx.Node) -> bool:
 
 def _takes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a linear layer is known to be given one vector an image, [B, D], not tokens, [B, T, D]: behind what makes
-    rows, with nothing but other such layers, batch norms, ReLUs and dropout between."""
+    rows, with nothing but other such layers, batch norms, ReLUs, dropout and quantisers between."""
+    passed = (nn.Linear, _BatchNorm, nn.Dropout, nn.Identity, ActivationQuantizer)
     while node.all_input_nodes:
         node = node.all_input_nodes[0]
         what = kind(graph, node)
         if what in ROWS:
             return _makes_rows(graph, node)
-        if what not in RELUS and not is_layer(graph, node, nn.Linear, _BatchNorm, nn.Dropout, nn.Identity):
+        if what not in RELUS and not is_layer(graph, node, *passed):
             return False
     return False
 
@@ -194,6 +197,8 @@ def _makes_rows(graph: fx.GraphModule, node: fx.Node) -> bool:
     if what in MEANS:
         return averages_maps(graph, node)
     before: Any = node.args[0]  # of a squeeze
+    while is_layer(graph, before, ActivationQuantizer, Mark):
+        before = before.args[0]
     again = kind(graph, before) in SQUEEZES and _makes_rows(graph, before)
     return again or averages_maps(graph, before)
 

@@ -39,7 +39,7 @@ from dfkd.compress.quantizers import (
     quantized_layers,
     without_quantizers,
 )
-from dfkd.compress.tracing import trace
+from dfkd.compress.tracing import Mark, trace
 from dfkd.errors import UserError
 from dfkd.runtime import full_precision
 
@@ -182,7 +182,7 @@ def _asked(graph: fx.GraphModule, user: fx.Node, chosen: Mapping[str, Sequence[i
 def _leaves(graph: fx.GraphModule, node: fx.Node, user: fx.Node, chosen: Mapping[str, Sequence[int]]) -> bool:
     """Whether what a chosen convolution gives, with a norm and ReLU behind it where they are, goes from a node into
     what is computed for itself, in float."""
-    while kind(graph, node) in RELUS or is_layer(graph, node, _BatchNorm):
+    while kind(graph, node) in RELUS or is_layer(graph, node, _BatchNorm, Mark):
         node = node.all_input_nodes[0]
     return is_layer(graph, node, nn.Conv2d) and node.target in chosen and not _ends(graph, user)
 

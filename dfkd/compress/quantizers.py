@@ -107,7 +107,7 @@ class ActivationQuantizer(nn.Module):
         if not self.enabled:
             return x
         low, high = limits(self.bits, self.signed)
-        factor = ((x[0].numel() if x.dim() else 1) * high) ** -0.5  # per sample: whatever the batch size
+        factor = (x.shape[1:].numel() * high) ** -0.5  # per sample: whatever the batch size
         quantised = learned_step(x, self.scale, low, high, factor)
         if not self.keep:
             return quantised

@@ -16,9 +16,13 @@ from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode
 
 
+class Mark(nn.Identity):
+    """A place in a graph where what goes by can be watched by name. Quantisers stand as if it were not there."""
+
+
 class _Tracer(fx.Tracer):
-    """torch.nn's layers are leaves; so is timm's that computes the same. A forward that branches on sizes, but not on
-    how many images there are, goes where it goes for one of the images and for two."""
+    """torch.nn's layers are leaves, and marks; so is timm's that computes the same. A forward that branches on sizes,
+    but not on how many images there are, goes where it goes for one of the images and for two."""
 
     def __init__(self, images: Tensor | None) -> None:
         super().__init__()
@@ -28,7 +32,7 @@ class _Tracer(fx.Tracer):
         self.running = False  # what the runs call is not traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) is timm.layers.Linear or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in (timm.layers.Linear, Mark) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)

@@ -7,6 +7,7 @@ from itertools import takewhile
 from torch import fx, nn
 
 from dfkd.compress.graph import is_layer
+from dfkd.compress.tracing import Mark
 from dfkd.errors import UserError
 
 
@@ -82,7 +83,7 @@ def extract(graph: fx.GraphModule, nodes: list[fx.Node], name: str) -> tuple[fx.
 
 
 def mark(graph: fx.GraphModule) -> list[str]:
-    """Put an identity layer behind every unit but the last, in place, so that its output can be watched by name; the
+    """Put a Mark behind every unit but the last, in place, so that its output can be watched by name; the
     names."""
     names = []
     for k, unit in enumerate(units(graph)[:-1]):
@@ -90,7 +91,7 @@ def mark(graph: fx.GraphModule) -> list[str]:
         if not ends:
             continue
         names.append(f"hint{k}")
-        graph.add_submodule(names[-1], nn.Identity())
+        graph.add_submodule(names[-1], Mark())
         end = ends[-1]  # behind it nothing may come but what is not read: a check of a size
         with graph.graph.inserting_after(end):
             marker = graph.graph.call_module(names[-1], (end,))
