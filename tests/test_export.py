@@ -309,6 +309,8 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
     model = quantised(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), (2, 4), ends=(2, 4))
     with pytest.raises(UserError, match="opset 18 is too low for this model; give 25"):
         export_onnx(model, images(1), tmp_path / "m.onnx", opset=18)
+    with pytest.raises(UserError, match=r"the example has shape \[1, 8, 8\]; give images \[B, C, H, W\]"):
+        export_onnx(model, images(1)[0], tmp_path / "m.onnx")
     with pytest.raises(UserError, match=r"takes images of \[1, 4, 4\], not \[1, 5, 5\]"):
         verify(export_onnx(nn.Flatten(), images(1, 4), tmp_path / "f.onnx"), nn.Flatten(), images(1, 5))
     with pytest.raises(UserError, match="no image"):

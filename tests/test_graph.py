@@ -285,6 +285,13 @@ def test_a_stream_too_short_is_refused() -> None:
         list(images_of([images(8, 1, 2, 2)], 9))
     with pytest.raises(UserError, match=r"got one tensor \[8, 1, 2, 2\]; put it in a list"):
         list(images_of(images(8, 1, 2, 2)))
+    for batch, name in (
+        ({"images": images(8, 1, 2, 2)}, "dict"),
+        ((images(8, 1, 2, 2).numpy(),), "ndarray"),
+        ((), "tuple"),
+    ):
+        with pytest.raises(UserError, match=rf"a stream's batch is a tensor of images .* got a {name}"):
+            list(images_of([batch]))
 
 
 def test_a_classifier_keeps_its_normalisation_around_another_network() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.classifier import Classifier
+from dfkd.compress.closed_form import closed_form
 from dfkd.compress.graph import fold, network_of
 from dfkd.compress.prune import prune
 from dfkd.compress.qat import Training, quantize
@@ -240,6 +241,8 @@ def test_bits_may_be_one_number_or_a_pair() -> None:
         ({"method": "train", "images": 97}, "ended after 96 images where 97 are needed"),
         ({"method": "nearest", "overrides": {"conv9": [4, 4]}}, "the override 'conv9' matches no layer"),
         ({"method": "train", "ignore": ["conv9"]}, "the ignore pattern 'conv9' matches no layer"),
+        ({"ignore": "conv9"}, "the ignore pattern 'conv9' matches no layer"),
+        ({"method": "layer"}, "choose from nearest, reconstruct, train, here 'reconstruct' with unit='layer'"),
         ({"method": "nearest", "steps": 5}, "method='nearest' takes no steps"),
     ],
 )
@@ -265,8 +268,15 @@ def test_networks_that_do_not_take_the_images_or_are_quantised_already_are_refus
     with pytest.raises(UserError, match=r"does not take images \[2, .* in torch.float32: .*the network in float32"):
         quantize(model().bfloat16(), STREAM, 8, images=16)
     done = quantize(model(), STREAM, 8, method="nearest", images=16)
-    with pytest.raises(UserError, match="the network is quantised already"):
-        quantize(done.model, STREAM, 8, images=16)
+    for again in (
+        lambda: quantize(done.model, STREAM, 8, images=16),
+        lambda: quantize(done.model, STREAM, 8, images=16, method="train", steps=1),
+        lambda: prune(done.model, STREAM, images=16),
+        lambda: prune(done.model, STREAM, images=16, kind="weights"),
+        lambda: closed_form(done.model, 0.5),
+    ):
+        with pytest.raises(UserError, match="the network is quantised already; give the float one"):
+            again()
 
 
 def test_a_stream_that_cannot_be_begun_again_is_refused() -> None:

@@ -43,7 +43,7 @@ POOLS: set[object] = {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tensor]:
     """The images of a stream, batch by batch: of `images` or of `(images, targets, ...)`; `count` images in all.
 
-    Raises UserError where the stream is one tensor, or ends before `count`.
+    Raises UserError where the stream is one tensor, gives something else, or ends before `count`.
     """
     if isinstance(stream, Tensor):
         raise UserError(
@@ -53,7 +53,12 @@ def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tenso
         raise UserError(f"images={count} is not allowed; it takes 1 image of the stream or more")
     seen = 0
     for batch in stream:
-        images = batch if isinstance(batch, Tensor) else batch[0]
+        images = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(images, Tensor):
+            raise UserError(
+                f"a stream's batch is a tensor of images [B, C, H, W] or a tuple that begins with one, got a "
+                f"{type(images).__name__}"
+            )
         images = images if count is None else images[: count - seen]
         seen += len(images)
         yield images
@@ -92,8 +97,9 @@ def matching(names: Sequence[str], pattern: str, what: str) -> list[str]:
 
 
 def ignored_layers(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
-    """The layers that an `ignore` names by its patterns; UserError where one names none."""
-    return {name for pattern in patterns for name in matching(names, pattern, "the ignore pattern")}
+    """The layers that an `ignore` names by its patterns, or one; UserError where one names none."""
+    every = [patterns] if isinstance(patterns, str) else patterns
+    return {name for pattern in every for name in matching(names, pattern, "the ignore pattern")}
 
 
 def check_takes(network: nn.Module, images: Tensor) -> None:

@@ -57,7 +57,8 @@ def quantize(
     of Training). The given model is not changed. Raises UserError where network, pattern or stream will not do.
     """
     if method not in METHODS:
-        raise UserError(f"method={method!r} is unknown; choose from {', '.join(METHODS)}")
+        given = f"method={method!r} is unknown; choose from {', '.join(METHODS)}"
+        raise UserError(given + (f", here 'reconstruct' with unit={method!r}" if method in ("layer", "block") else ""))
     if method == "train":
         training = Training(
             model, stream, bits, images=images, ends=ends, overrides=overrides, ignore=ignore, **options

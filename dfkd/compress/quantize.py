@@ -36,7 +36,6 @@ from dfkd.compress.quantizers import (
     WeightQuantizer,
     activation_quantizers,
     best_step,
-    quantized_layers,
     without_quantizers,
 )
 from dfkd.compress.tracing import Mark, trace
@@ -275,8 +274,6 @@ def prepare(
     folded takes the batch norms into the weights; without it they stay (in eval mode, scales made positive), and
     fold() takes them in later, exactly, as scales per channel.
     """
-    if quantized_layers(network):
-        raise UserError("the network is quantised already; give the float one that it was made from")
     graph = trace(network, images[0][:2])
     if folded:
         fold(graph)

@@ -12,6 +12,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from dfkd.compress.quantizers import quantized_layers
 from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode
 
@@ -136,8 +137,11 @@ def _compare(network: nn.Module, traced: fx.GraphModule, images: Tensor) -> None
 
 
 def check_weights(network: nn.Module) -> None:
-    """Raise UserError where the weight of a layer is no parameter, as a rule since it is computed of others before each
-    forward (weight norm, spectral norm, torch's pruning masks): what is written into it would be gone at the next."""
+    """Raise UserError where a network is quantised already, and where the weight of a layer is no parameter, as a rule
+    since it is computed of others before each forward (weight norm, spectral norm, torch's pruning masks): what is
+    written into it would be gone at the next."""
+    if quantized_layers(network):
+        raise UserError("the network is quantised already; give the float one that it was made from")
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and "weight" not in dict(module.named_parameters(recurse=False)):
             raise UserError(
