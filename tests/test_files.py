@@ -49,7 +49,7 @@ def described(spec: str, structure: dict[str, Any], **more: Any) -> dict[str, An
 
 
 def train(given: nn.Module, **options: Any) -> Any:
-    return quantize(given, STREAM, method="train", images=16, steps=3, warmup=0, **options)
+    return quantize(given, STREAM, method="train", images=16, steps=3, warm_start=3, warmup=0, **options)
 
 
 def nearest(given: nn.Module, **options: Any) -> Any:

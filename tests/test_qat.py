@@ -63,7 +63,7 @@ def model(low: float | None = None) -> Classifier:
 
 
 def trained(given: nn.Module, bits: Any = (4, 4), **options: Any) -> Compressed:
-    settings = {"steps": 3, "images": 32, "warmup": 0, **options}
+    settings = {"steps": 3, "images": 32, "warm_start": 3, "warmup": 0, **options}
     return quantize(given, STREAM, bits, method="train", **settings)
 
 

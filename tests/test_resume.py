@@ -288,16 +288,15 @@ def test_a_rank_that_dies_ends_the_job_and_the_same_launch_resumes_it(place: Pla
 def test_a_run_in_pieces_of_given_minutes_ends_with_the_same_bits(setting: str, tmp_path: Path) -> None:
     places = {name: Place(tmp_path / name, tmp_path / name / "teachers") for name in ("pieces", "whole")}
     folders = {name: place.runs.folder / setting for name, place in places.items()}
-    arguments, calls = ("training.epochs=3", "runtime.log_every=10"), 0
+    arguments, calls = ("training.epochs=2", "runtime.log_every=10", "runtime.evaluations=2"), 0
     while not (folders["pieces"] / "results.json").exists():
         places["pieces"].finish(setting, setting, *arguments, "runtime.minutes=1e-4")
         calls += 1
         assert calls < 20
     said = places["pieces"].log(setting).read_text().splitlines()
     stops = [line.partition(": ")[2] for line in said if line.startswith("stopped for runtime.minutes=0.0001: ")]
-    assert [stop.split()[0] for stop in stops] == ["teacher"] * 4 + [
-        "distill"
-    ] * 6  # 2 x 3 epochs; a line at 10, 20 and 6, 12, ...
+    # Two teachers of two epochs; of the 30 steps lines at 10, 20 and 15, 30.
+    assert [stop.split()[0] for stop in stops] == ["teacher"] * 2 + ["distill"] * 3
     assert calls == len(stops) + 1
     places["whole"].finish(setting, setting, *arguments)
     assert weights(folders["pieces"]) == weights(folders["whole"])
