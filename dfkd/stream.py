@@ -177,9 +177,10 @@ class SyntheticStream(IterableDataset):
                 "a stream's source is a generator (load_generator(FOLDER)), or of dfkd.stream from_images, from_noise; "
                 f"got a {type(source).__name__}"
             )
-        whole = {"batch_size": batch_size, "num_batches": num_batches, "replay": replay, "seed": seed, "epoch": epoch}
+        whole = {"batch_size": batch_size, "replay": replay, "seed": seed, "epoch": epoch}
+        whole |= {"num_batches": num_batches} if num_batches is not None else {}
         for name, value in whole.items():
-            if not isinstance(value, Integral | None):
+            if not isinstance(value, Integral):
                 raise UserError(f"a stream's {name} is a whole number, got {value!r}")
         if batch_size < 2 or (num_batches is not None and num_batches < 1):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")

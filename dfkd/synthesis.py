@@ -49,8 +49,7 @@ class Synthesizer:
 
     losses gives a weight per name (of the two tables of terms.py); weight 0 is not computed. With an accelerator the
     generator is prepared by it, its batch norms are synchronised, and the statistics of teachers are those of the
-    global batch. student is the adversary: a module on images [B, C, H, W] in [0, 1], set against the teacher `main`,
-    which it learns, or against each (None).
+    global batch. student is the adversary: a module on images [B, C, H, W] in [0, 1].
 
     With a pool every step is a round: labels and latents are drawn once, `inner` updates work on them, and what comes
     out is put into the pool. With latent_lr the latents are learned too: those of a PixelGenerator are the images.
@@ -68,7 +67,6 @@ class Synthesizer:
         sample: int = 2,
         mix: MixAugmentationBaseV2 | None = None,
         student: nn.Module | None = None,
-        main: str | None = None,
         lr: float = 3e-3,
         betas: Sequence[float] = (0.5, 0.999),
         clip: float = 5.0,
@@ -99,8 +97,6 @@ class Synthesizer:
         check_losses(losses, zoo, student, generator, bank)
         if batch_size < FEWEST:
             raise UserError(f"the generator learns from {FEWEST} or more images an update, got batch_size={batch_size}")
-        if main is not None and main not in (names := [teacher.name for teacher in zoo]):
-            raise UserError(f"main={main!r} is not in the zoo; choose from {names}, or None")
         for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.ADVERSARIES), (renew, RENEWED)):
             if given not in table:
                 raise UserError(f"unknown choice {given!r}; choose from {sorted(table)}")
@@ -116,7 +112,7 @@ class Synthesizer:
                 "loaded or settled is frozen)"
             )
         self.prepared = prepare(accelerator, generator) if has_weights else generator
-        self.zoo, self.student, self.main, self.mix = list(zoo), student, main, mix
+        self.zoo, self.student, self.mix = list(zoo), student, mix
         self.weights = {name: float(weight) for name, weight in losses.items() if weight}
         self.steps, self.batch_size, self.sample = steps, batch_size, sample
         self.clip = clip if has_weights else 0.0
@@ -217,29 +213,26 @@ class Synthesizer:
     ) -> dict[str, Tensor]:
         """Backward every teacher's loss into the mixed images, one teacher at a time: peak memory is that of one."""
         ramp = self._ramp(step)
+        # Where the adversary is all that asks them anything, the teachers rest until its warm-up is over.
+        if not any(name in self.weights for name in TEACHER_TERMS if name != "adversary" or ramp):
+            return {}
         update = step * self.inner + k
         chosen, upcoming = (sample_teachers(self.zoo, self.sample, self.seed, u) for u in (update, update + 1))
-        # The student learns nothing of the others, and where they differ from it there is nothing to learn.
-        opposed = [teacher for teacher in chosen if ramp and self.main in (None, teacher.name)]
-        if not any(name in self.weights for name in TEACHER_TERMS if name != "adversary"):
-            chosen = opposed  # nothing else is asked of the others, nor of any during the adversary's warm-up
-        ramp *= len(chosen) / max(1, len(opposed))  # every term is a mean over the teachers that it is taken of
         seen: dict[str, list[Tensor]] = {}
-        # A teacher sees the images as its training moved its own, and so does the student, which is compared with it.
+        # A teacher sees the images as its training moved its own, and so does the student, which is compared with it,
+        # also where it learns zoo.main alone (docs/ablations.md, "At 32x32").
         alike = sorted(chosen, key=self._moves)
         first = min(upcoming, key=self._moves)
-        for moves, group in groupby(in_turn(alike, after=first), key=self._moves):
+        for moves, teachers in groupby(in_turn(alike, after=first), key=self._moves):
             view = self._view(leaf, moves, k, position)
             shown = _gathering(view)
             reply = answer = None
-            teachers = list(group)
-            if self.student is not None and any(teacher in opposed for teacher in teachers):
+            if ramp and self.student is not None:
                 (reply,) = self.graphs.call(("adversary",), None, partial(self._reply, self.student), shown)
                 answer = _gathering(reply)
-            given = [shown, mixed.labels, mixed.other, mixed.beta]
+            given = [shown, mixed.labels, mixed.other, mixed.beta, *([answer] if answer is not None else [])]
             for teacher in teachers:
-                against = [answer] if answer is not None and teacher in opposed else []
-                terms = self._terms_of(teacher, position, *given, *against)
+                terms = self._terms_of(teacher, position, *given)
                 total = torch.stack([self._weigh(name, value, ramp) for name, value in terms.items()]).sum()
                 (total / len(chosen)).backward()
                 for name, value in terms.items():

@@ -31,7 +31,7 @@ from dfkd.evaluate import Accuracy, accuracy, agreement
 from dfkd.export import export_onnx
 from dfkd.inputs import bits_by_layer, settings, task_input, task_source
 from dfkd.metrics import LINE_EVERY
-from dfkd.runtime import Autocast, Shard, autocast_of, say, to_float
+from dfkd.runtime import Autocast, Shard, autocast_of, rng, say, to_float
 from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream
 from dfkd.teachers import Teacher, have_features
@@ -273,12 +273,13 @@ def compare(parts: Parts, before: Classifier, done: Compressed) -> dict[str, Any
 @torch.no_grad()
 def not_loaded(parts: Parts, folder: Path, model: nn.Module) -> str | None:
     """Why a folder does not give the model back that was saved in it; None where it does."""
-    image = assemble.blank(parts.recipe, parts.shard.device, 2)
+    shape = assemble.blank(parts.recipe, parts.shard.device, 2).shape
+    images = torch.rand(shape, generator=rng("cpu", "check"))
     try:
-        loaded = load_compressed(folder, trust_code=parts.recipe.trust_code).to(parts.shard.device)
+        loaded = load_compressed(folder, trust_code=parts.recipe.trust_code)
     except UserError as error:
         return str(error)
-    same = torch.allclose(loaded(image), model(image), rtol=1e-3, atol=1e-4)
+    same = torch.allclose(loaded(images), copy.deepcopy(model).cpu()(images), rtol=1e-3, atol=1e-4)
     return None if same else "what is loaded gives other logits than what was saved"
 
 

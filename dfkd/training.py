@@ -116,8 +116,8 @@ class Loop:
             if line:
                 self._log(done, terms)
                 passed = done - done % self.grid_every  # a grid is due with the first line from there on
-                due = passed and not any(map(has_line, range(passed, done)))
-                if self.zoo and (due or done in (plan.alternating, plan.total)):
+                first = passed and not any(map(has_line, range(passed, done)))
+                if self.zoo and (first or done in (plan.alternating, plan.total)):
                     self.snapshot(done)
             if self.evaluate is not None and done in measured:
                 self._refuse_broken(done)

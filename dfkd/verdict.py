@@ -147,7 +147,7 @@ def verdict(
         if error := exported.get("error"):
             found.append(f"task {name} is not exported: {error}")
         if error := task.get("not_loaded"):
-            found.append(f"task {name} cannot be loaded again ({error}): deploy its export, and report this as a bug")
+            found.append(f"task {name} cannot be loaded again: {error}; report this as a bug")
         agree = exported.get("agreement")
         if agree is not None and agree < 99.5:
             found.append(

@@ -241,7 +241,7 @@ def test_bits_may_be_one_number_or_a_pair() -> None:
         ({"method": "train", "images": 97}, "ended after 96 images where 97 are needed"),
         ({"method": "nearest", "overrides": {"conv9": [4, 4]}}, "the override 'conv9' matches no layer"),
         ({"method": "train", "ignore": ["conv9"]}, "the ignore pattern 'conv9' matches no layer"),
-        ({"ignore": "conv9"}, "the ignore pattern 'conv9' matches no layer"),
+        ({"ignore": "conv9"}, r"ignore='conv9' is one text; give a list of patterns, \['conv9'\]"),
         ({"method": "layer"}, "choose from nearest, reconstruct, train, here 'reconstruct' with unit='layer'"),
         ({"method": "nearest", "steps": 5}, "method='nearest' takes no steps"),
     ],

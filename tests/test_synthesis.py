@@ -155,10 +155,9 @@ def naive(
     student: nn.Module | None = None,
     position: tuple[int | str, ...] = (),
     as_trained: bool = True,
-    main: str | None = None,
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Terms and generator gradients of one joint backward, straight from the formulas; box: Data Mixing's boxes;
-    position: that of the moves; main: the teacher that the student learns."""
+    position: that of the moves."""
     latents, labels = inputs
     images = generator(latents, labels).double()
     targets = F.one_hot(labels, generator.classes).double()
@@ -186,7 +185,7 @@ def naive(
         each["one_hot"].append(-p.max(1).values.log().mean())
         each["activation"].append(-features.abs().mean())
         each["information"].append((p.mean(0) * p.mean(0).log()).sum())
-        if student is not None and main in (None, teacher.name):
+        if student is not None:
             answer = copy.deepcopy(student).double().eval()(mixed)
             agree = answer.argmax(1) == logits.argmax(1)
             answer, target = answer - answer.mean(1, keepdim=True), logits - logits.mean(1, keepdim=True)
@@ -235,10 +234,6 @@ CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
     "spread": (MIXMIX | SPREAD, {"mix": make_mix("resize")}),
     "likeness": (MIXMIX | LIKENESS, {"mix": make_mix("resize")}),
     "DAFL": (DAFL, {}),
-    "an adversary of one teacher": (
-        MIXMIX | {"adversary": 2.0},
-        {"main": "plain", "warmup": 0.0, "adversary_loss": "l1"},
-    ),
     "everything": (
         MIXMIX | IMAGE | LIKENESS | SPREAD | DAFL | {"adversary": 2.0},
         {"mix": make_mix("resize"), "warmup": 0.0, "adversary_loss": "l1"},
@@ -272,7 +267,6 @@ def test_an_update_is_that_of_the_formulas(
         student=adversary,
         position=position,
         as_trained=options.get("as_trained", True),
-        main=options.get("main"),
     )
     same_update(synthesizer, before, terms, wanted)
     changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), synthesizer.generator.parameters())]
@@ -553,26 +547,6 @@ def test_an_update_waits_for_no_value(
             float(terms["ce"])
 
 
-def test_no_adversary_where_the_teacher_it_learns_is_not_asked(
-    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
-) -> None:
-    options = {"student": student, "warmup": 0.0, "sample": 1}
-    synthesizer = build(make_generator(), zoo, MIXMIX | {"adversary": 2.0}, main="plain", **options)
-    bare = build(make_generator(), zoo, MIXMIX, sample=1)
-    with_it, seen = [], Seen(synthesizer)
-    for step in range(6):
-        for each in (synthesizer, bare):
-            each.generator.load_state_dict(make_generator().state_dict())
-            each.optimizer = each._adam([*each.generator.parameters()], each.lr)
-        terms, without = synthesizer.step(step), bare.step(step)
-        with_it.append("adversary" in terms)
-        assert with_it[-1] == (seen.asked[-1].name == "plain")
-        same = [torch.equal(a, b) for a, b in zip(synthesizer.generator.parameters(), bare.generator.parameters())]
-        assert all(same) == (not with_it[-1])
-        assert terms["bn"] == without["bn"]
-    assert len(set(with_it)) == 2
-
-
 # --- what is refused ---
 
 
@@ -631,8 +605,6 @@ def test_a_zoo_that_does_not_fit_its_generator_is_refused(
         build(make_generator(classes=5), [make_teacher("few")], {"ce": 1.0}).step(0)
     with pytest.raises(UserError, match="the weight of bn is -2; give 0 or more"):
         build(make_generator(), [teacher], {"ce": 1.0, "bn": -2.0})
-    with pytest.raises(UserError, match=r"main='big' is not in the zoo; choose from \['plain'\], or None"):
-        build(make_generator(), [teacher], {"ce": 1.0}, main="big")
     with pytest.raises(UserError, match="learns from 4 or more images an update, got batch_size=3"):
         Synthesizer(make_generator(), [teacher], losses={"ce": 1.0}, steps=2, batch_size=3)
 

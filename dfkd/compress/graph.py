@@ -97,9 +97,10 @@ def matching(names: Sequence[str], pattern: str, what: str) -> list[str]:
 
 
 def ignored_layers(names: Sequence[str], patterns: Iterable[str]) -> set[str]:
-    """The layers that an `ignore` names by its patterns, or one; UserError where one names none."""
-    every = [patterns] if isinstance(patterns, str) else patterns
-    return {name for pattern in every for name in matching(names, pattern, "the ignore pattern")}
+    """The layers that an `ignore` names by its patterns; UserError where one names none, or it is one text."""
+    if isinstance(patterns, str):
+        raise UserError(f"ignore={patterns!r} is one text; give a list of patterns, [{patterns!r}]")
+    return {name for pattern in patterns for name in matching(names, pattern, "the ignore pattern")}
 
 
 def check_takes(network: nn.Module, images: Tensor) -> None:
