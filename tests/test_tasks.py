@@ -37,7 +37,7 @@ SHORT = (
     "prune.images=64",
     "export.images=64",
 )
-SHORT += ("ptq.steps=4", "qat.batch_size=16", "qat.warm_start=2", "prune.batch_size=16", "prune.steps=4")
+SHORT += ("ptq.steps=4", "qat.steps=8", "qat.batch_size=16", "qat.warm_start=2", "prune.batch_size=16", "prune.steps=4")
 FIGURES = {
     "before",
     "naive",
@@ -269,7 +269,7 @@ def test_the_generator_beside_a_control_is_the_one_without(runs: Runs) -> None:
 
 
 def test_what_a_control_opened_stays_with_the_model(runs: Runs) -> None:
-    chosen = ("tasks=[generator,distill,qat]", "distill.source=real", "qat.input=student", "qat.steps=4", *SHORT)
+    chosen = ("tasks=[generator,distill,qat]", "distill.source=real", "qat.input=student", *SHORT)
     assert runs.run("first", "export.input=none", *chosen).code == 0
     first = runs.folder / "first"
     assert controls(first) == [CONTROL]
