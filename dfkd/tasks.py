@@ -239,7 +239,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         history = {**about.get("compressed_by", {}), task: made}
         description = {**about, "structure": structure, "compressed_by": history, "opened": figures["opened"]}
         save_compressed(folder, done.model, description)
-        figures["not_loaded"] = not_loaded(parts, folder, done.model)
+        figures["not_loaded"] = not_loaded(parts.recipe, folder, done.model)
         if parts.recipe.export.input in ("tasks", task):
             figures["export"] = export(parts, folder, model, done.model)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
@@ -271,12 +271,12 @@ def compare(parts: Parts, before: Classifier, done: Compressed) -> dict[str, Any
 
 
 @torch.no_grad()
-def not_loaded(parts: Parts, folder: Path, model: nn.Module) -> str | None:
+def not_loaded(recipe: Recipe, folder: Path, model: nn.Module) -> str | None:
     """Why a folder does not give the model back that was saved in it; None where it does."""
-    shape = assemble.blank(parts.recipe, parts.shard.device, 2).shape
-    images = torch.rand(shape, generator=rng("cpu", "check"))
+    size = recipe.image.size
+    images = torch.rand(2, recipe.image.channels, size, size, generator=rng("cpu", "check"))
     try:
-        loaded = load_compressed(folder, trust_code=parts.recipe.trust_code)
+        loaded = load_compressed(folder, trust_code=recipe.trust_code)
     except UserError as error:
         return str(error)
     same = torch.allclose(loaded(images), copy.deepcopy(model).cpu()(images), rtol=1e-3, atol=1e-4)

@@ -105,7 +105,7 @@ class Teacher(Classifier):
         """Collect what CMI tells images apart by: per batch norm the means over pixels [B, C] of its input."""
         return tap_inputs(
             batch_norms(self.model).values(),
-            lambda _, x: full_precision(x) if x.dim() == 2 else full_precision(x).flatten(2).mean(2),
+            lambda _, x: full_precision(x).reshape(*x.shape[:2], -1).mean(2),  # [B, C] is one pixel
         )
 
     def tap_maps(self, look: Callable[[Tensor], Tensor]) -> AbstractContextManager[list[Tensor]]:

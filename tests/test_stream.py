@@ -514,9 +514,8 @@ def test_workers_of_a_loader_share_the_batches(make_stream: MakeStream, workers:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_a_ring_is_not_shared_by_workers(make_stream: MakeStream, make_teacher: Callable[..., Teacher]) -> None:
-    loader = DataLoader(
-        make_stream(replay=2, teacher=make_teacher()), batch_size=None, num_workers=1
-    )  # torch waits 5 s for each
+    stream = make_stream(replay=2, teacher=make_teacher())
+    loader = DataLoader(stream, batch_size=None, num_workers=1)  # torch waits 5 s for each that failed
     with pytest.raises(UserError, match="num_workers=0"):
         next(iter(loader))
 
