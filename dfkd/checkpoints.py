@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dfkd.errors import UserError, in_a_line
+from dfkd.whole import whole
 
 KEEP = 2
 FOREIGN = "is of another recipe, precision or number of processes, an older version or networks whose files changed"
@@ -25,24 +26,11 @@ class Resumed(NamedTuple):
     warnings: list[str]
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def save_state(state: dict[str, Any], path: Path) -> None:
-    """torch.save to a file that is on the disk when this returns. Raises OSError."""
+    """torch.save, whole or not at all. Raises OSError."""
     try:
-        with open(path, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
+        with whole(path) as draft:
+            torch.save(state, draft)
     except RuntimeError as error:  # how torch reports a failed write
         raise OSError(in_a_line(error)) from error
 
@@ -88,7 +76,8 @@ class Checkpoints:
         if self.state.is_main_process:
             files = {key: value for entry in digests for key, value in entry.items() if key != "failed"}
             manifest = {"step": step, "owner": self.owner, "files": files}
-            write_atomically(partial / "manifest.json", json.dumps(manifest))
+            with whole(partial / "manifest.json") as draft:
+                draft.write_text(json.dumps(manifest))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
             self._point_latest_at(final)

@@ -13,13 +13,13 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-from dfkd.checkpoints import write_atomically
 from dfkd.collectives import agreed
 from dfkd.errors import UserError, in_a_line
 from dfkd.inputs import COMPRESSIONS
 from dfkd.recipe import Loaded
 from dfkd.runtime import say
 from dfkd.schema import SELECTED, Recipe
+from dfkd.whole import whole
 from dfkd.zoo import teacher_folder
 
 try:
@@ -110,7 +110,8 @@ def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> Itera
                 for name in MADE:
                     shutil.rmtree(folder / name, ignore_errors=True)
                     (folder / name).unlink(missing_ok=True)
-            write_atomically(folder / CONFIG, loaded.yaml())
+            with whole(folder / CONFIG) as draft:
+                draft.write_text(loaded.yaml())
         accelerator.wait_for_everyone()
         yield
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from dfkd import assemble
-from dfkd.checkpoints import write_atomically
 from dfkd.data import evenly, load_folder, opened, sample
 from dfkd.errors import UserError
 from dfkd.folder import QUALITY
@@ -27,6 +26,7 @@ from dfkd.stream import Source, SyntheticStream, from_generator, materialize
 from dfkd.tasks import HELD_OUT, HELD_OUT_BATCH, HELD_OUT_EPOCH
 from dfkd.teachers import Teacher
 from dfkd.training import GRID_COLUMNS
+from dfkd.whole import whole
 from dfkd.zoo import load_recipe_zoo, training_images
 from generators import PoolGenerator
 
@@ -74,7 +74,8 @@ def judge(loaded: Loaded, source: str, count: int, command: str) -> None:
 def _write(folder: Path, figures: dict[str, Any], picture: Tensor) -> None:
     """Leave the figures and the picture in a folder, and say so."""
     try:
-        write_atomically(folder / "quality.json", json.dumps(figures, indent=2) + "\n")
+        with whole(folder / "quality.json") as draft:
+            draft.write_text(json.dumps(figures, indent=2) + "\n")
         save_image(picture, folder / "grid.png")
     except OSError as error:
         raise UserError(f"could not write in {folder}: {error}; give another output=...") from None

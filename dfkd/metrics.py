@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from dfkd.collectives import mean_over_processes
 from dfkd.errors import UserError
 from dfkd.runtime import say
+from dfkd.whole import whole
 
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
 
@@ -43,10 +43,9 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = _lines_until(path, resumed_after)
-        partial = path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept))
         self.warned = {entry["name"] for entry in map(json.loads, kept) if entry["phase"] == "warning"}
-        os.replace(partial, path)  # a kill between must not lose the lines
+        with whole(path) as draft:
+            draft.write_text("".join(kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115 (closed by close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_after + 1)
 

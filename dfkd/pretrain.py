@@ -1,11 +1,9 @@
 """Training of a teacher from real images, the way the owner of the data would have done it."""
 
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,18 +82,8 @@ def train_teacher(
         log(epoch, float(loss))
         if checkpoint is not None:
             state = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
-            _save(state, checkpoint)
+            save_state(state, checkpoint)
         if deadline is not None and epoch + 1 < epochs and deadline.within(time.perf_counter() - begun):
             return False
     classifier.eval()
     return True
-
-
-def _save(state: dict[str, Any], checkpoint: Path) -> None:
-    """Write a checkpoint whole or not at all, also where another run trains the same teacher. Raises OSError."""
-    partial = checkpoint.with_suffix(f".{os.getpid()}")
-    try:
-        save_state(state, partial)
-        os.replace(partial, checkpoint)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 import base64
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dfkd.curves import chart, read_curves
+from dfkd.whole import whole
 
 GRIDS = 12  # image grids shown, at most: the folder has them all
 UNMEASURED = "not measured"
@@ -77,12 +77,9 @@ def write_report(folder: str | Path) -> Path:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(name)} - dfkd</title><style>{CSS}</style></head>\n<body>\n{body}</body></html>\n"
     )
-    path, draft = folder / "report.html", folder / f".report.html.{os.getpid()}"
-    try:
+    path = folder / "report.html"
+    with whole(path) as draft:
         draft.write_text(page, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
     return path
 
 

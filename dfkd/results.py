@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
-from dfkd.checkpoints import write_atomically
 from dfkd.curves import entries
 from dfkd.data import opened
 from dfkd.evaluate import agreement, guesses, score
@@ -24,6 +23,7 @@ from dfkd.tasks import export, held_out, task_results
 from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Plan, look
 from dfkd.verdict import generator_notes, last_quarter, teacher_notes, verdict
+from dfkd.whole import whole
 from dfkd.zoo import made_from, training_images
 
 
@@ -83,7 +83,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         if results["student"] and recipe.export.input == "student":
             teacher, student = (task_input(parts, name)[0] for name in ("main", "student"))
             results["student"]["export"] = export(parts, folder / "student", teacher, student)
-        write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+        with whole(folder / "results.json") as draft:
+            draft.write_text(json.dumps(results, indent=2) + "\n")
         write_report(folder)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dfkd import assemble
 from dfkd.assemble import Parts
-from dfkd.checkpoints import write_atomically
 from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
@@ -36,6 +35,7 @@ from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream
 from dfkd.teachers import Teacher, have_features
 from dfkd.verify import verify
+from dfkd.whole import whole
 from dfkd.zoo import made_from
 from generators import ImageGenerator, PoolGenerator
 
@@ -243,7 +243,8 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         if parts.recipe.export.input in ("tasks", task):
             figures["export"] = export(parts, folder, model, done.model)
         figures["seconds"] = round(time.perf_counter() - begun, 1)
-        write_atomically(folder / DONE, json.dumps(figures, indent=2) + "\n")
+        with whole(folder / DONE) as draft:
+            draft.write_text(json.dumps(figures, indent=2) + "\n")
     parts.accelerator.wait_for_everyone()
 
 

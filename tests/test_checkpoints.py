@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd.checkpoints import Checkpoints, write_atomically
+from dfkd.checkpoints import Checkpoints
 from dfkd.errors import UserError
+from dfkd.whole import whole
 
 CPU = torch.device("cpu")
 
@@ -181,10 +183,15 @@ def test_only_tensors_and_plain_values_are_read(checkpoints: Checkpoints) -> Non
         checkpoints.load(CPU)
 
 
-def test_a_text_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.json"
-    write_atomically(path, "old")
-    monkeypatch.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(OSError("power cut")))
-    with pytest.raises(OSError, match="power cut"):
-        write_atomically(path, "half")
+    with whole(path) as draft:
+        draft.write_text("old")
+    failing = ExitStack()
+    failing.enter_context(whole(path)).write_text("half")
     assert path.read_text() == "old"
+    failing.push(lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        failing.close()
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.errors import UserError, in_a_line
+from dfkd.whole import whole
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 _REQUIRED = ("model", "classes", "channels")  # without these a folder cannot be rebuilt
@@ -220,14 +221,8 @@ def folder_about(weights: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _write(path: Path, content: bytes) -> None:
     """Replace a file in one step, on the disk before it has its name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with whole(path) as draft:
+            draft.write_bytes(content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from error
