@@ -21,11 +21,13 @@ from dfkd.assemble import train_zoo
 from dfkd.compress.fit import Fit
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
+from dfkd.phases import plans
 from dfkd.recipe import load_recipe
 from dfkd.results import describe_device
 from dfkd.run import build
 from dfkd.runtime import make_accelerator
 from dfkd.tasks import TASKS, compare
+from generators.files import GeneratorError
 
 Cases = dict[str, tuple[str, dict[str, Any]]]  # task and keys by name
 PTQ = {f"W{w}A{a} PTQ": ("ptq", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}
@@ -50,7 +52,7 @@ def main() -> int:
     options, arguments = parser.parse_known_args()
     try:
         measure(options.out, picked(CASES, options.cases), picked(SOURCES, options.sources), arguments)
-    except UserError as error:
+    except (UserError, GeneratorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -65,6 +67,7 @@ def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence
         raise UserError(
             "accuracies of --cases are what is measured: name one, and set data.dataset to real test images"
         )
+    plans(recipe)  # refuses a recipe without a generator
     parts = build(recipe, accelerator, shard)
     train_zoo(parts, print)
     path = out / "figures.jsonl"

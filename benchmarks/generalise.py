@@ -28,6 +28,7 @@ from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, reload_generator, train_zoo
 from dfkd.compress.fit import Fit
+from dfkd.data import evenly
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
 from dfkd.quality import quality
@@ -40,7 +41,7 @@ from dfkd.stream import Source, SyntheticStream, from_generator
 from dfkd.tasks import HELD_OUT_EPOCH, TASKS, measure
 from dfkd.teachers import Teacher
 from dfkd.zoo import teacher_folder
-from generators import GeneratorError
+from generators import GeneratorError, PoolGenerator
 
 # How images are made: by the recipe's generator, or without one.
 WAYS: dict[str, Keys] = {
@@ -211,12 +212,15 @@ def looked_at(parts: Parts, name: str, count: int) -> dict[str, Line]:
     """What every teacher makes of `count` images of a source (dfkd.quality: batch-norm loss over all of them at once,
     accuracy on their labels), by name; and of the images, which is the same for all, how much they differ in a class.
     """
-    seed, source = parts.recipe.seed, source_of(parts, name, parts.zoo[0])
-    stream = SyntheticStream(source, batch_size=count, seed=seed, shard=Shard(parts.shard.device))
-    images, labels = stream.batch(0, HELD_OUT_EPOCH)
+    if name not in CONTROLS and isinstance(parts.generator, PoolGenerator):  # a stream of it draws with replacement
+        images, labels = (each[evenly(len(each), count).to(each.device)] for each in parts.generator.kept())
+    else:
+        seed, source = parts.recipe.seed, source_of(parts, name, parts.zoo[0])
+        stream = SyntheticStream(source, batch_size=count, seed=seed, shard=Shard(parts.shard.device))
+        images, labels = stream.batch(0, HELD_OUT_EPOCH)
     figures = quality(images, labels, parts.zoo).figures
     pixels = figures["diversity"]["pixel"]
-    same = {"n": count, "within_over_between": pixels["ratio"], "near_duplicates": pixels["near_duplicates"]}
+    same = {"n": len(images), "within_over_between": pixels["ratio"], "near_duplicates": pixels["near_duplicates"]}
     return {model: {**of_model, **same} for model, of_model in figures["teachers"].items()}
 
 

@@ -152,7 +152,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
     keys = given_keys(arguments, "all methods")
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
-        keys = {**ON_GPU, **keys}
+        keys = keys if "base" in keys else {**ON_GPU, **keys}
     names = [name for name in options.methods.split(",") if name]
     if not names:
         raise UserError(f"no method in {FOLDER / 'methods'}; give --methods path/x.yaml")

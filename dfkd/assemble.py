@@ -110,6 +110,8 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     mean, std = like.normalisation
     made = folder_about(spec.weights)
     own = {"mean": made.get("mean", mean), "std": made.get("std", std), "input_size": made.get("input_size")}
+    if selects:
+        own["input_size"] = like.input_size
     student = Classifier(model, name="student", **own).to(device)
     if recipe.runtime.channels_last:
         student.to(memory_format=torch.channels_last)
@@ -177,6 +179,7 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
     mean, std = pixel_statistics(zoo, recipe.image.channels)
     specs = recipe.zoo_specs
     known = {
+        "conditional": spec.conditional,
         "latent": spec.latent,
         "classes": recipe.classes,
         "channels": recipe.image.channels,
@@ -189,16 +192,13 @@ def make_generator(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> 
     }
     description = {
         "arch": spec.arch,
-        "conditional": spec.conditional,
         **{key: value for key, value in known.items() if key in GENERATORS[spec.arch].keys},
-        "teachers": {
-            t.name: {"model": specs[t.name].model, "weights": specs[t.name].weights, "moves": list(t.moves)}
-            for t in zoo
-        },
-        "seed": recipe.seed,
-        "recipe": recipe.name,
     }
-    generator = seeded(recipe, "generator", lambda: build_generator(description)).to(device)
+    teachers = {
+        t.name: {"model": specs[t.name].model, "weights": specs[t.name].weights, "moves": list(t.moves)} for t in zoo
+    }
+    about = {"conditional": spec.conditional, "teachers": teachers, "seed": recipe.seed, "recipe": recipe.name}
+    generator = seeded(recipe, "generator", lambda: build_generator(description, about)).to(device)
     if recipe.runtime.channels_last:
         generator.to(memory_format=torch.channels_last)
     return generator
@@ -224,11 +224,7 @@ def make_pool(recipe: Recipe, worker: ImageGenerator, shard: Shard) -> ImageGene
     """What is streamed where a generator works in rounds: a pool of the images they leave."""
     synthesis = recipe.synthesis
     made = synthesis.steps * synthesis.batch_size * shard.world
-    description = {
-        **worker.description,
-        "arch": "pool",
-        "made_by": worker.description["arch"],
-        "inner": synthesis.inner,
-        "capacity": min(synthesis.pool, made),
-    }
-    return build_generator(description).to(shard.device)
+    whole = {**worker.description, "arch": "pool", "capacity": min(synthesis.pool, made)}
+    description = {key: whole.pop(key) for key in ("arch", *PoolGenerator.keys)}
+    about = {**whole, "made_by": worker.description["arch"], "inner": synthesis.inner}
+    return build_generator(description, about).to(shard.device)

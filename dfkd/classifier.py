@@ -78,6 +78,11 @@ class Classifier(nn.Module):
             raise UserError(
                 f"{name}: mean {list(mean)} and std {list(std)} must be one value per channel each, std > 0"
             )
+        if not all(0 <= value <= 1 for value in mean):
+            raise UserError(
+                f"{name}: mean {list(mean)} is none of images in [0, 1]; divide mean and std by 255 where they are of "
+                "images in 0 to 255"
+            )
         self.slow = [
             module
             for module in model.modules()

@@ -105,7 +105,10 @@ def sync_batchnorm(module: nn.Module) -> nn.Module:
         if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             child.__class__ = SyncBatchNorm
         elif isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm) and world_size() > 1:
-            raise UserError(f"{type(child).__name__} cannot be synchronised; set runtime.sync_batchnorm=false")
+            raise UserError(
+                f"{type(child).__name__} cannot be synchronised over processes; give a generator torch's own batch "
+                "norms, a student those or runtime.sync_batchnorm=false"
+            )
         sync_batchnorm(child)
     return module
 

@@ -30,6 +30,8 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
                 yield f"teachers.{name}.{key}={numbers}: image.channels={channels} needs as many, or []"
         if min(spec.std, default=1) <= 0:
             yield f"teachers.{name}.std={spec.std} is not allowed; it takes numbers above 0"
+        if not all(0 <= value <= 1 for value in spec.mean):
+            yield f"teachers.{name}.mean={spec.mean} is not allowed; images are in [0, 1]: divide mean and std by 255"
         if (spec.pad or 0) > (most := recipe.image.size // 2):
             yield f"teachers.{name}.pad={spec.pad} is not allowed; it takes 0 to {most}, half of image.size"
         if not spec.weights and recipe.data.dataset == "none":

@@ -110,9 +110,7 @@ def _generated(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> S
     given = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, checkpoint=source))
     generator = assemble.make_generator(given, zoo, device)
     if isinstance(generator, PoolGenerator):  # it draws with replacement: duplicates that the pool may not have
-        labels = generator.labels[generator.labels < generator.classes]
-        rows = evenly(len(labels), count)
-        images, labels = generator.kept().cpu()[rows], labels.cpu()[rows]
+        images, labels = (each.cpu()[evenly(len(each), count)] for each in generator.kept())
     else:
         images, labels = _streamed(recipe, from_generator(generator), count, device)
     return _sample(source, images, labels if generator.conditional else None, f"images of the generator in {source}")

@@ -129,7 +129,7 @@ def partners(batch: int, device: torch.device | str = "cpu") -> Tensor:
     around.
     """
     rows = torch.arange(batch, device=device)
-    return torch.where((rows ^ 2) < batch, rows ^ 2, (rows + 2) % batch)
+    return torch.where((rows ^ 2) < batch, rows ^ 2, (rows + min(2, max(1, batch - 1))) % batch)
 
 
 def mix_batch(mix: MixAugmentationBaseV2, images: Tensor, labels: Tensor, shard: Shard, *position: int | str) -> Mixed:

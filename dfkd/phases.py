@@ -14,6 +14,7 @@ from dfkd.compress.fit import Fit
 from dfkd.compress.hints import Hints, attention_hints, projected_hints, stage_hints
 from dfkd.cuda_graphs import recorder
 from dfkd.data import opened, sample
+from dfkd.draws import Moves
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, agreement, guesses
 from dfkd.inputs import COMPRESSIONS, settings, task_source
@@ -121,7 +122,9 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     before = len(opened())
     control = None if source == "generator" else task_source(parts, source, parts.student)
     about = parts.student_about
-    parts.student_about = {**about, "source": source, "opened": made_from(about) + opened()[before:]}
+    moves = Moves(round(distill.shift * recipe.image.size), distill.flip)
+    made = {"source": source, "moves": list(moves), "opened": made_from(about) + opened()[before:]}
+    parts.student_about = {**about, **made}
     teachers = assemble.main_teachers(recipe, parts.zoo)
     stream = training_stream(
         parts,

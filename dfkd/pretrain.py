@@ -13,6 +13,7 @@ from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import STILL, Moves, augment
+from dfkd.errors import UserError
 from dfkd.runtime import Deadline, Shard, reseed, rng, to_float
 
 
@@ -45,7 +46,7 @@ def train_teacher(
     """Train a classifier on images [N, C, H, W] uint8 and labels [N] with SGD, moved at random; in place.
 
     With a checkpoint (a file) it goes on from the epoch it was left at. Returns whether all epochs are done: False
-    where the deadline would come before the next one's end; at least one is done.
+    where the deadline would come before the next one's end; at least one is done. Raises UserError where it diverges.
     """
     device = torch.device(device)
     shard = Shard(device)
@@ -79,7 +80,10 @@ def train_teacher(
             x = x.contiguous(memory_format=memory_format)
             (loss,) = graphs.learn(("teacher",), classifier, examined, x, labels[rows])
             optimizer.step()
-        log(epoch, float(loss))
+        last = float(loss)
+        log(epoch, last)
+        if not math.isfinite(last):
+            raise UserError(f"teacher {classifier.name}: its loss is {last} after epoch {epoch + 1}; lower training.lr")
         if checkpoint is not None:
             state = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
             save_state(state, checkpoint)

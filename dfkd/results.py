@@ -61,7 +61,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         at = [plan.name for plan in phases].index("distill")
         begins = sum(plan.total for plan in phases[:at]) + phases[at].first_student
         measured = [e for e in along if e.get("phase") == "evaluation"]
-        results["student"]["last_quarter"] = last_quarter(measured, begins)
+        ends = sum(plan.total for plan in phases[: at + 1])
+        results["student"]["last_quarter"] = last_quarter(measured, ends, begins)
     bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
     notes = generator_notes(parts.generator, figures, bn)
@@ -69,7 +70,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         if parts.test is not None and classes is not None:
             notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)
     results["verdict"] = verdict(results, notes, warnings)
-    results["data_free"] = training_images(recipe) + [e for e in opened() if e["purpose"] == "evaluate"]
+    judged_on = [e for e in opened() if e["purpose"] == "evaluate" and parts.test is not None]  # not by other runs here
+    results["data_free"] = training_images(recipe) + judged_on
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
     for entry in (entry for each in trained for entry in each.pop("opened")):
         if entry not in results["data_free"]:

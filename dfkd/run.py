@@ -223,8 +223,7 @@ def prepare_student(parts: Parts, plan: Plan) -> None:
     """Where distill.input names a model, make it the student; and synchronise batch norms where the recipe says so."""
     if plan.name == "distill" and parts.recipe.distill.input is not None:
         parts.student, parts.student_about = task_input(parts, parts.recipe.distill.input)
-        for key in ("selected", "moves"):  # of a model that has been trained since
-            parts.student_about.pop(key, None)
+        parts.student_about.pop("selected", None)  # it has been trained since
         hold_zeros(parts.student.requires_grad_(True))
     if parts.recipe.runtime.sync_batchnorm and parts.student is not None:
         sync_batchnorm(parts.student)

@@ -100,6 +100,11 @@ class Synthesizer:
         for given, table in ((bn_distance, L.BN_DISTANCES), (adversary_loss, L.ADVERSARIES), (renew, RENEWED)):
             if given not in table:
                 raise UserError(f"unknown choice {given!r}; choose from {sorted(table)}")
+        for name, share in (("warmup", warmup), ("fade", fade)):
+            if not 0 <= share <= 0.5:
+                raise UserError(f"{name} is a share of the steps, 0 to 0.5; got {share}")
+        if not 1 <= sample <= len(zoo):
+            raise UserError(f"sample, teachers of an update, is 1 to {len(zoo)}, as many as there are; got {sample}")
         self.shard = shard or Shard(generator.device)
         self.graphs = graphs
         self.generator = generator.train()

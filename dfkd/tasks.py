@@ -293,7 +293,7 @@ def held_out(parts: Parts, count: int = HELD_OUT, autocast: Autocast = nullconte
     """Batches of synthetic images, `count` in all, that nothing has trained on; of a pool its own, each once and no
     more than it has: what trained on the pool has seen them all."""
     if isinstance(parts.generator, PoolGenerator):
-        kept = parts.generator.kept()
+        kept, _ = parts.generator.kept()
         rows = evenly(len(kept), count).to(kept.device)  # of all its rounds
         return (to_float(each) for each in kept[rows].split(HELD_OUT_BATCH) if len(each))
     stream = SyntheticStream(

@@ -258,7 +258,7 @@ def load_zoo(
         given = {key: value for key, value in spec.items() if value is not None and value != ""}
         kept = {key: about[key] for key in KEPT if about.get(key)}
         own = {key: given[key] for key in KEPT if key in given and (key == "input_size" or len(given[key]))}
-        options, moves = kept | own, given.get("moves") or Moves(*about.get("moves", STILL))
+        options, moves = kept | own, given.get("moves") or kept_moves(about, size)
         teacher = Teacher(model, name=name, moves=moves, weight=spec.get("weight", 1.0), **options)
         if channels_last:
             teacher.to(memory_format=torch.channels_last)
@@ -272,6 +272,12 @@ def load_zoo(
         check_teacher(teacher, classes=classes, channels=channels, size=size, to_train=to_train)
         zoo.append(teacher)
     return zoo
+
+
+def kept_moves(about: Mapping[str, Any], size: int) -> Moves:
+    """How a model.json says that training moved images at random, in pixels of images of `size`."""
+    moves = Moves(*about.get("moves", STILL))
+    return moves._replace(shift=round(moves.shift * size / about.get("size", size)))
 
 
 def check_spec(name: str, spec: object, untrained: bool) -> None:

@@ -38,7 +38,9 @@ def generator_notes(
 ) -> dict[str, str]:
     """By name what looks wrong with a generator: figures are those of training.look, bn the batch-norm loss of each
     teacher at the start and now, progress the share of its steps that are done."""
-    notes = {}
+    notes = dict[str, str]()
+    if isinstance(generator, PixelGenerator):  # noise, which nothing trained
+        return notes
     pooled = isinstance(generator, PoolGenerator)
     rate = "synthesis.lr (of pixels synthesis.latent_lr)" if pooled else "synthesis.lr"
     seen = {name.partition("_agreement_")[2]: figures[name] for name in figures if name.startswith("class_agreement_")}
@@ -56,10 +58,9 @@ def generator_notes(
                 "synthesis.steps, or lower synthesis.losses.diversity"
             )
     if progress >= SETTLED and figures["feature_ratio"] < ALIKE and generator.conditional:
-        remedies = {PoolGenerator: "synthesis.latent_lr or .jitter", PixelGenerator: "synthesis.steps"}
+        remedy = "latent_lr or .jitter" if pooled else "losses.diversity or generator.prototypes"
         notes["alike"] = (
-            "the images of a class hardly differ (the generator ignores its latents): raise "
-            f"{remedies.get(type(generator), 'synthesis.losses.diversity or generator.prototypes')}"
+            f"the images of a class hardly differ (the generator ignores its latents): raise synthesis.{remedy}"
         )
     for name, (start, end) in bn.items() if progress >= HALFWAY else ():
         if end > UNMATCHED * start:
@@ -117,15 +118,16 @@ def student_notes(agreement: float, best: float) -> dict[str, str]:
     return {"student": text}
 
 
-def last_quarter(evaluations: Sequence[Mapping[str, Any]], first: int = 0) -> dict[str, Any] | None:
+def last_quarter(evaluations: Sequence[Mapping[str, Any]], last: int, first: int = 0) -> dict[str, Any] | None:
     """Mean, sample deviation and lowest of a student's figures over the last quarter of its training, which begins
-    after loop step `first`, in percent; None where it was not measured on the way. evaluations, the last one at the
-    end, are {step, accuracy or agreement, images} each."""
+    after loop step `first` and ends with `last`, in percent; None where it was not measured then. evaluations are
+    {step, accuracy or agreement, images} each."""
+    late = min(last - 1, first + math.ceil(0.75 * (last - first)))
+    evaluations = [entry for entry in evaluations if late < entry["step"] <= last]
     if not evaluations:
         return None
-    late = first + math.ceil(0.75 * (evaluations[-1]["step"] - first))
     of = "accuracy" if "accuracy" in evaluations[-1] else "agreement"
-    values = [entry[of] for entry in evaluations[:-1] if entry["step"] > late] + [evaluations[-1][of]]
+    values = [entry[of] for entry in evaluations if of in entry]
     return {
         "of": of,
         "mean": statistics.fmean(values),
@@ -167,7 +169,7 @@ def verdict(
                 f"{repaired['percent']:.1f} % before it was trained: lower {name}.lr, raise {name}.steps or set "
                 "it to 0"
             )
-        elif task["before"] is not None and task["after"] < task["before"] - 10:
+        elif made_for and task["before"] is not None and task["after"] < task["before"] - 10:
             found.append(
                 f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
             )

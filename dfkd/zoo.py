@@ -22,7 +22,7 @@ from dfkd.models.checkpoints import folder_about
 from dfkd.pretrain import train_teacher
 from dfkd.runtime import Deadline, Shard, resolve_precision, rng
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
-from dfkd.teachers import SPEC, Teacher, load_zoo
+from dfkd.teachers import SPEC, Teacher, kept_moves, load_zoo
 
 Say = Callable[[str], None]
 Network = TypeVar("Network", bound=nn.Module)
@@ -75,7 +75,7 @@ def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:
     if not spec.weights:
         moves = Moves(round(recipe.training.shift * recipe.image.size), recipe.training.flip)
     else:
-        moves = Moves(*folder_about(spec.weights).get("moves", STILL))
+        moves = kept_moves(folder_about(spec.weights), recipe.image.size)
     if spec.pad is not None:
         moves = moves._replace(shift=spec.pad, black=spec.pad > 0)
     return moves if spec.flip is None else moves._replace(flip=spec.flip)
@@ -98,6 +98,7 @@ def describe(recipe: Recipe, model: str, kwargs: dict[str, Any], classifier: Cla
         "mean": mean,
         "std": std,
         "input_size": classifier.input_size,
+        "size": recipe.image.size,
     }
 
 

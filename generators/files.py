@@ -17,12 +17,17 @@ class GeneratorError(ValueError):
     """A generator folder or description that cannot be used: which, and why, in one line."""
 
 
-def build_generator(description: dict[str, Any]) -> ImageGenerator:
+def build_generator(description: dict[str, Any], about: dict[str, Any] | None = None) -> ImageGenerator:
     """The generator that a description (`arch` and that generator's `keys`, those without a default at least) names,
-    with random weights; its attribute `description` is that, whole. Raises GeneratorError."""
+    with random weights; its attribute `description` is that, whole, and what `about` tells of it besides. Raises
+    GeneratorError, also for other keys."""
     kind = _kind(description)
+    if unknown := [key for key in description if key not in ("arch", *kind.keys)]:
+        raise GeneratorError(
+            f"generator {description['arch']} has no {', '.join(map(repr, unknown))}; it takes {list(kind.keys)}"
+        )
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
-    description = {**defaults, **description}
+    description = {**defaults, **description, **(about or {})}
     _check_keys(description, kind, "")
     try:
         generator = kind(**{key: description[key] for key in kind.keys})
@@ -99,7 +104,9 @@ def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
     kind = _kind(description)
     description = {**kind.older, **description}
     _check_keys(description, kind, "; one of an older version must be trained again")
-    generator = build_generator(description)
+    own = ("arch", *kind.keys)
+    about = {key: value for key, value in description.items() if key not in own}
+    generator = build_generator({key: description[key] for key in own}, about)
     try:
         generator.load_state_dict(weights)
     except RuntimeError as error:

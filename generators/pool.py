@@ -50,9 +50,10 @@ class PoolGenerator(ImageGenerator):
         self.place.copy_((self.place + len(labels)) % self.capacity)
         self.sort()
 
-    def kept(self) -> Tensor:
-        """The images that it holds [N, C, H, W], uint8."""
-        return self.images[self.labels < self.classes]
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """The images that it holds [N, C, H, W], uint8, and their labels [N]."""
+        there = self.labels < self.classes
+        return self.images[there], self.labels[there]
 
     def sort(self) -> None:
         """Where each class starts among the rows in the order of their labels."""

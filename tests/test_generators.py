@@ -124,6 +124,8 @@ def test_a_new_generator_needs_no_more_than_its_sizes_and_says_itself_what_built
     for key in needed.keys() - {"arch"}:
         with pytest.raises(GeneratorError, match=rf"lacks \['{key}'\]; it must give"):
             build_generator({k: v for k, v in needed.items() if k != key})
+    with pytest.raises(GeneratorError, match=rf"generator {arch} has no 'widht'; it takes \['"):
+        build_generator({**needed, "widht": 8})
 
 
 def test_a_generator_that_nobody_described_is_not_saved(tmp_path: Path) -> None:

@@ -302,6 +302,7 @@ ROUNDS = ("synthesis.inner=4", "distill.replay=0")
         (["image.channels=1"], "teachers.vgg.mean=[0.5, 0.5, 0.5]: image.channels=1"),
         (["teachers.vgg.std=[1, 1]"], "teachers.vgg.std=[1.0, 1.0]: image.channels=3"),
         (["teachers.vgg.std=[1, 0, 1]"], "teachers.vgg.std=[1.0, 0.0, 1.0]"),
+        (["teachers.vgg.mean=[124, 117, 104]"], "images are in [0, 1]: divide mean and std by 255"),
         (["teachers.vgg.pad=17"], "teachers.vgg.pad=17 is not allowed; it takes 0 to 16, half of image.size"),
         (["teachers.vgg.weights=", "data.dataset=none"], "teachers.vgg.weights is empty"),
         (["tasks=[]"], "tasks=[]"),

@@ -605,8 +605,17 @@ def test_a_zoo_that_does_not_fit_its_generator_is_refused(
         build(make_generator(classes=5), [make_teacher("few")], {"ce": 1.0}).step(0)
     with pytest.raises(UserError, match="the weight of bn is -2; give 0 or more"):
         build(make_generator(), [teacher], {"ce": 1.0, "bn": -2.0})
-    with pytest.raises(UserError, match="learns from 4 or more images an update, got batch_size=3"):
-        Synthesizer(make_generator(), [teacher], losses={"ce": 1.0}, steps=2, batch_size=3)
+    wrong = {
+        "batch_size=3": "learns from 4 or more images an update, got batch_size=3",
+        "sample=2": "sample, teachers of an update, is 1 to 1, as many as there are; got 2",
+        "sample=0": "is 1 to 1, as many as there are; got 0",
+        "warmup=20": "warmup is a share of the steps, 0 to 0.5; got 20",
+        "fade=0.6": "fade is a share of the steps, 0 to 0.5; got 0.6",
+    }
+    for given, message in wrong.items():
+        key, _, value = given.partition("=")
+        with pytest.raises(UserError, match=message):
+            Synthesizer(make_generator(), [teacher], losses={"ce": 1.0}, steps=2, **{key: float(value)})
 
 
 def test_a_generator_gone_wrong_is_not_settled_and_its_terms_are_named(

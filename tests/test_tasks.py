@@ -306,7 +306,8 @@ def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Run
     assert runs.run("taught", given[0], "tasks=[distill]", "distill.input=main", *SHORT).code == 0
     about = json.loads((runs.folder / "taught" / "student" / "model.json").read_text())
     assert about["opened"] == [entry]
-    assert "moves" not in about
+    assert about["moves"] == [1, True, False]
+    assert about["moves"] != moves
 
 
 def test_a_generator_draws_alike_in_the_run_that_trained_it_and_from_its_file(runs: Runs) -> None:

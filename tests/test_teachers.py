@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dfkd import losses as L
 from dfkd.classifier import Classifier, check_trainable
+from dfkd.compress.files import load_compressed
 from dfkd.draws import Moves
 from dfkd.errors import UserError
 from dfkd.models import build_model, save_model
@@ -253,6 +254,11 @@ def test_a_bad_normalisation_is_refused(mean: list[float], std: list[float]) -> 
         Teacher(nn.Identity(), name="digits", mean=mean, std=std)
 
 
+def test_a_mean_of_images_in_0_to_255_is_refused() -> None:
+    with pytest.raises(UserError, match=r"teacher digits: mean \[123\.7\] is none .* divide mean and std by 255"):
+        Teacher(nn.Identity(), name="digits", mean=[123.7], std=[58.4])
+
+
 def test_batch_norms_are_found_by_their_statistics() -> None:
     model = nn.Sequential(
         nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.BatchNorm2d(2, track_running_stats=False), nn.GroupNorm(1, 2)
@@ -429,6 +435,10 @@ def test_the_folder_of_a_trained_model_says_how_it_is_given_images(tmp_path: Pat
     assert loaded(mean=[], std=[], input_size=None) == loaded()
     own = {"mean": [0.1], "std": [0.2], "input_size": 16, "moves": Moves(1)}
     assert loaded(**own) == (([0.1], [0.2]), 16, Moves(1))
+    # Trained on images of 4 pixels, it sees those of 8 at half their size, and its moves are as wide a share of them.
+    save_model(tmp_path, trained, about | kept | {"input_size": None, "size": 4})
+    assert loaded()[1:] == (4, Moves(4, True))
+    assert load_compressed(tmp_path).input_size == 4
 
 
 def test_a_networks_layers_are_its_own_and_slow_ones_compute_in_float() -> None:
@@ -460,6 +470,15 @@ def test_a_teacher_is_trained_on_shifted_images_or_on_crops_of_padded_ones(black
     corners = {8 * 8 - (8 - down) * (8 - across) for down in range(3) for across in range(3)}
     assert set(found.tolist()) == (corners if black else {0})
     assert torch.allclose(shown[shown != 0], torch.tensor(0.4))
+
+
+def test_a_teacher_whose_training_diverges_is_not_trained_on(tmp_path: Path) -> None:
+    model = build_model("dfkd:tiny_plain", classes=2, channels=1, kwargs={"width": 2})
+    next(model.parameters()).data.fill_(torch.nan)
+    grey, checkpoint = torch.full((64, 1, 8, 8), 102, dtype=torch.uint8), tmp_path / "training.pt"
+    with pytest.raises(UserError, match=r"teacher odd: its loss is nan after epoch 1; lower training\.lr"):
+        train_teacher(Classifier(model, name="odd"), grey, torch.arange(64) % 2, epochs=9, checkpoint=checkpoint)
+    assert not checkpoint.exists()
 
 
 def test_the_same_teachers_are_sampled_at_one_step_and_all_subsets_in_time() -> None:

@@ -6,7 +6,7 @@ import torch
 
 from dfkd.inputs import COMPRESSIONS
 from dfkd.verdict import generator_notes, last_quarter, moving_mean, student_notes, teacher_notes, verdict
-from generators import ConvGenerator
+from generators import ConvGenerator, PixelGenerator
 
 SOUND = {"class_agreement_a": 90.0, "predicted_balance_a": 0.98, "feature_ratio": 0.6}
 
@@ -21,6 +21,11 @@ def asked(figures: dict[str, float], progress: float = 1.0, conditional: bool = 
 
 def test_nothing_is_said_of_a_sound_generator() -> None:
     assert asked(SOUND, a=(100.0, 20.0)) == set()
+
+
+def test_nothing_is_said_of_noise() -> None:
+    noise = PixelGenerator(classes=3, channels=1, size=8)
+    assert generator_notes(noise, SOUND | {"predicted_balance_a": 0.2, "class_agreement_a": 30.0}, {}) == {}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +80,7 @@ def test_one_hard_batch_is_no_fall_and_a_lasting_one_is() -> None:
 def test_the_last_quarter_of_evaluations() -> None:
     values = np.random.default_rng(0).uniform(50, 90, 20)
     measured = [{"step": 37 + 50 * k, "accuracy": value, "images": 100} for k, value in enumerate(values, 1)]
-    found = last_quarter(measured, 37)
+    found = last_quarter(measured, 37 + 50 * 20, 37)
     assert found is not None
     assert (found["of"], found["evaluations"], found["images"]) == ("accuracy", 5, 100)
     expected = [values[15:].mean(), values[15:].std(ddof=1), values[15:].min()]
@@ -98,16 +103,16 @@ def test_a_task_that_does_worse_than_rounding_alone_is_told(name: str) -> None:
 
 
 def test_training_that_made_a_pruned_network_worse_is_told() -> None:
-    def noted(after: float, accuracy: float = 34.0) -> list[str]:
+    def noted(after: float, accuracy: float = 34.0, source: str = "generator") -> list[str]:
         of = {"naive": 25.0, "repaired": 96.0, "after": after}
         agreement = {name: {"percent": each, "interval": [each - 1, each + 1]} for name, each in of.items()}
-        task = {"before": 100.0, "after": accuracy, "agreement": agreement, "source": "generator"}
+        task = {"before": 100.0, "after": accuracy, "agreement": agreement, "source": source}
         return verdict({"tasks": {"prune": task}, "student": None}, {}, [])["notes"]
 
     (note,) = noted(36.0)
     assert note.endswith("on 96.0 % before it was trained: lower prune.lr, raise prune.steps or set it to 0")
     assert noted(95.0) == ["task prune lost 66 points: compress less, or train longer after it"]
-    assert noted(98.0, accuracy=97.0) == []
+    assert noted(98.0, accuracy=97.0) == noted(95.0, source="noise") == []
 
 
 def test_a_task_that_is_not_exported_is_told() -> None:
@@ -118,18 +123,21 @@ def test_a_task_that_is_not_exported_is_told() -> None:
 
 
 def test_the_last_quarter_of_few_or_no_evaluations() -> None:
-    assert last_quarter([]) is None
-    found = last_quarter([{"step": step, "agreement": value, "images": 9} for step, value in ((4, 80.0), (8, 70.0))])
+    assert last_quarter([], 8) is None
+    measured = [{"step": step, "agreement": value, "images": 9} for step, value in ((4, 80.0), (8, 70.0))]
+    assert last_quarter(measured[:1], 8) is None  # taken up without evaluations: it is of no later quarter
+    assert last_quarter([*measured, {"step": 9, "accuracy": 5.0, "images": 9}], 8) == last_quarter(measured, 8)
+    found = last_quarter(measured, 8)
     assert found == {"of": "agreement", "mean": 70, "deviation": None, "lowest": 70, "evaluations": 1, "images": 9}
 
 
 def test_the_last_quarter_is_one_of_the_training_however_often_it_was_measured() -> None:
     """A run that was taken up with fewer evaluations: every 10 of 300 steps, then two more."""
     steps = [*range(10, 170, 10), 200, 300]
-    found = last_quarter([{"step": step, "accuracy": step / 10, "images": 9} for step in steps])
+    found = last_quarter([{"step": step, "accuracy": step / 10, "images": 9} for step in steps], 300)
     assert found is not None
     assert (found["mean"], found["evaluations"]) == (30, 1)
-    found = last_quarter([{"step": 1, "accuracy": 5.0, "images": 9}])
+    found = last_quarter([{"step": 1, "accuracy": 5.0, "images": 9}], 1)
     assert found is not None
     assert found["mean"] == 5
 

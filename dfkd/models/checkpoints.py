@@ -210,7 +210,8 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     absent = [key for key in _REQUIRED if not isinstance(description, dict) or key not in description]
     if absent:
         raise UserError(f"{str(path)!r} lacks {', '.join(absent)}")
-    return description
+    # Images of another size than those it was trained on it would see at another scale.
+    return {**description, "input_size": description.get("input_size") or description.get("size")}
 
 
 def folder_about(weights: str | os.PathLike[str]) -> dict[str, Any]:
