@@ -285,7 +285,7 @@ def test_a_stream_that_cannot_be_begun_again_is_refused() -> None:
 
 
 def test_an_option_that_training_does_not_have_is_an_error() -> None:
-    with pytest.raises(TypeError, match="epochs"):
+    with pytest.raises(UserError, match="takes no epochs"):
         trained(model(), epochs=3)
 
 

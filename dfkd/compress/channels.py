@@ -54,7 +54,7 @@ def _index(layer: Any, name: str, keep: Tensor, dim: int) -> None:
 def _tell_size(layer: Any) -> None:
     """Let a layer's own figures say what its weights are."""
     if hasattr(layer, "num_features"):
-        layer.num_features = len(layer.running_mean)
+        layer.num_features = next(len(x) for x in (layer.weight, layer.running_mean) if x is not None)
     elif hasattr(layer, "in_features"):
         layer.out_features, layer.in_features = layer.weight.shape
     else:

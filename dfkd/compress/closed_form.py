@@ -232,7 +232,8 @@ def _scale_norm(layer: Any, norm: Any, exact: Tensor, alphas: tuple[float, float
     if norm.weight is not None:  # else there is no factor to change
         factor = own_scale(exact, near, shift, *alphas).clamp_min(0)
         norm.weight.mul_(factor)
-        norm.bias.mul_(factor)
+        if norm.bias is not None:
+            norm.bias.mul_(factor)
 
 
 def _combine(

@@ -1,5 +1,6 @@
 """What a network costs: parameters, multiply-accumulates, zeros, bytes."""
 
+import copy
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfkd.compress.graph import network_of
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
-from dfkd.runtime import eval_mode
 
 
 @torch.no_grad()
@@ -20,8 +20,9 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     weights; bytes: of all these numbers, a quantised weight at its bits, everything else at 4 bytes, zeros included.
     """
     network = network_of(model)
-    with eval_mode(model), FlopCounterMode(display=False) as counter:
-        model(image)
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)  # or the counter stumbles over views of parameters
+    with FlopCounterMode(display=False) as counter:
+        frozen(image)
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     weights = sum(layer.weight.numel() for layer in layers)
     few = {id(layer.weight): layer.quantizer.bits for layer in quantized_layers(network).values()}

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.classifier import Classifier
 from dfkd.compress.quantizers import ActivationQuantizer
-from dfkd.compress.tracing import Mark
+from dfkd.compress.tracing import Mark, check_weights
 from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode, to_float
 
@@ -81,11 +81,24 @@ def network_input(model: nn.Module, images: Tensor) -> Tensor:
 @torch.no_grad()
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream (uint8: 255ths), in batches. Raises UserError where the
-    stream is too short, or the network does not take them."""
+    stream is too short, one is NaN or infinite, or the network does not take them, and in torch.inference_mode."""
+    if torch.is_inference_mode_enabled():
+        raise UserError("nothing can be learned within torch.inference_mode(); call this outside of it")
+    check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
     inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
+    inputs = [batch.clone() if batch.is_inference() else batch for batch in inputs]
+    if not all(torch.isfinite(batch).all() for batch in inputs):
+        raise UserError("the stream gave images that hold NaN or infinity; look at where it takes them from")
     check_takes(network_of(model), inputs[0][:2])
     return inputs
+
+
+def joined(inputs: Sequence[Tensor]) -> Tensor:
+    """Batches of images as one, [N, C, H, W]. Raises UserError where they differ in size."""
+    if len(sizes := {tuple(batch.shape[1:]) for batch in inputs}) > 1:
+        raise UserError(f"the stream gave images of several sizes, {sorted(sizes)}; give images of one")
+    return torch.cat(list(inputs))
 
 
 def matching(names: Sequence[str], pattern: str, what: str) -> list[str]:

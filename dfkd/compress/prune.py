@@ -16,6 +16,7 @@ from dfkd.compress.graph import (
     calibration_inputs,
     chains,
     ignored_layers,
+    joined,
     network_input,
     network_of,
     own_name,
@@ -76,9 +77,8 @@ def prune(
     Raises UserError on bad arguments, where nothing can be pruned, and as the repairs do.
     """
     _check(ratio, kind, repair, images, ridge)
-    check_weights(network_of(model))
+    inputs = joined(calibration_inputs(model, stream, images))
     network = copy.deepcopy(network_of(model)).eval()
-    inputs = torch.cat(calibration_inputs(model, stream, images))
     prunable = _prunable(network, inputs[:PROBE], ignore)
     cut, supports = _what_goes(network, inputs[:PROBE], ratio, kind, prunable, inner_only)
     naive = _remove(copy.deepcopy(network), cut)

@@ -1,6 +1,7 @@
 """Quantisation from a stream: `quantize`, by rounding, by reconstruction, or by training with learned steps (LSQ)."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from dfkd.compress.fit import Batches, Fit, check_length, hold_zeros
 from dfkd.compress.graph import (
     calibration_inputs,
     fold,
+    joined,
     network_of,
     norms,
     remove_call,
@@ -22,12 +24,12 @@ from dfkd.compress.graph import (
 from dfkd.compress.hints import Hints
 from dfkd.compress.quantize import Bits, GivenBits, name_quantizers, prepare, round_biases
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
-from dfkd.compress.reconstruct import reconstruct
+from dfkd.compress.reconstruct import Learner, reconstruct
 from dfkd.compress.result import Compressed
 from dfkd.compress.tracing import trace
 from dfkd.compress.units import mark
 from dfkd.cuda_graphs import DIRECT
-from dfkd.errors import UserError
+from dfkd.errors import UserError, nearest
 from dfkd.runtime import Autocast, eval_mode
 from dfkd.stream import Replay, SyntheticStream
 from dfkd.teachers import Teacher
@@ -59,14 +61,16 @@ def quantize(
     if method not in METHODS:
         given = f"method={method!r} is unknown; choose from {', '.join(METHODS)}"
         raise UserError(given + (f", here 'reconstruct' with unit={method!r}" if method in ("layer", "block") else ""))
+    learners = {"nearest": (), "reconstruct": (Learner, reconstruct), "train": (Training,)}[method]
+    known = [name for each in learners for name in inspect.signature(each).parameters]
+    if unknown := [name for name in options if name not in known]:
+        raise UserError(f"method={method!r} takes no {', '.join(unknown)}{nearest(unknown[0], known)}")
     if method == "train":
         training = Training(
             model, stream, bits, images=images, ends=ends, overrides=overrides, ignore=ignore, **options
         )
         training.fit.run()
         return training.result()
-    if options and method == "nearest":
-        raise UserError(f"method='nearest' takes no {', '.join(options)}; only reconstruct and train have options")
     inputs = calibration_inputs(model, stream, images)
     network = network_of(model)
     if options.get("fisher"):
@@ -75,7 +79,7 @@ def quantize(
     naive = with_network(model, copy.deepcopy(graph))
     learned: list[dict[str, Any]] = []
     if method == "reconstruct":
-        learned = reconstruct(graph, torch.cat(inputs), autocast=autocast, **options)
+        learned = reconstruct(graph, joined(inputs), autocast=autocast, **options)
     return result(model, with_network(model, graph), naive, inputs, learned)
 
 
@@ -134,7 +138,7 @@ class Training:
         # A teacher's network comes frozen; what was pruned stays so, also through a rounding that is learned.
         hold_zeros(network.requires_grad_(True))
         if warm_start:  # at 2 bits the network rounded to nearest guesses, and training alone hardly leaves that
-            first = torch.cat(self.inputs)
+            first = joined(self.inputs)
             reconstruct(network, first, steps=warm_start, batch_size=min(32, len(first)), seed=seed)
         fewest = min(min(pair) for pair in network.meta["bits"].values())
         self.student = with_network(model, network)

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -58,9 +59,9 @@ def layer_names(graph: fx.GraphModule) -> list[str]:
 def _pair(bits: GivenBits, name: str) -> Bits:
     """Bits of a layer's weights and input, where both or the same for both were given."""
     each: list[Any] = [*bits] if isinstance(bits, list | tuple) else [bits]
-    if len(each) not in (1, 2) or not all(isinstance(b, int) and 2 <= b <= 8 for b in each):
+    if len(each) not in (1, 2) or not all(isinstance(b, Integral) and 2 <= int(b) <= 8 for b in each):
         raise UserError(f"{name}: bits {bits} are not allowed; weights and activations take 2 to 8, both or each")
-    return each[0], each[-1]
+    return int(each[0]), int(each[-1])  # of numpy's numbers too
 
 
 def layer_bits(
@@ -160,8 +161,8 @@ def name_quantizers(graph: fx.GraphModule) -> None:
     layers out changes which node makes that tensor, and files know quantisers by name."""
     calls = [node for node in graph.graph.nodes if is_layer(graph, node, ActivationQuantizer)]
     modules: list[Any] = [graph.get_submodule(str(node.target)) for node in calls]
-    if calls:
-        graph.delete_submodule("quantizers")
+    for node in calls:  # not the whole of `quantizers`: the network may have layers of its own there
+        graph.delete_submodule(str(node.target))
     for node, module in zip(calls, modules):
         node.target = _name(node.all_input_nodes[0], module.bits)
         graph.add_submodule(node.target, module)

@@ -122,7 +122,8 @@ def map_moments(
     The C channels with the filters exact [C, ...] come first; where first has changed, those kept follow.
     """
     ones = torch.ones_like(norm.running_var, dtype=torch.float64)
-    shift, scale = (0 * ones, ones) if norm.weight is None else (norm.bias.double(), norm.weight.double())
+    shift = 0 * ones if norm.bias is None else norm.bias.double()
+    scale = ones if norm.weight is None else norm.weight.double()
     spread = scale.abs().clamp_min(1e-12)
     every, filters, at = torch.arange(len(exact), device=keep.device), exact, keep
     if not torch.equal(first.weight.double(), exact):

@@ -158,8 +158,8 @@ def _other_branch(part: fx.GraphModule, nodes: list[fx.Node], node: fx.Node, nor
     """What a layer's output is added to, where no later layer has a say in it."""
     at = node if norm is None else next(iter(node.users))
     user = next(iter(at.users)) if len(at.users) == 1 else None
-    if user is None or kind(part, user) not in ADDS or len(user.all_input_nodes) != 2:
-        return None
+    if user is None or kind(part, user) not in ADDS or len(user.all_input_nodes) != 2 or "alpha" in user.kwargs:
+        return None  # with alpha one of the two counts otherwise
     other = next(each for each in user.all_input_nodes if each is not at)
     before, later = [other], nodes[nodes.index(node) :]
     for each in before:
@@ -221,11 +221,15 @@ def _hand_over(solved: nn.Module, own: nn.Module) -> None:
 
 def check_batch_norms(network: nn.Module) -> None:
     """Raise UserError where a network has no batch norm whose moments could be paired."""
-    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+    if not any(_has_moments(module) for module in network.modules()):
         raise UserError(
-            f"repair='batch_norm' needs batch norms and {type(network).__name__} has none; use 'least_squares' or "
-            "'none'"
+            f"repair='batch_norm' needs batch norms with running statistics and {type(network).__name__} has none; use "
+            "'least_squares' or 'none'"
         )
+
+
+def _has_moments(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_var is not None
 
 
 @torch.no_grad()
@@ -242,7 +246,7 @@ def paired_batch_norm(teacher: nn.Module, pruned: nn.Module, inputs: Tensor, kep
     source, target = trace(teacher, inputs[:2]), trace(pruned, inputs[:2])
     for part, nodes, values in _lockstep(source, target, inputs):
         for node in nodes:
-            if not is_layer(part, node, _BatchNorm):
+            if not is_layer(part, node, _BatchNorm) or not _has_moments(part.get_submodule(str(node.target))):
                 continue
             name, before = str(node.target), node.all_input_nodes[0].name
             own = pruned.get_submodule(own_name(pruned, name))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from dfkd.compress.quantizers import quantized_layers
@@ -25,7 +27,7 @@ class _Tracer(fx.Tracer):
     """torch.nn's layers are leaves, and marks; so is timm's that computes the same. A forward that branches on sizes,
     but not on how many images there are, goes where it goes for one of the images and for two."""
 
-    def __init__(self, images: Tensor | None) -> None:
+    def __init__(self, images: Tensor | None = None) -> None:  # without them too: a pickled graph is traced anew so
         super().__init__()
         self.batches = [] if images is None else [images[:1], images[:1].repeat(2, 1, 1, 1)]
         self.runs: list[fx.Interpreter] = []  # of what is traced so far, a batch each
@@ -33,7 +35,8 @@ class _Tracer(fx.Tracer):
         self.running = False  # what the runs call is not traced
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in (timm.layers.Linear, Mark) or super().is_leaf_module(m, module_qualified_name)
+        as_it_is = type(m) in (timm.layers.Linear, Mark) or _computes_as_its_base(m)
+        return as_it_is or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs) if self.running else super().call_module(m, forward, args, kwargs)
@@ -79,6 +82,15 @@ class _Tracer(fx.Tracer):
             if node in self.asked and not node.users and not isinstance(self.runs[0].env[node], Tensor):
                 self.asked.update(node.all_input_nodes)
                 self.graph.erase_node(node)
+
+
+def _computes_as_its_base(module: nn.Module) -> bool:
+    """Whether a layer is of a class derived from one of torch's that only sets it up otherwise."""
+    for base in (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d):
+        if isinstance(module, base) and not is_parametrized(module) and "forward" not in vars(module):
+            calls = ("forward", "_conv_forward", "_check_input_dim")
+            return all(getattr(type(module), each, None) is getattr(base, each, None) for each in calls)
+    return False
 
 
 def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
@@ -140,6 +152,9 @@ def check_weights(network: nn.Module) -> None:
     """Raise UserError where a network is quantised already, and where the weight of a layer is no parameter, as a rule
     since it is computed of others before each forward (weight norm, spectral norm, torch's pruning masks): what is
     written into it would be gone at the next."""
+    if isinstance(network, torch.jit.ScriptModule | OptimizedModule):
+        kind = "scripted" if isinstance(network, torch.jit.ScriptModule) else "compiled"
+        raise UserError(f"the network is {kind} and has no forward to be traced; give the one it was made from")
     if quantized_layers(network):
         raise UserError("the network is quantised already; give the float one that it was made from")
     for name, module in network.named_modules():

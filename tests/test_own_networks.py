@@ -1,0 +1,194 @@
+"""Networks as users write them: what is not torch's own class, not used, not finite, not of one size."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfkd.compress.closed_form import closed_form
+from dfkd.compress.cost import cost
+from dfkd.compress.prune import prune
+from dfkd.compress.qat import quantize
+from dfkd.errors import UserError
+
+Layers = Callable[..., nn.Module]
+STREAM = list(torch.randn(4, 16, 3, 12, 12, generator=torch.Generator().manual_seed(0)))
+
+
+class OwnConv(nn.Conv2d):
+    """A convolution that is set up otherwise, and computes as torch's does."""
+
+    def __init__(self, taken: int, given: int) -> None:
+        super().__init__(taken, given, 3)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """As torch's."""
+
+
+def network(conv: Layers = nn.Conv2d, norm: Layers = nn.BatchNorm2d) -> nn.Sequential:
+    torch.manual_seed(0)
+    size = () if conv is OwnConv else (3,)
+    layers = [conv(3, 8, *size), norm(8), nn.ReLU(), conv(8, 8, *size), norm(8), nn.ReLU()]
+    made = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    made.train()(STREAM[0])
+    return made.eval()
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(STREAM[1])
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda net: prune(net, STREAM, 0.3, repair="batch_norm", images=64).model,
+        lambda net: prune(net, STREAM, 0.5, kind="weights", images=64).model,
+        lambda net: prune(net, STREAM, 0.5, images=64).model,
+        lambda net: quantize(net, STREAM, (4, 8), images=32, steps=3).model,
+        lambda net: closed_form(net, 0.3).model,
+    ],
+)
+def test_layers_of_derived_classes_are_compressed_as_torchs_are(act: Callable[[nn.Module], nn.Module]) -> None:
+    assert torch.equal(outputs(act(network(OwnConv, OwnNorm))), outputs(act(network())))
+
+
+def test_a_layer_that_computes_otherwise_is_not_taken_for_one_of_torchs() -> None:
+    class Doubled(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    with pytest.raises(UserError, match="0 calls conv2d itself"):
+        quantize(network(lambda *given: Doubled(*given)), STREAM, method="nearest", images=16)
+
+
+class Auxiliary(nn.Module):
+    """A head for training alone, computed always."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.aux, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        aux = self.aux(x.mean((2, 3)))
+        x = self.fc(F.relu(self.b(x)).mean((2, 3)))
+        return (x, aux) if self.training else x
+
+
+@pytest.mark.parametrize("bits", [8, (4, 8), 4])
+def test_what_is_behind_a_head_that_nobody_reads_is_reconstructed(bits: Any) -> None:
+    torch.manual_seed(0)
+    lines = quantize(Auxiliary().eval(), STREAM, bits, images=32, steps=2).layers
+    assert {line["layer"] for line in lines if "note" in line} <= {"aux"}
+    assert {"a", "b", "fc"} <= {line["layer"] for line in lines if "error_after" in line}
+
+
+def test_a_quantised_network_is_pickled_and_read_again() -> None:
+    model = quantize(network(), STREAM, 8, method="nearest", images=32).model
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    assert torch.equal(outputs(torch.load(file, weights_only=False)), outputs(model))
+
+
+class Position(nn.Module):
+    """A part of a parameter is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.place, self.fc = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8)), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc((self.conv(x) + self.place[:, None, None]).mean((2, 3)))
+
+
+def test_the_cost_of_a_network_that_adds_views_of_parameters() -> None:
+    model = Position().eval()
+    quantised = quantize(model, STREAM, 8, method="nearest", images=32).model
+    for each in (model, quantised):
+        assert cost(each, STREAM[0][:1])["macs"] == 8 * 27 * 100 + 40
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_batch_norms_without_statistics_or_without_a_bias() -> None:
+    bare = network(norm=lambda c: nn.BatchNorm2d(c, track_running_stats=False))
+    with pytest.raises(UserError, match="needs batch norms with running statistics and Sequential has none"):
+        prune(bare, STREAM, 0.3, repair="batch_norm", images=64)
+    assert prune(bare, STREAM, 0.3, images=64).model[1].num_features == 6
+    # A bias of zeros is one that is not there.
+    without, zeros = (network(norm=norm) for norm in (lambda c: nn.BatchNorm2d(c, bias=False), nn.BatchNorm2d))
+    for method in ("rectified", "udfc"):
+        done = [outputs(closed_form(each, 0.3, bits=4, method=method).model) for each in (without, zeros)]
+        assert torch.equal(*done)
+
+
+def test_layers_of_its_own_called_quantizers_are_left_where_they_are() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.quantizers = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)])
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.quantizers:
+                x = F.relu(layer(x))
+            return self.fc(x.mean((2, 3)))
+
+    done = quantize(Named().eval(), STREAM, method="train", steps=1, warm_start=1, images=32)
+    assert outputs(done.model).shape == (16, 5)
+
+
+def test_sums_that_weigh_one_part_are_repaired_as_if_it_were_written_out() -> None:
+    class Sum(nn.Module):
+        def __init__(self, alpha: bool) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b, self.c = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+            self.fc, self.alpha = nn.Linear(8, 5), alpha
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            z = self.c(F.relu(self.b(x)))
+            return self.fc((torch.add(x, z, alpha=-1) if self.alpha else x + -1 * z).mean((2, 3)))
+
+    done = [prune(Sum(alpha).eval(), STREAM, 0.5, images=64).model for alpha in (True, False)]
+    assert torch.allclose(outputs(done[0]), outputs(done[1]), atol=1e-5)
+
+
+def infer(call: Callable[[], object]) -> Callable[[], object]:
+    return torch.inference_mode()(call)
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (
+            lambda: prune(network(), [*STREAM[:1], torch.randn(16, 3, 16, 16)], images=32),
+            r"several sizes, \[\(3, 12, 12",
+        ),
+        (lambda: quantize(network(), [*STREAM[:1], torch.randn(16, 3, 9, 9)], images=32, steps=2), "of several sizes"),
+        (infer(lambda: prune(network(), STREAM, images=16)), r"within torch\.inference_mode"),
+        (infer(lambda: quantize(network(), STREAM, images=16)), r"within torch\.inference_mode"),
+        (lambda: prune(network(), [STREAM[0] * torch.nan], images=16), "images that hold NaN or infinity"),
+        (lambda: prune(torch.jit.script(network()), STREAM, images=16), "the network is scripted"),
+        (lambda: quantize(torch.jit.script(network()), STREAM, images=16), "the network is scripted"),
+        (lambda: quantize(torch.compile(network()), STREAM, images=16), "the network is compiled"),
+        (lambda: quantize(network(), STREAM, images=16, step=3), "takes no step; did you mean 'steps'"),
+        (lambda: quantize(network(), STREAM, method="train", images=16, warm=3), "method='train' takes no warm"),
+    ],
+)
+def test_what_will_not_do_is_said_in_a_line(act: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        act()
+    assert "\n" not in str(error.value)
+
+
+def test_numpys_numbers_are_bits() -> None:
+    done = quantize(network(), STREAM, (np.int64(4), np.int32(8)), method="nearest", images=16)
+    assert {(line["weight_bits"], line["activation_bits"]) for line in done.layers[1:-1]} == {(4, 8)}
