@@ -1,6 +1,8 @@
 """Keys and figures of the benchmarks whose runs are many: read, kept as lines of a file, put in words."""
 
+import dataclasses
 import json
+import math
 import statistics
 from argparse import ArgumentTypeError
 from collections.abc import Collection, Mapping, Sequence
@@ -46,6 +48,32 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{path.parent} holds figures of other settings ({words}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings) + "\n")
+
+
+def keep_recipes(out: Path, recipes: Mapping[str, Any]) -> None:
+    """Write down the recipe (a dataclass) of each row. Raises UserError where a row has figures by another one."""
+    path = out / "recipes.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    now = {name: json.loads(json.dumps(dataclasses.asdict(recipe))) for name, recipe in recipes.items()}
+    rows = {line["method"] for name in ("figures.jsonl", "costs.jsonl") for line in read(out / name)}
+    for name, recipe in now.items():
+        if name in rows and kept.get(name, recipe) != recipe:
+            changed = ", ".join(sorted(key for key, value in recipe.items() if kept[name].get(key) != value))
+            raise UserError(
+                f"{out} holds figures of {name} by another recipe, which differs in {changed}; choose another --out"
+            )
+    path.write_text(json.dumps(kept | now) + "\n")
+
+
+def positive(text: str) -> float:
+    """A number above 0 from the command line, for argparse."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise ArgumentTypeError(f"{text!r} is not allowed; give a number above 0")
+    return number
 
 
 def whole(text: str) -> int:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bookkeeping import Keys, add, read, written
+from bookkeeping import Keys, add, keep_recipes, read, written
 
 from dfkd.curves import entries
 from dfkd.errors import UserError
@@ -197,6 +197,7 @@ def check_judged(methods: Sequence[Method]) -> None:
 def compare(methods: Sequence[Method], seeds: Sequence[int], out: Path, settings: Mapping[str, Any]) -> bool:
     """Run what is missing in OUT/figures.jsonl; whether all is there then."""
     path = out / "figures.jsonl"
+    keep_recipes(out, {method.name: method.recipe for method in methods})
     done = {(line["method"], line["seed"]) for line in read(path)}
     missing = [(method, seed) for seed in seeds for method in methods if (method.name, seed) not in done]
     if missing:

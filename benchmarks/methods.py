@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from bookkeeping import Keys, given_keys, keep_settings, numbers, read, whole, with_deviation, written
+from bookkeeping import Keys, given_keys, keep_settings, numbers, positive, read, whole, with_deviation, written
 from equal_time import Method, check_judged, compare
 
 from dfkd.errors import UserError
@@ -137,7 +137,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--methods", default=",".join(default_methods()), help="names or files, with commas between")
     parser.add_argument("--seeds", type=numbers, default="0,1,2")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training")
+    parser.add_argument("--seconds", type=positive, default=60.0, help="of training")
     parser.add_argument("--lanes", type=whole, default=1, help="runs at once, each with its share of the cores")
     parser.add_argument("--teacher", help="the one that is left; otherwise zoo.main, or residual, or the first")
     options, arguments = parser.parse_known_args(given)
@@ -153,12 +153,15 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     keys = given_keys(arguments, "all methods")
     if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
         keys = keys if "base" in keys else {**ON_GPU, **keys}
-    names = [name for name in options.methods.split(",") if name]
+    names = [name for name in dict.fromkeys(options.methods.split(",")) if name]
     if not names:
         raise UserError(f"no method in {FOLDER / 'methods'}; give --methods path/x.yaml")
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
     methods = [make_method(name, keys, options.teacher) for name in names]
+    called = [method.name for method in methods]
+    if twice := [name for name in called if called.count(name) > 1]:
+        raise UserError(f"--methods names two files {twice[0]}.yaml, which would be one row; rename one")
     check_alike(methods)
     check_judged(methods)
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,12 +106,16 @@ class Checkpoints:
             if problem == FOREIGN:
                 foreign.append(folder)
             warnings.append(f"checkpoint {folder} {problem}; using the one before it")
-        if foreign:
+        mark = self.folder / "owner"  # of what was finished before the first checkpoint, too
+        if foreign or (mark.exists() and mark.read_text() != self.owner):
+            what = f"checkpoint {foreign[0]}" if foreign else f"what {self.folder.parent} holds"
             raise UserError(
-                f"checkpoint {foreign[0]} {FOREIGN}; run the command and the launcher options that began this run, on "
-                "a machine where runtime.precision=auto is the same, choose another output=..., or overwrite=true to "
-                "start over"
+                f"{what} {FOREIGN}; run the command and the launcher options that began this run, on a machine where "
+                "runtime.precision=auto is the same, choose another output=..., or overwrite=true to start over"
             )
+        if self.state.is_main_process and not mark.exists():
+            with whole(mark) as draft:
+                draft.write_text(self.owner)
         return Resumed(0, {}, warnings) if warnings else None
 
     def _found(self) -> list[Path]:
@@ -128,7 +133,10 @@ class Checkpoints:
         return f"is torn ({', '.join(torn)})" if torn else ""
 
     def _point_latest_at(self, folder: Path) -> None:
-        link = self.folder / "latest.partial"
+        link, latest = self.folder / "latest.partial", self.folder / "latest"
+        if latest.is_dir() and not latest.is_symlink():  # a copy of the folder without links
+            shutil.rmtree(latest)
         link.unlink(missing_ok=True)
-        link.symlink_to(folder.name)
-        os.replace(link, self.folder / "latest")
+        with suppress(OSError):  # a file system without links: for people alone, nothing reads it
+            link.symlink_to(folder.name)
+            os.replace(link, latest)

@@ -74,6 +74,8 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.name, self.input_size = model, name, input_size
+        if isinstance(mean, float | int) or isinstance(std, float | int):
+            raise UserError(f"{name}: mean {mean} and std {std} are lists, of one value per channel each")
         if len(mean) != len(std) or any(value <= 0 for value in std):
             raise UserError(
                 f"{name}: mean {list(mean)} and std {list(std)} must be one value per channel each, std > 0"

@@ -1,5 +1,6 @@
 """Real images: the only room that opens them, and it writes down every time it does."""
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -222,6 +223,7 @@ def _fitted(images: Tensor, channels: int, size: int) -> Tensor:
 
 def image_folder(train: bool, root: str, train_root: str | None) -> Path:
     """Where this split's images lie; raises UserError if nowhere, or if the two folders' classes differ."""
+    root, train_root = os.path.expanduser(root), os.path.expanduser(train_root) if train_root else None
     name, chosen = ("data.train_root", train_root) if train else ("data.root", root)
     if not chosen or not Path(chosen).is_dir():
         split = "training" if train else "test"

@@ -141,11 +141,11 @@ def _lines_until(path: Path, step: int) -> list[str]:
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue  # the write that a kill cut off
-        if entry.get("step", 0) <= step:
+        if isinstance(entry, dict) and entry.get("step", 0) <= step:
             kept.append(f"{line}\n")
     return kept

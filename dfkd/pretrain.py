@@ -13,7 +13,7 @@ from dfkd.checkpoints import save_state
 from dfkd.classifier import Classifier
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import STILL, Moves, augment
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import Deadline, Shard, reseed, rng, to_float
 
 
@@ -65,10 +65,16 @@ def train_teacher(
     batches = len(images) // batch_size
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        classifier.load_state_dict(state["classifier"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["epochs"]
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            classifier.load_state_dict(state["classifier"])
+            optimizer.load_state_dict(state["optimizer"])
+            first = state["epochs"]
+        except Exception as error:  # whatever a torn file, or a network that has changed, leads to
+            raise UserError(
+                f"teacher {classifier.name} cannot go on from {checkpoint} ({in_a_line(error)}); remove it and run "
+                "the same command again: this teacher begins anew"
+            ) from None
     for epoch in range(first, epochs):
         begun = time.perf_counter()
         reseed(device, seed, "dropout", epoch)

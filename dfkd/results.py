@@ -66,6 +66,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
     notes = generator_notes(parts.generator, figures, bn)
+    if recipe.generator.checkpoint is not None:  # nothing here trains it
+        notes = {name: f"{text.partition(': ')[0]}; take another generator.checkpoint" for name, text in notes.items()}
     for name, classes in named.items():
         if parts.test is not None and classes is not None:
             notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)

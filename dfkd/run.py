@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 import time
 from collections.abc import Callable
@@ -34,7 +33,7 @@ from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelera
 from dfkd.schema import SELECTED, Recipe
 from dfkd.stream import FRESH, drawn_anew
 from dfkd.synthesis import Synthesizer
-from dfkd.tasks import TRAINED, finished, run_task
+from dfkd.tasks import TRAINED, finished, read_figures, run_task
 from dfkd.terms import check_losses
 from dfkd.training import Loop, Plan, out_of_time
 from dfkd.zoo import load_recipe_zoo, real_images
@@ -144,8 +143,7 @@ def run(loaded: Loaded, command: str) -> int:
             shut_down(accelerator)
             return 128 + deadline.stopped_by if deadline.stopped_by is not None else 0
     if shard.rank == 0:
-        results = json.loads((folder / "results.json").read_text())
-        print(closing_table(results))
+        print(closing_table(read_figures(folder / "results.json")))
         print(f"{folder}/report.html shows the run; {folder}/results.json holds the figures")
     shut_down(accelerator)
     return 0

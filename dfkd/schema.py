@@ -1,5 +1,6 @@
 """What a recipe may say: one dataclass per group of keys, a help text and the allowed range on every field."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -400,7 +401,7 @@ class Recipe:
     @property
     def folder(self) -> str:
         """Where the run is written."""
-        return self.output or f"runs/{self.name}"
+        return os.path.expanduser(self.output) if self.output else f"runs/{self.name}"
 
     @property
     def zoo_specs(self) -> Mapping[str, TeacherSpec]:

@@ -210,7 +210,15 @@ def finished(recipe: Recipe, task: str) -> bool:
 
 def task_results(recipe: Recipe, task: str) -> dict[str, Any]:
     """The figures that a finished task wrote."""
-    return dict(json.loads((Path(recipe.folder) / task / DONE).read_text()))
+    return read_figures(Path(recipe.folder) / task / DONE)
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """The figures in a file that a run wrote. Raises UserError where it is torn."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is torn ({error}); remove it and run the same command again") from None
 
 
 def run_task(parts: Parts, task: str, train: Train) -> None:

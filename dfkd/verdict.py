@@ -18,6 +18,7 @@ UNMATCHED = 0.7  # batch-norm loss over its value at the start
 FALLEN = 0.5  # agreement of the student over the best it had
 NEWEST = 0.2  # share of a moving mean that is the newest value's
 UNCLEAR = 15.0  # points above chance that few images leave open
+LOST = 10.0  # points below what it was made from at which a model is told of
 SWING = 5.0  # points by which the last quarter of training may fall below its mean
 # What to do where a task does worse than rounding or cutting alone.
 ADDED = {
@@ -169,7 +170,7 @@ def verdict(
                 f"{repaired['percent']:.1f} % before it was trained: lower {name}.lr, raise {name}.steps or set "
                 "it to 0"
             )
-        elif made_for and task["before"] is not None and task["after"] < task["before"] - 10:
+        elif made_for and task["before"] is not None and task["after"] < task["before"] - LOST:
             found.append(
                 f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
             )
@@ -182,6 +183,12 @@ def verdict(
         found.append(
             f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of synthetic images: "
             "raise distill.steps, synthesis.student_steps or synthesis.fade, or choose a larger student"
+        )
+    known = [each["accuracy"] for each in results.get("teachers", {}).values() if each.get("accuracy") is not None]
+    if student and known and student.get("interval") and student["interval"][1] < min(known) - LOST:
+        found.append(
+            f"the student has {student['accuracy']:.1f} % of the test images, its teachers {min(known):.1f} or more: "
+            "train longer (synthesis.steps, distill.steps), or choose a larger student"
         )
     quarter = student and student["last_quarter"]
     if quarter and quarter["lowest"] < quarter["mean"] - SWING:

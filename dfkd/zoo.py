@@ -116,7 +116,7 @@ def teacher_folder(recipe: Recipe, name: str, spec: TeacherSpec) -> Path:
         "precision": resolve_precision(recipe.runtime.precision, PartialState().device),
     }
     digest = hashlib.sha256(json.dumps(trained_from, sort_keys=True).encode()).hexdigest()[:12]
-    return Path(recipe.training.cache) / f"{name}-{digest}"
+    return Path(recipe.training.cache).expanduser() / f"{name}-{digest}"
 
 
 def teacher_about(recipe: Recipe, name: str) -> dict[str, Any]:

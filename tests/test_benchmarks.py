@@ -10,6 +10,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from torch import nn
 
 from dfkd.errors import UserError
+from dfkd.recipe import load_recipe
 from dfkd.runtime import Shard
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -132,3 +133,14 @@ def test_settings_bind_what_has_figures(benchmark: Callable[[str], ModuleType], 
     with pytest.raises(UserError, match="seconds: 6 there, 5 here"):
         books.keep_settings(tmp_path / "settings.json", {"seconds": 5})
     assert books.numbers("3,1,3") == [3, 1]
+
+
+def test_a_row_is_of_one_recipe(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    books = benchmark("bookkeeping")
+    first, second = (load_recipe(["recipe=digits", key]).recipe for key in ("classes=10", "synthesis.losses.ce=5"))
+    books.keep_recipes(tmp_path, {"a": first})
+    books.keep_recipes(tmp_path, {"a": second})  # nothing has been measured yet
+    books.add(tmp_path / "figures.jsonl", {"method": "a"})
+    books.keep_recipes(tmp_path, {"a": second, "b": first})
+    with pytest.raises(UserError, match="figures of a by another recipe, which differs in synthesis;"):
+        books.keep_recipes(tmp_path, {"a": first})

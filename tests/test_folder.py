@@ -1,5 +1,6 @@
 """A run's folder: taken up, begun anew without what is not a run's, or left alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,14 @@ def test_a_run_does_not_go_on_with_networks_that_have_changed(runs: Runs) -> Non
         (runs.folder / change).write_bytes(content)
     (runs.folder / "g" / "notes.txt").write_text("mine")
     assert "resuming" in runs.run("run", *given).out
+    # Nor without a checkpoint, as after tasks that have none: what was made so far is of the other ones.
+    for step in (runs.folder / "run" / "checkpoints").glob("step-*"):
+        shutil.rmtree(step)
+    (runs.folder / "run" / "results.json").unlink(missing_ok=True)
+    torch.save({name: x + 1 for name, x in network.state_dict().items()}, runs.folder / "net.pt")
+    line = runs.run("run", *given).refused()
+    assert f"what {runs.folder / 'run'} holds is of another recipe" in line
+    assert "networks whose files changed" in line
 
 
 def test_images_measured_before_there_is_a_run_are_in_nobodys_way(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -310,12 +311,14 @@ def test_what_fails_is_reported_and_the_rest_runs(
         (["seed=1"], "'seed=1' is not for all methods"),
         (["--nonsense"], "'--nonsense' is not for all methods"),
         (["--methods", "./live.yaml", "--teacher", "plane"], "choose from plain, residual"),
+        (["--methods", "./live.yaml,./other/live.yaml"], "names two files live.yaml, which would be one row"),
         (["--methods", "./live.yaml", *NO_IMAGES], "nothing to judge the student on"),
     ],
 )
 def test_a_mistake_is_one_line(
     bench: ModuleType, here: list[Any], arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    shutil.copytree(".", "other", ignore=shutil.ignore_patterns("teachers*"))
     assert bench.main([*arguments, "--out", "out"]) == 2
     (error,) = capfd.readouterr().err.splitlines()
     assert said in error

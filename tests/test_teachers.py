@@ -481,6 +481,20 @@ def test_a_teacher_whose_training_diverges_is_not_trained_on(tmp_path: Path) -> 
     assert not checkpoint.exists()
 
 
+def test_a_torn_file_of_a_teachers_training_is_named(tmp_path: Path) -> None:
+    grey, checkpoint = torch.full((64, 1, 8, 8), 102, dtype=torch.uint8), tmp_path / "training.pt"
+
+    def train() -> None:
+        model = build_model("dfkd:tiny_plain", classes=2, channels=1, kwargs={"width": 2})
+        train_teacher(Classifier(model, name="odd"), grey, torch.arange(64) % 2, epochs=1, checkpoint=checkpoint)
+
+    train()
+    for content in (checkpoint.read_bytes()[:-50], b""):
+        checkpoint.write_bytes(content)
+        with pytest.raises(UserError, match=r"teacher odd cannot go on from .*training\.pt .* remove it and run"):
+            train()
+
+
 def test_the_same_teachers_are_sampled_at_one_step_and_all_subsets_in_time() -> None:
     zoo = [Teacher(nn.Identity(), name=str(k)) for k in range(4)]
     chosen = [tuple(t.name for t in sample_teachers(zoo, 2, 7, step)) for step in range(600)]

@@ -199,7 +199,9 @@ def test_one_that_always_says_the_commonest_class_is_told_whatever_its_accuracy(
 
 def results(**student: object) -> dict:
     quarter = {"of": "accuracy", "mean": 90.0, "lowest": 89.0}
-    return {"tasks": {}, "student": {"agreement": {"percent": 97.0}, "last_quarter": quarter, **student}}
+    teachers = {"a": {"accuracy": 95.0}, "b": {"accuracy": 99.0}, "c": {"accuracy": None}}
+    sound = {"agreement": {"percent": 97.0}, "last_quarter": quarter, "accuracy": 84.0, "interval": [80.0, 85.1]}
+    return {"tasks": {}, "student": {**sound, **student}, "teachers": teachers}
 
 
 def test_the_verdict_of_a_sound_run_keeps_what_was_warned_of() -> None:
@@ -212,6 +214,7 @@ def test_the_verdict_of_a_sound_run_keeps_what_was_warned_of() -> None:
     [
         ({"agreement": {"percent": 70.0}}, "agrees with its teacher on 70 %"),
         ({"last_quarter": {"of": "accuracy", "mean": 90.0, "lowest": 80.0}}, "swings"),
+        ({"accuracy": 83.0, "interval": [80.0, 84.9]}, "has 83.0 % of the test images, its teachers 95.0 or more"),
     ],
 )
 def test_the_verdict_of_a_student_gone_wrong(student: dict, words: str) -> None:

@@ -242,7 +242,8 @@ def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: A
     """
     if not (isinstance(stream, SyntheticStream | Batches) and stream.teachers):
         raise UserError(
-            "fit() takes a SyntheticStream with a teacher, whose logits the student learns; give it teacher="
+            "fit() takes a SyntheticStream with a teacher, whose logits the student learns; give the stream itself, "
+            "made with teacher="
         )
     if steps < 1:
         raise UserError(f"steps={steps} is not allowed; training takes 1 update or more")
