@@ -52,7 +52,11 @@ class TeacherTraining:
         0.125, "random shift, as a share of the image size, edges repeated; ignored for a teacher with a pad", 0, 0.5
     )
     flip: bool = key(False, "random horizontal flip")
-    cache: str = key("runs/teachers", "folder of the teachers trained here, found again by what they were trained from")
+    cache: str = key(
+        "runs/teachers",
+        "folder of the teachers trained here, found again by the keys they were trained by; not by the images: put "
+        "other ones into a folder of another name",
+    )
 
 
 @dataclass

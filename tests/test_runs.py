@@ -548,7 +548,7 @@ def test_a_teacher_given_other_images_than_it_learned_is_told_before_it_costs_a_
     assert text not in runs.run("sound", *SHORT).out
     like = {"kwargs": {"width": 4, "depth": 1}, "classes": 10, "channels": 1, "mean": [0.3]}.items()
     trained = [path for path in runs.cache.glob("plain-*/model.json") if like <= json.loads(path.read_text()).items()]
-    wrong = ("teachers.plain.mean=[50]", "teachers.plain.std=[0.001]", f"teachers.plain.weights={trained[0].parent}")
+    wrong = ("teachers.plain.mean=[1]", "teachers.plain.std=[1000]", f"teachers.plain.weights={trained[0].parent}")
     called = runs.run("wrong", *SHORT, *wrong)
     found = results(runs.folder / "wrong")
     told = f"teacher plain has {found['teachers']['plain']['accuracy']:.1f} % {text}"
