@@ -309,11 +309,15 @@ def sample_teachers(zoo: Sequence[Teacher], count: int, seed: int, step: int) ->
 
 def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
     """The zoo's weighted mean logits [B, K], each teacher's first standardised to unit spread and then scaled back by
-    the mean spread, so that no teacher counts more for shouting louder."""
+    the mean spread, so that no teacher counts more for shouting louder. Raises UserError where they have other classes.
+    """
     if len(zoo) == 1:
         return zoo[0](images)
     shares = shares_of(zoo)
     logits = [teacher(images) for teacher in in_turn(zoo)]
+    if len({each.shape for each in logits}) > 1:
+        given = ", ".join(f"{teacher.name} {each.shape[1]}" for teacher, each in zip(zoo, logits))
+        raise UserError(f"teachers of other numbers of classes have no mean logits: {given}")
     spreads = all_reduce_mean(torch.stack([each.std(dim=1).mean() for each in logits])).clamp_min(1e-6)
     spread = sum(share * each for share, each in zip(shares, spreads))
     return torch.stack([share * each / s for share, each, s in zip(shares, logits, spreads)]).sum(0) * spread

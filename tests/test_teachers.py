@@ -516,6 +516,9 @@ def test_the_zoos_logits_are_weighted_means() -> None:
         wanted = (first * a + second * b) / (first + second)
         assert torch.allclose(zoo_logits(zoo, x), wanted.expand(3, -1), atol=1e-5)
     assert torch.equal(zoo_logits(zoo[:1], x), zoo[0](x))
+    few = Teacher(nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), 2)), name="few")
+    with pytest.raises(UserError, match=r"teachers of other numbers of classes have no mean logits: .*, few 2"):
+        zoo_logits([zoo[0], few], x)
 
 
 def test_a_loud_teacher_counts_no_more_than_a_quiet_one() -> None:
