@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dfkd.errors import UserError
+from dfkd.folder import comparable
+from dfkd.whole import whole as whole_file
 
 OWN = ("recipe", "output", "seed", "overwrite")  # keys that are not for the command line here
 Keys = dict[str, str]
@@ -54,7 +56,7 @@ def keep_recipes(out: Path, recipes: Mapping[str, Any]) -> None:
     """Write down the recipe (a dataclass) of each row. Raises UserError where a row has figures by another one."""
     path = out / "recipes.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    now = {name: json.loads(json.dumps(dataclasses.asdict(recipe))) for name, recipe in recipes.items()}
+    now = {name: json.loads(json.dumps(comparable(dataclasses.asdict(recipe)))) for name, recipe in recipes.items()}
     rows = {line["method"] for name in ("figures.jsonl", "costs.jsonl") for line in read(out / name)}
     for name, recipe in now.items():
         if name in rows and kept.get(name, recipe) != recipe:
@@ -62,7 +64,8 @@ def keep_recipes(out: Path, recipes: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{out} holds figures of {name} by another recipe, which differs in {changed}; choose another --out"
             )
-    path.write_text(json.dumps(kept | now) + "\n")
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(kept | now) + "\n")
 
 
 def positive(text: str) -> float:

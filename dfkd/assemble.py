@@ -109,9 +109,9 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
         raise UserError(f"student: {error}") from error
     mean, std = like.normalisation
     made = folder_about(spec.weights)
-    own = {"mean": made.get("mean", mean), "std": made.get("std", std), "input_size": made.get("input_size")}
-    if selects:
-        own["input_size"] = like.input_size
+    input_size = like.input_size if selects else made.get("input_size")
+    own = {"mean": made.get("mean", mean), "std": made.get("std", std)}
+    own["input_size"] = None if input_size == recipe.image.size else input_size
     student = Classifier(model, name="student", **own).to(device)
     if recipe.runtime.channels_last:
         student.to(memory_format=torch.channels_last)

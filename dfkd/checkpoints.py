@@ -16,6 +16,7 @@ from dfkd.errors import UserError, in_a_line
 from dfkd.whole import whole
 
 KEEP = 2
+OWNER = "owner"
 FOREIGN = "is of another recipe, precision or number of processes, an older version or networks whose files changed"
 
 
@@ -42,7 +43,7 @@ def _digest(path: Path) -> str:
 
 
 class Checkpoints:
-    """The folder `checkpoints/` of a run: step-N/rankR.pt and manifest.json, and `latest`, a link to the newest.
+    """The folder `checkpoints/` of a run: step-N/rankR.pt and manifest.json, `owner`, and `latest`, a link.
 
     owner names what the states belong to (a digest of recipe, precision and number of processes): others are refused.
     """
@@ -106,17 +107,21 @@ class Checkpoints:
             if problem == FOREIGN:
                 foreign.append(folder)
             warnings.append(f"checkpoint {folder} {problem}; using the one before it")
-        mark = self.folder / "owner"  # of what was finished before the first checkpoint, too
+        mark = self.folder / OWNER
         if foreign or (mark.exists() and mark.read_text() != self.owner):
             what = f"checkpoint {foreign[0]}" if foreign else f"what {self.folder.parent} holds"
             raise UserError(
                 f"{what} {FOREIGN}; run the command and the launcher options that began this run, on a machine where "
                 "runtime.precision=auto is the same, choose another output=..., or overwrite=true to start over"
             )
-        if self.state.is_main_process and not mark.exists():
-            with whole(mark) as draft:
-                draft.write_text(self.owner)
         return Resumed(0, {}, warnings) if warnings else None
+
+    def claim(self) -> None:
+        """Have the main process write down whose the run is: a part of it is finished, maybe without a checkpoint."""
+        if self.state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole(self.folder / OWNER) as draft:
+                draft.write_text(self.owner)
 
     def _found(self) -> list[Path]:
         return sorted(self.folder.glob("step-" + "[0-9]" * 8), reverse=True)

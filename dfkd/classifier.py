@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.name, self.input_size = model, name, input_size
-        if isinstance(mean, float | int) or isinstance(std, float | int):
+        if isinstance(mean, Real) or isinstance(std, Real):
             raise UserError(f"{name}: mean {mean} and std {std} are lists, of one value per channel each")
         if len(mean) != len(std) or any(value <= 0 for value in std):
             raise UserError(

@@ -110,6 +110,8 @@ def open_folder(loaded: Loaded, folder: Path, accelerator: Accelerator) -> Itera
                 for name in MADE:
                     shutil.rmtree(folder / name, ignore_errors=True)
                     (folder / name).unlink(missing_ok=True)
+                for draft in folder.glob(".*.partial"):  # what a kill left
+                    draft.unlink()
             with whole(folder / CONFIG) as draft:
                 draft.write_text(loaded.yaml())
         accelerator.wait_for_everyone()
@@ -134,7 +136,7 @@ def _held(folder: Path) -> Iterator[bool]:
         yield ours
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A resolved recipe without the keys that may change, as flat dotted keys."""
     flat: dict[str, Any] = {}
 
@@ -163,7 +165,7 @@ def _read(config: Path) -> dict[str, Any]:
 
 
 def _differences(recipe: Recipe, config: dict[str, Any]) -> list[str]:
-    before, now = _comparable(config), _comparable(dataclasses.asdict(recipe))
+    before, now = comparable(config), comparable(dataclasses.asdict(recipe))
     keys = sorted(set(before) | set(now))
     changed = [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
     return [f"{key}: {'empty' if a == '' else a} there, {'empty' if b == '' else b} here" for key, a, b in changed]
@@ -178,7 +180,7 @@ def owner(recipe: Recipe, precision: str, world: int) -> str:
         f"teachers.{n}": teacher_folder(recipe, n, spec) for n, spec in recipe.zoo_specs.items() if not spec.weights
     }
     networks = {name: _content(path) for name, path in paths.items()}
-    text = json.dumps([_comparable(dataclasses.asdict(recipe)), networks, precision, world], sort_keys=True)
+    text = json.dumps([comparable(dataclasses.asdict(recipe)), networks, precision, world], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

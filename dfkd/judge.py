@@ -74,6 +74,7 @@ def judge(loaded: Loaded, source: str, count: int, command: str) -> None:
 def _write(folder: Path, figures: dict[str, Any], picture: Tensor) -> None:
     """Leave the figures and the picture in a folder, and say so."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with whole(folder / "quality.json") as draft:
             draft.write_text(json.dumps(figures, indent=2) + "\n")
         save_image(picture, folder / "grid.png")

@@ -123,8 +123,8 @@ def make_fit(parts: Parts, plan: Plan) -> Fit:
     control = None if source == "generator" else task_source(parts, source, parts.student)
     about = parts.student_about
     moves = Moves(round(distill.shift * recipe.image.size), distill.flip)
-    made = {"source": source, "moves": list(moves), "opened": made_from(about) + opened()[before:]}
-    parts.student_about = {**about, **made}
+    made = {"source": source, "moves": list(moves), "size": recipe.image.size}
+    parts.student_about = {**about, **made, "opened": made_from(about) + opened()[before:]}
     teachers = assemble.main_teachers(recipe, parts.zoo)
     stream = training_stream(
         parts,

@@ -71,7 +71,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     for name, classes in named.items():
         if parts.test is not None and classes is not None:
             notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)
-    results["verdict"] = verdict(results, notes, warnings)
+    learned = [teacher.name for teacher in assemble.main_teachers(recipe, parts.zoo)]
+    results["verdict"] = verdict(results, notes, warnings, learned)
     judged_on = [e for e in opened() if e["purpose"] == "evaluate" and parts.test is not None]  # not by other runs here
     results["data_free"] = training_images(recipe) + judged_on
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]

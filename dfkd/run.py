@@ -185,10 +185,12 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
                 with compiled(networks(parts) if recipe.runtime.compile else []):
                     loop.run(begun)
                 save_phase(parts, plan, synthesizer)
+                checkpoints.claim()
                 worked = begun < plan.total
             elif not finished(recipe, plan.name):
                 say(f"task {plan.name}")
                 run_task(parts, plan.name, partial(train, partial(loop_of, plan, None, offset=offset), mine))
+                checkpoints.claim()
                 worked = True
             mine.clear()  # of a task that was finished already nobody took it up
             offset += plan.total

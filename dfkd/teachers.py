@@ -234,7 +234,8 @@ def load_zoo(
     """The teachers of `{name: {model, weights, mean, std, input_size, moves, weight, kwargs}}`, checked and frozen.
 
     model and weights are as in a recipe; moves, a dfkd.draws.Moves, stands for its pad and flip. What weights that are
-    the folder of a trained model tell of mean, std, input_size and moves holds where the spec says nothing else.
+    the folder of a trained model tell of mean, std, input_size and moves (for images of `size` as far in proportion)
+    holds where the spec says nothing else.
     With memory_gb their networks are on the host, and on the device as many as so many GB (10^9 bytes) hold; with
     untrained those without weights keep random ones. Raises UserError for an unknown key, no weights, a model,
     checkpoint, class count or output that does not fit (see check_teacher), or where one takes more than memory_gb.
@@ -257,6 +258,8 @@ def load_zoo(
         about = folder_about(spec.get("weights", ""))
         given = {key: value for key, value in spec.items() if value is not None and value != ""}
         kept = {key: about[key] for key in KEPT if about.get(key)}
+        if kept.get("input_size") == size:  # images of another size are then meant to be seen so (synthesis.coarse)
+            del kept["input_size"]
         own = {key: given[key] for key in KEPT if key in given and (key == "input_size" or len(given[key]))}
         options, moves = kept | own, given.get("moves") or kept_moves(about, size)
         teacher = Teacher(model, name=name, moves=moves, weight=spec.get("weight", 1.0), **options)

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -140,10 +140,14 @@ def last_quarter(evaluations: Sequence[Mapping[str, Any]], last: int, first: int
 
 
 def verdict(
-    results: Mapping[str, Any], notes: Mapping[str, str], warnings: Sequence[Mapping[str, Any]]
+    results: Mapping[str, Any],
+    notes: Mapping[str, str],
+    warnings: Sequence[Mapping[str, Any]],
+    learned: Collection[str] = (),
 ) -> dict[str, Any]:
     """Whether a run looks sound at its end: notes on its generator, and what its results say of tasks and student;
-    beside them, as `warnings`, what looked wrong on the way."""
+    beside them, as `warnings`, what looked wrong on the way. learned names the teachers that the student learned from
+    (none: all)."""
     found = list(notes.values())
     for name, task in results["tasks"].items():
         exported = task.get("export") or {}
@@ -184,11 +188,12 @@ def verdict(
             f"the student agrees with its teacher on {student['agreement']['percent']:.0f} % of synthetic images: "
             "raise distill.steps, synthesis.student_steps or synthesis.fade, or choose a larger student"
         )
-    known = [each["accuracy"] for each in results.get("teachers", {}).values() if each.get("accuracy") is not None]
-    if student and known and student.get("interval") and student["interval"][1] < min(known) - LOST:
+    figures = [each["accuracy"] for name, each in results.get("teachers", {}).items() if not learned or name in learned]
+    known = [accuracy for accuracy in figures if accuracy is not None]
+    if student and not control and known and student.get("interval") and student["interval"][1] < min(known) - LOST:
         found.append(
             f"the student has {student['accuracy']:.1f} % of the test images, its teachers {min(known):.1f} or more: "
-            "train longer (synthesis.steps, distill.steps), or choose a larger student"
+            "train longer, or choose a larger student"
         )
     quarter = student and student["last_quarter"]
     if quarter and quarter["lowest"] < quarter["mean"] - SWING:

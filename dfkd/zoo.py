@@ -15,7 +15,7 @@ from dfkd.classifier import Classifier
 from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
 from dfkd.data import RealImages, image_folder, load_images, opened
-from dfkd.draws import STILL, Moves
+from dfkd.draws import Moves
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import folder_about
@@ -71,7 +71,6 @@ def check_training_images(recipe: Recipe, name: str, spec: TeacherSpec) -> None:
 def training_moves(recipe: Recipe, spec: TeacherSpec) -> Moves:
     """How a teacher's training moved images at random: as `training` says where it is trained here, as its folder says
     where it was trained here before, not at all as far as is known of others; but as its spec says."""
-    moves = STILL
     if not spec.weights:
         moves = Moves(round(recipe.training.shift * recipe.image.size), recipe.training.flip)
     else:

@@ -193,7 +193,7 @@ def test_only_tensors_and_plain_values_are_read(checkpoints: Checkpoints) -> Non
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "results.json"
+    path = tmp_path / "results.json"
     with whole(path) as draft:
         draft.write_text("old")
     failing = ExitStack()

@@ -439,6 +439,8 @@ def test_the_folder_of_a_trained_model_says_how_it_is_given_images(tmp_path: Pat
     save_model(tmp_path, trained, about | kept | {"input_size": None, "size": 4})
     assert loaded()[1:] == (4, Moves(4, True))
     assert load_compressed(tmp_path).input_size == 4
+    save_model(tmp_path, trained, about | kept | {"input_size": None, "size": 8})
+    assert loaded()[1:] == (None, Moves(2, True))  # so that synthesis.coarse shows it smaller ones
 
 
 def test_a_networks_layers_are_its_own_and_slow_ones_compute_in_float() -> None:

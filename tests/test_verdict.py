@@ -209,6 +209,13 @@ def test_the_verdict_of_a_sound_run_keeps_what_was_warned_of() -> None:
     assert verdict(results(), {}, warned) == {"ok": True, "notes": [], "warnings": warned}
 
 
+def test_a_student_is_held_against_the_teachers_that_it_learned_from() -> None:
+    far = {"accuracy": 70.0, "interval": [68.0, 72.0], "source": "generator"}
+    assert not verdict(results(**far), {}, [], ["b"])["ok"]
+    assert verdict(results(**far), {}, [], ["c"])["ok"]  # nobody knows how good that one is
+    assert verdict(results(**far | {"source": "noise"}), {}, [])["ok"]  # a control
+
+
 @pytest.mark.parametrize(
     ("student", "words"),
     [

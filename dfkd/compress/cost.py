@@ -1,6 +1,5 @@
 """What a network costs: parameters, multiply-accumulates, zeros, bytes."""
 
-import copy
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfkd.compress.graph import network_of
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
+from dfkd.runtime import eval_mode, frozen
 
 
 @torch.no_grad()
@@ -20,9 +20,9 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     weights; bytes: of all these numbers, a quantised weight at its bits, everything else at 4 bytes, zeros included.
     """
     network = network_of(model)
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)  # or the counter stumbles over views of parameters
-    with FlopCounterMode(display=False) as counter:
-        frozen(image)
+    # Frozen, or the counter stumbles over views of parameters.
+    with frozen(model), eval_mode(model), FlopCounterMode(display=False) as counter:
+        model(image)
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     weights = sum(layer.weight.numel() for layer in layers)
     few = {id(layer.weight): layer.quantizer.bits for layer in quantized_layers(network).values()}

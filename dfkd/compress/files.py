@@ -50,13 +50,12 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
         kwargs=about.get("kwargs"),
         trust_code=trust_code,
     )
-    tensors, older = read_checkpoint(folder), False
+    tensors, quantized = read_checkpoint(folder), None
     try:
         structure = about.get("structure", {})
         resize(network, structure.get("channels", {}))
         if quantized := structure.get("quantized"):
             size = quantized.get("input")  # of an image
-            older = size is None  # it is not in folders of before 30 November 2026
             network = fold(trace(network, torch.zeros(1, *size) if size else None))
             insert(network, quantized["bits"], per_channel=True)
             for name, quantizer in activation_quantizers(network).items():
@@ -69,7 +68,7 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # a description that is wrong
         reason = in_a_line(error)
         kind = "" if isinstance(error, RuntimeError | UserError) else f"{type(error).__name__}: "
-        remedy = "; an older dfkd made it: quantise the float model again" if older else ""
+        remedy = "; an older dfkd may have made it: quantise the float model again" if quantized else ""
         raise UserError(f"{os.fspath(folder)} does not fit {about['model']}: {kind}{reason}{remedy}") from None
     return Classifier(
         network,

@@ -83,7 +83,7 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
     """The network's inputs for the first images of a stream (uint8: 255ths), in batches. Raises UserError where the
     stream is too short, one is NaN or infinite, or the network does not take them, and in torch.inference_mode."""
     if torch.is_inference_mode_enabled():
-        raise UserError("nothing can be learned within torch.inference_mode(); call this outside of it")
+        raise UserError("weights cannot be changed within torch.inference_mode(); call this outside of it")
     check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
     inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]

@@ -62,7 +62,8 @@ def quantize(
         given = f"method={method!r} is unknown; choose from {', '.join(METHODS)}"
         raise UserError(given + (f", here 'reconstruct' with unit={method!r}" if method in ("layer", "block") else ""))
     learners = {"nearest": (), "reconstruct": (Learner, reconstruct), "train": (Training,)}[method]
-    known = [name for each in learners for name in inspect.signature(each).parameters]
+    signatures = [inspect.signature(each).parameters.values() for each in learners]
+    known = [each.name for parameters in signatures for each in parameters if each.default is not each.empty]
     if unknown := [name for name in options if name not in known]:
         raise UserError(f"method={method!r} takes no {', '.join(unknown)}{nearest(unknown[0], known)}")
     if method == "train":

@@ -199,7 +199,8 @@ def save_tensors(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], 
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What model.json of a folder of `save_model` says; UserError where it is absent, torn or incomplete."""
+    """What model.json of a folder of `save_model` says; its input_size, where it names none, is the size of the images
+    it was made for (`size`). UserError where it is absent, torn or incomplete."""
     path = Path(folder).expanduser() / DESCRIPTION
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -223,6 +224,7 @@ def folder_about(weights: str | os.PathLike[str]) -> dict[str, Any]:
 def _write(path: Path, content: bytes) -> None:
     """Replace a file in one step, on the disk before it has its name."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as draft:
             draft.write_bytes(content)
     except OSError as error:
