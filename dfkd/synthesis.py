@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -103,8 +104,9 @@ class Synthesizer:
         for name, share in (("warmup", warmup), ("fade", fade)):
             if not 0 <= share <= 0.5:
                 raise UserError(f"{name} is a share of the steps, 0 to 0.5; got {share}")
-        if sample < 1:
-            raise UserError(f"an update asks 1 teacher or more, got sample={sample}")
+        for name, number in (("steps", steps), ("sample", sample)):
+            if not isinstance(number, Integral) or number < 1:
+                raise UserError(f"{name} is a whole number from 1, got {number}")
         self.shard = shard or Shard(generator.device)
         self.graphs = graphs
         self.generator = generator.train()

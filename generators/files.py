@@ -31,7 +31,7 @@ def build_generator(description: dict[str, Any], about: dict[str, Any] | None = 
     _check_keys(description, kind, "")
     try:
         generator = kind(**{key: description[key] for key in kind.keys})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise GeneratorError(f"generator {description['arch']}: {error}") from None
     generator.description = description
     return generator

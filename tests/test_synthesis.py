@@ -2,6 +2,7 @@
 
 import copy
 import math
+from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -607,14 +608,15 @@ def test_a_zoo_that_does_not_fit_its_generator_is_refused(
         build(make_generator(), [teacher], {"ce": 1.0, "bn": -2.0})
     wrong = {
         "batch_size=3": "learns from 4 or more images an update, got batch_size=3",
-        "sample=0": "an update asks 1 teacher or more, got sample=0",
+        "sample=0": "sample is a whole number from 1, got 0",
+        "steps=2.5": "steps is a whole number from 1, got 2.5",
         "warmup=20": "warmup is a share of the steps, 0 to 0.5; got 20",
         "fade=0.6": "fade is a share of the steps, 0 to 0.5; got 0.6",
     }
     for given, message in wrong.items():
         key, _, value = given.partition("=")
         with pytest.raises(UserError, match=message):
-            Synthesizer(make_generator(), [teacher], losses={"ce": 1.0}, steps=2, **{key: float(value)})
+            Synthesizer(make_generator(), [teacher], losses={"ce": 1.0}, **{"steps": 2, key: literal_eval(value)})
 
 
 def test_a_generator_gone_wrong_is_not_settled_and_its_terms_are_named(
