@@ -86,7 +86,12 @@ def table(lines: Sequence[Line]) -> str:
     whole = ", ".join(f"{model} {value:.2f} %" for model, value in sorted(before.items()))
     skipped = {f"{line['case']} of {line['model']}: {line['why']}" for line in lines if "why" in line}
     seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
-    notes = [f"Held out, before compression: {whole}. Seeds {seeds}."]
+    tested = ", ".join(sorted({str(line["n"]) for line in lines if line["case"] in CASES and "n" in line}))
+    notes = [f"Held out, before compression: {whole}; {tested or 'no'} test images. Seeds {seeds}."]
+    if not any(line["source"] == "real" for line in lines):
+        notes.append(
+            "Batch-norm losses are in units of real images', and the naive row is on those: add real to --sources."
+        )
     return "\n".join([*rows, "", *notes, *(f"Not done: {text}" for text in sorted(skipped))])
 
 
