@@ -145,9 +145,11 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
     keys = {"recipe": "digits", **given_keys(arguments, "all variants", own=set(OWN) - {"recipe"})}
     variants = [make_variant(DEFAULTS, keys)]
-    for name in dict.fromkeys(options.variants.split(",") if options.variants else VARIANTS):
+    names = dict.fromkeys(options.variants.split(",") if options.variants else VARIANTS)
+    names.pop(DEFAULTS, None)  # always there
+    for name in names:
         try:
-            variants += [make_variant(name, keys)] if name != DEFAULTS else []
+            variants.append(make_variant(name, keys))
         except UserError as error:  # three teachers of a zoo of two, say
             if options.variants:
                 raise

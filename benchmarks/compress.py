@@ -27,7 +27,7 @@ from dfkd.results import describe_device
 from dfkd.run import build
 from dfkd.runtime import make_accelerator
 from dfkd.tasks import TASKS, compare
-from generators.files import GeneratorError
+from generators import GeneratorError
 
 Cases = dict[str, tuple[str, dict[str, Any]]]  # task and keys by name
 PTQ = {f"W{w}A{a} PTQ": ("ptq", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}

@@ -28,7 +28,6 @@ from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, reload_generator, train_zoo
 from dfkd.compress.fit import Fit
-from dfkd.data import evenly
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
 from dfkd.quality import quality
@@ -38,7 +37,7 @@ from dfkd.run import build, run
 from dfkd.runtime import Shard, make_accelerator, say
 from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator
-from dfkd.tasks import HELD_OUT_EPOCH, TASKS, measure
+from dfkd.tasks import HELD_OUT_EPOCH, TASKS, measure, pool_images
 from dfkd.teachers import Teacher
 from dfkd.zoo import teacher_folder
 from generators import GeneratorError, PoolGenerator
@@ -212,8 +211,8 @@ def looked_at(parts: Parts, name: str, count: int) -> dict[str, Line]:
     """What every teacher makes of `count` images of a source (dfkd.quality: batch-norm loss over all of them at once,
     accuracy on their labels), by name; and of the images, which is the same for all, how much they differ in a class.
     """
-    if name not in CONTROLS and isinstance(parts.generator, PoolGenerator):  # a stream of it draws with replacement
-        images, labels = (each[evenly(len(each), count).to(each.device)] for each in parts.generator.kept())
+    if name not in CONTROLS and isinstance(parts.generator, PoolGenerator):
+        images, labels = pool_images(parts.generator, count)
     else:
         seed, source = parts.recipe.seed, source_of(parts, name, parts.zoo[0])
         stream = SyntheticStream(source, batch_size=count, seed=seed, shard=Shard(parts.shard.device))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from dfkd import assemble
-from dfkd.data import evenly, load_folder, opened, sample
+from dfkd.data import load_folder, opened, sample
 from dfkd.errors import UserError
 from dfkd.folder import QUALITY
 from dfkd.metrics import enlarged
@@ -23,7 +23,7 @@ from dfkd.results import describe_device, versions
 from dfkd.runtime import Shard, make_accelerator, say, shut_down, to_float
 from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator, materialize
-from dfkd.tasks import HELD_OUT, HELD_OUT_BATCH, HELD_OUT_EPOCH
+from dfkd.tasks import HELD_OUT, HELD_OUT_BATCH, HELD_OUT_EPOCH, pool_images
 from dfkd.teachers import Teacher
 from dfkd.training import GRID_COLUMNS
 from dfkd.whole import whole
@@ -110,8 +110,8 @@ def _generated(recipe: Recipe, source: str, count: int, zoo: list[Teacher]) -> S
     device = zoo[0].mean.device
     given = dataclasses.replace(recipe, generator=dataclasses.replace(recipe.generator, checkpoint=source))
     generator = assemble.make_generator(given, zoo, device)
-    if isinstance(generator, PoolGenerator):  # it draws with replacement: duplicates that the pool may not have
-        images, labels = (each.cpu()[evenly(len(each), count)] for each in generator.kept())
+    if isinstance(generator, PoolGenerator):
+        images, labels = (each.cpu() for each in pool_images(generator, count))
     else:
         images, labels = _streamed(recipe, from_generator(generator), count, device)
     return _sample(source, images, labels if generator.conditional else None, f"images of the generator in {source}")

@@ -297,13 +297,20 @@ def measure(parts: Parts, model: nn.Module) -> Accuracy | None:
     return None if parts.test is None else accuracy(model, parts.test, device=parts.shard.device)
 
 
+def pool_images(pool: PoolGenerator, count: int) -> tuple[Tensor, Tensor]:
+    """At most `count` of the images that a pool holds, uint8, spread evenly over all its rounds, and their labels. A
+    stream of it would draw with replacement."""
+    images, labels = pool.kept()
+    rows = evenly(len(labels), count).to(labels.device)
+    return images[rows], labels[rows]
+
+
 def held_out(parts: Parts, count: int = HELD_OUT, autocast: Autocast = nullcontext) -> Iterator[Tensor]:
     """Batches of synthetic images, `count` in all, that nothing has trained on; of a pool its own, each once and no
     more than it has: what trained on the pool has seen them all."""
     if isinstance(parts.generator, PoolGenerator):
-        kept, _ = parts.generator.kept()
-        rows = evenly(len(kept), count).to(kept.device)  # of all its rounds
-        return (to_float(each) for each in kept[rows].split(HELD_OUT_BATCH) if len(each))
+        images, _ = pool_images(parts.generator, count)
+        return (to_float(each) for each in images.split(HELD_OUT_BATCH) if len(each))
     stream = SyntheticStream(
         parts.generator,
         batch_size=HELD_OUT_BATCH,

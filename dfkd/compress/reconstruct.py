@@ -256,10 +256,8 @@ def reconstruct(
     figures: list[dict[str, Any]] = []
     left = dict.fromkeys(quantized_layers(graph), "in no unit with one input and one output")
     x_float, x, one = images, images, images[:1]
-    blocks = list(units(graph))
+    blocks = [block for block in units(graph) if block.read]
     for done, block in enumerate(blocks, 1):
-        if not any(user not in block.nodes for node in block.nodes for user in node.users):
-            continue  # nobody takes what it gives: a head for training alone, say
         try:
             _, source, sink = extract(graph, block.nodes, block.name)
         except UserError as error:  # nothing behind it has inputs then

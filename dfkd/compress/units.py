@@ -19,6 +19,11 @@ class Unit:
     name: str
     nodes: list[fx.Node] = field(default_factory=list)
 
+    @property
+    def read(self) -> bool:
+        """Whether anything takes what it gives: nothing does of a head for training alone, or of checks of a shape."""
+        return any(user not in self.nodes for node in self.nodes for user in node.users)
+
 
 def units(graph: fx.GraphModule) -> list[Unit]:
     """The graph cut wherever a single tensor goes on: residual blocks, and what lies between them layer by layer.
