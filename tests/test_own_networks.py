@@ -1,12 +1,15 @@
 """Networks as users write them: what is not torch's own class, not used, not finite, not of one size."""
 
+import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +17,7 @@ from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
 from dfkd.compress.prune import prune
 from dfkd.compress.qat import quantize
+from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 
 Layers = Callable[..., nn.Module]
@@ -45,18 +49,29 @@ def outputs(model: nn.Module) -> Tensor:
         return model(STREAM[1])
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda net: prune(net, STREAM, 0.3, repair="batch_norm", images=64).model,
-        lambda net: prune(net, STREAM, 0.5, kind="weights", images=64).model,
-        lambda net: prune(net, STREAM, 0.5, images=64).model,
-        lambda net: quantize(net, STREAM, (4, 8), images=32, steps=3).model,
-        lambda net: closed_form(net, 0.3).model,
-    ],
-)
-def test_layers_of_derived_classes_are_compressed_as_torchs_are(act: Callable[[nn.Module], nn.Module]) -> None:
+Act = Callable[[nn.Module], nn.Module]
+ACTS: list[Act] = [
+    lambda net: prune(net, STREAM, 0.3, repair="batch_norm", images=64).model,
+    lambda net: prune(net, STREAM, 0.5, kind="weights", images=64).model,
+    lambda net: prune(net, STREAM, 0.5, images=64).model,
+    lambda net: quantize(net, STREAM, (4, 8), images=32, steps=3).model,
+    lambda net: closed_form(net, 0.3).model,
+]
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_layers_of_derived_classes_are_compressed_as_torchs_are(act: Act) -> None:
     assert torch.equal(outputs(act(network(OwnConv, OwnNorm))), outputs(act(network())))
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, partial(BatchNormAct2d, apply_act=False)])
+def test_frozen_batch_norms_are_compressed_as_those_they_were(norm: Layers, act: Act) -> None:
+    plain = network(norm=norm)
+    frozen = freeze_batch_norm_2d(copy.deepcopy(plain))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())
+    torch.testing.assert_close(outputs(act(frozen)), outputs(act(plain)), rtol=1e-4, atol=1e-4)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in frozen.modules())  # the user's own stays
 
 
 def test_a_layer_that_computes_otherwise_is_not_taken_for_one_of_torchs() -> None:
@@ -66,6 +81,12 @@ def test_a_layer_that_computes_otherwise_is_not_taken_for_one_of_torchs() -> Non
 
     with pytest.raises(UserError, match="0 calls conv2d itself"):
         quantize(network(lambda *given: Doubled(*given)), STREAM, method="nearest", images=16)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_joint_norm_without_statistics_is_traced_as_it_is(affine: bool) -> None:
+    joint = partial(BatchNormAct2d, affine=affine, track_running_stats=False)
+    assert torch.equal(trace(network(norm=joint), STREAM[0])(STREAM[1]), outputs(network(norm=joint)))
 
 
 class Auxiliary(nn.Module):

@@ -30,7 +30,7 @@ from dfkd.compress.graph import (
 )
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
-from dfkd.compress.tracing import trace
+from dfkd.compress.tracing import thawed, trace
 from dfkd.errors import UserError
 
 METHODS = ("rectified", "udfc")
@@ -64,7 +64,7 @@ def closed_form(
     same without compensation. Raises UserError for values out of range, a pattern without a layer, no filter to take.
     """
     _check(ratio, bits, method, alpha1, alpha2)
-    network = network_of(model)
+    network = thawed(network_of(model))
     plan = _plan(network, ratio, bits, ignore)
     work, naive = copy.deepcopy(network), copy.deepcopy(network)
     layers = _compress(work, network, plan, ratio, method, (alpha1, alpha2))

@@ -13,7 +13,7 @@ from dfkd.compress.channels import resize
 from dfkd.compress.graph import fold, network_of
 from dfkd.compress.quantize import insert
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
-from dfkd.compress.tracing import trace
+from dfkd.compress.tracing import thawed, trace
 from dfkd.errors import UserError, in_a_line
 from dfkd.models import build_model, read_checkpoint, save_tensors
 from dfkd.models.checkpoints import own_names, read_description
@@ -52,6 +52,7 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
     )
     tensors, quantized = read_checkpoint(folder), None
     try:
+        network = thawed(network)  # as what was pruned
         structure = about.get("structure", {})
         resize(network, structure.get("channels", {}))
         if quantized := structure.get("quantized"):

@@ -25,7 +25,7 @@ from dfkd.compress.graph import (
 )
 from dfkd.compress.repair import check_batch_norms, least_squares, output_errors, paired_batch_norm
 from dfkd.compress.result import Compressed
-from dfkd.compress.tracing import check_weights, heads, trace
+from dfkd.compress.tracing import check_weights, heads, thawed, trace
 from dfkd.errors import UserError
 
 KINDS = ("channels", "weights")
@@ -78,7 +78,7 @@ def prune(
     """
     _check(ratio, kind, repair, images, ridge)
     inputs = joined(calibration_inputs(model, stream, images))
-    network = copy.deepcopy(network_of(model)).eval()
+    network = thawed(network_of(model)).eval()
     prunable = _prunable(network, inputs[:PROBE], ignore)
     cut, supports = _what_goes(network, inputs[:PROBE], ratio, kind, prunable, inner_only)
     naive = _remove(copy.deepcopy(network), cut)
@@ -110,7 +110,7 @@ def check_prunable(
 ) -> None:
     """Raise UserError where `prune` would whatever a stream holds; images [B, C, H, W] are of the model's size."""
     check_weights(network_of(model))
-    network, inputs = copy.deepcopy(network_of(model)).eval(), network_input(model, images)
+    network, inputs = thawed(network_of(model)).eval(), network_input(model, images)
     _what_goes(network, inputs, ratio, kind, _prunable(network, inputs, ignore), inner_only)
     if repair == "batch_norm":
         check_batch_norms(network)

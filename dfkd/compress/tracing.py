@@ -8,11 +8,12 @@ from typing import Any
 import timm.layers
 import torch
 import torch.nn.functional as F
-from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd.compress.quantizers import quantized_layers
 from dfkd.errors import UserError, in_a_line
@@ -96,13 +97,13 @@ def _computes_as_its_base(module: nn.Module) -> bool:
 def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     """A copy of a network as a graph, in eval mode, its layers under their own names.
 
-    timm's joint batch norm and activation are taken apart, activations and arithmetic no longer work in place; a
-    forward that branches on sizes goes where it goes for images, its inputs. Raises UserError where it branches on
-    values (without images: or sizes), a layer with weights is used twice or a weight is no parameter, and where of the
-    images the graph makes something else than the network.
+    Frozen batch norms become plain ones, timm's joint batch norm and activation are taken apart, activations and
+    arithmetic no longer work in place; a forward that branches on sizes goes where it goes for images, its inputs.
+    Raises UserError where it branches on values (without images: or sizes), a layer with weights is used twice or a
+    weight is no parameter, and where of the images the graph makes something else than the network.
     """
     check_weights(network)
-    given, network, in_place = network, copy.deepcopy(network).eval(), set()
+    given, network, in_place = network, thawed(network).eval(), set()
     for name, module in list(network.named_modules()):
         if isinstance(module, BatchNormAct2d):
             network.set_submodule(name, _taken_apart(module))
@@ -187,11 +188,38 @@ def _with_one_input(network: nn.Module) -> None:
         network.__class__ = type(own.__name__, (own,), {"forward": lambda self, x: own.forward(self, x)})
 
 
+def thawed(network: nn.Module) -> nn.Module:
+    """A copy of a network with a batch norm in the place of each of torchvision's and timm's frozen ones, which are no
+    layers to what folds batch norms, cuts their channels or repairs them, but arithmetic with four buffers."""
+    copied = copy.deepcopy(network)
+    plain: nn.BatchNorm2d
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, FrozenBatchNormAct2d):
+            plain = BatchNormAct2d(_channels(module), module.eps, apply_act=False)
+            plain.drop, plain.act = module.drop, module.act
+        elif isinstance(module, FrozenBatchNorm2d):
+            plain = nn.BatchNorm2d(_channels(module), module.eps)
+        else:
+            continue
+        copied.set_submodule(name, _with_state(plain, module))
+    return copied
+
+
+def _channels(norm: Any) -> int:
+    return len(norm.running_var)
+
+
+def _with_state(plain: nn.BatchNorm2d, norm: nn.Module) -> nn.BatchNorm2d:
+    state = norm.state_dict()
+    plain.to(next(iter(state.values()), torch.empty(0))).load_state_dict(state, strict=False)
+    return plain.eval()
+
+
 def _taken_apart(norm: BatchNormAct2d) -> nn.Sequential:
-    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine).to(norm.running_var)
-    plain.load_state_dict(norm.state_dict(), strict=False)
+    tracked = norm.running_var is not None
+    plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, tracked)
     _not_in_place(norm.act)
-    return nn.Sequential(plain, norm.drop, norm.act).eval()
+    return nn.Sequential(_with_state(plain, norm), norm.drop, norm.act).eval()
 
 
 def _not_in_place(module: Any) -> bool:
