@@ -17,10 +17,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import OWN, Keys, given_keys, keep_settings, numbers, positive, read, whole, with_deviation, written
+from bookkeeping import OWN, Keys, count, given_keys, keep_settings, numbers, positive, with_deviation, written
 from equal_time import Method, check_judged, compare
 from methods import cells, describe
 
+from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.recipe import load_recipe
 from dfkd.runtime import cores
@@ -132,7 +133,7 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=numbers, default="0,1")
     parser.add_argument("--seconds", type=positive, default=30.0, help="of training")
-    parser.add_argument("--lanes", type=whole, default=2, help="runs at once, each with its share of the cores")
+    parser.add_argument("--lanes", type=count, default=2, help="runs at once, each with its share of the cores")
     options, arguments = parser.parse_known_args(given)
     try:
         return 0 if tabulate(options, arguments) else 1
@@ -159,7 +160,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
     keep_settings(options.out / "settings.json", settings)
     complete = compare(variants, options.seeds, options.out, settings)
-    if lines := read(options.out / "figures.jsonl"):
+    if lines := whole_lines(options.out / "figures.jsonl"):
         print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}")
     return complete
 

@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.folder import comparable
-from dfkd.whole import whole as whole_file
+from dfkd.whole import whole
 
 OWN = ("recipe", "output", "seed", "overwrite")  # keys that are not for the command line here
 Keys = dict[str, str]
@@ -29,15 +30,11 @@ def written(keys: Keys) -> list[str]:
     return [f"{key}={value}" for key, value in keys.items()]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that may not exist yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def add(path: Path, line: Mapping[str, Any]) -> None:
-    """Write one more line."""
+    """Write one more line, apart from one that was cut off."""
+    torn = path.exists() and not path.read_bytes().endswith(b"\n")
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("\n" * torn + json.dumps(line) + "\n")
 
 
 def keep_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -49,7 +46,8 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
         words = "; ".join(f"{key}: {before.get(key)} there, {settings[key]} here" for key in changed)
         raise UserError(f"{path.parent} holds figures of other settings ({words}); choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n")
+    with whole(path) as draft:
+        draft.write_text(json.dumps(settings) + "\n")
 
 
 def keep_recipes(out: Path, recipes: Mapping[str, Any]) -> None:
@@ -57,14 +55,14 @@ def keep_recipes(out: Path, recipes: Mapping[str, Any]) -> None:
     path = out / "recipes.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     now = {name: json.loads(json.dumps(comparable(dataclasses.asdict(recipe)))) for name, recipe in recipes.items()}
-    rows = {line["method"] for name in ("figures.jsonl", "costs.jsonl") for line in read(out / name)}
+    rows = {line["method"] for name in ("figures.jsonl", "costs.jsonl") for line in whole_lines(out / name)}
     for name, recipe in now.items():
         if name in rows and kept.get(name, recipe) != recipe:
             changed = ", ".join(sorted(key for key, value in recipe.items() if kept[name].get(key) != value))
             raise UserError(
                 f"{out} holds figures of {name} by another recipe, which differs in {changed}; choose another --out"
             )
-    with whole_file(path) as draft:
+    with whole(path) as draft:
         draft.write_text(json.dumps(kept | now) + "\n")
 
 
@@ -79,7 +77,7 @@ def positive(text: str) -> float:
     return number
 
 
-def whole(text: str) -> int:
+def count(text: str) -> int:
     """A number of things from the command line, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is not allowed; give a whole number from 1")

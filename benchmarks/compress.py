@@ -15,10 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import add, keep_settings, picked, read
+from bookkeeping import add, keep_settings, picked
 
 from dfkd.assemble import train_zoo
 from dfkd.compress.fit import Fit
+from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
 from dfkd.phases import plans
@@ -62,16 +63,16 @@ def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence
     """Measure what is missing and print the table."""
     keep_settings(out / "settings.json", {"keys": sorted(key for key in arguments if not key.startswith("seed="))})
     recipe = load_recipe([*arguments, f"output={out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
-    accelerator, shard = make_accelerator(recipe.runtime.precision)
     if recipe.data.dataset == "none" or not cases:
         raise UserError(
             "accuracies of --cases are what is measured: name one, and set data.dataset to real test images"
         )
     plans(recipe)  # refuses a recipe without a generator
+    accelerator, shard = make_accelerator(recipe.runtime.precision)
     parts = build(recipe, accelerator, shard)
     train_zoo(parts, print)
     path = out / "figures.jsonl"
-    lines = read(path)
+    lines = whole_lines(path)
     found = {(line["case"], line["source"], line["seed"]) for line in lines}
     for case, (task, keys) in cases.items():
         for source in sources if task != "udfc" else ["no data"]:

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bookkeeping import Keys, add, keep_recipes, read, written
+from bookkeeping import Keys, add, keep_recipes, written
 
-from dfkd.curves import entries
+from dfkd.curves import entries, whole_lines
 from dfkd.errors import UserError
 from dfkd.phases import plans
 from dfkd.schema import Recipe
@@ -122,7 +122,7 @@ def piece(keys: Keys, log: Path, threads: int) -> dict[str, Any]:
     figures = launch("run", keys, 0, log, threads)
     path.parent.mkdir(parents=True, exist_ok=True)
     add(path, figures)
-    pieces = read(path)
+    pieces = whole_lines(path)
     seconds, memory = sum(one["cpu_seconds"] for one in pieces), max(one["peak_mb"] for one in pieces)
     return {**figures, "cpu_seconds": seconds, "peak_mb": memory}
 
@@ -198,7 +198,7 @@ def compare(methods: Sequence[Method], seeds: Sequence[int], out: Path, settings
     """Run what is missing in OUT/figures.jsonl; whether all is there then."""
     path = out / "figures.jsonl"
     keep_recipes(out, {method.name: method.recipe for method in methods})
-    done = {(line["method"], line["seed"]) for line in read(path)}
+    done = {(line["method"], line["seed"]) for line in whole_lines(path)}
     missing = [(method, seed) for seed in seeds for method in methods if (method.name, seed) not in done]
     if missing:
         ready = {method.name: method for method in with_teachers(methods, out, settings["threads"] * settings["lanes"])}
@@ -220,7 +220,7 @@ def price(
 ) -> dict[str, Cost]:
     """The cost of each method, out of OUT/costs.jsonl or measured."""
     path = out / "costs.jsonl"
-    costs = {line["method"]: Cost(line["generator"], line["student"], line["run"]) for line in read(path)}
+    costs = {line["method"]: Cost(line["generator"], line["student"], line["run"]) for line in whole_lines(path)}
     probes: dict[Future[dict[str, Any]], str] = {}
     for method in methods:
         name = method.priced or method.name

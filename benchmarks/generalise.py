@@ -23,11 +23,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, given_keys, keep_settings, numbers, picked, read, whole, written
+from bookkeeping import Keys, add, count, given_keys, keep_settings, numbers, picked, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, reload_generator, train_zoo
 from dfkd.compress.fit import Fit
+from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
 from dfkd.quality import quality
@@ -65,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sources", default="", help="with commas between; all of --list unless given")
     parser.add_argument("--held-out", default="regnet,shuffle,se", help="teachers of the recipe that are in no zoo")
     parser.add_argument("--cases", default=",".join(CASES), help="; ".join(CASES).replace("%", "%%"))
-    parser.add_argument("--rounds", type=whole, default=4, help="of image optimisation, of steps / rounds updates each")
+    parser.add_argument("--rounds", type=count, default=4, help="of image optimisation, of steps / rounds updates each")
     parser.add_argument("--image-keys", default="", help="KEY=VALUE ... for image optimisation alone")
-    parser.add_argument("--images", type=whole, default=1024, help="on which batch-norm loss and accuracy are measured")
+    parser.add_argument("--images", type=count, default=1024, help="on which batch-norm loss and accuracy are measured")
     parser.add_argument("--list", action="store_true", help="name the sources and stop")
     options, given = parser.parse_known_args(arguments)
     try:
@@ -96,7 +97,7 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
     keys = keys | STUDY | trained_weights(recipe) | {f"teachers.{name}.enabled": "false" for name in held_out}
     keys |= {"tasks": "[generator]", "zoo.main": "null"}
     path = options.out / "figures.jsonl"
-    lines = read(path)
+    lines = whole_lines(path)
     figures = [("images", teacher.name) for teacher in parts.zoo]
     figures += [(case, model) for case in cases for model in held_out]
     for seed in options.seeds:

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from bookkeeping import Keys, given_keys, keep_settings, numbers, positive, read, whole, with_deviation, written
+from bookkeeping import Keys, count, given_keys, keep_settings, numbers, positive, with_deviation, written
 from equal_time import Method, check_judged, compare
 
+from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.recipe import FOLDER, load_recipe
 from dfkd.runtime import cores
@@ -138,7 +139,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", default=",".join(default_methods()), help="names or files, with commas between")
     parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument("--seconds", type=positive, default=60.0, help="of training")
-    parser.add_argument("--lanes", type=whole, default=1, help="runs at once, each with its share of the cores")
+    parser.add_argument("--lanes", type=count, default=1, help="runs at once, each with its share of the cores")
     parser.add_argument("--teacher", help="the one that is left; otherwise zoo.main, or residual, or the first")
     options, arguments = parser.parse_known_args(given)
     try:
@@ -166,7 +167,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     check_judged(methods)
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})
     complete = compare(methods, options.seeds, options.out, settings)
-    if lines := read(options.out / "figures.jsonl"):
+    if lines := whole_lines(options.out / "figures.jsonl"):
         print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}\n\n{against_time(lines)}")
     return complete
 

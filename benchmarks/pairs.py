@@ -20,9 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, given_keys, keep_settings, numbers, read, with_deviation, written
+from bookkeeping import Keys, add, given_keys, keep_settings, numbers, positive, with_deviation, written
 from equal_time import Method, changes, figures, piece, price, scale, work_of
 
+from dfkd.curves import whole_lines
 from dfkd.errors import Paused, UserError
 from dfkd.recipe import load_recipe
 from dfkd.runtime import Deadline, cores, make_accelerator, say, shut_down
@@ -74,7 +75,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/pairs"))
     parser.add_argument("--seeds", type=numbers, default="0,1,2")
     parser.add_argument("--minutes", type=float, default=0.0, help="of this call; 0: as long as it takes")
-    parser.add_argument("--budget", type=float, default=20.0, help="minutes of training per seed")
+    parser.add_argument("--budget", type=positive, default=20.0, help="minutes of training per seed")
     options, arguments = parser.parse_known_args(given)
     deadline = Deadline(options.minutes)
     try:
@@ -85,7 +86,7 @@ def main(given: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if lines := read(options.out / "figures.jsonl"):
+    if lines := whole_lines(options.out / "figures.jsonl"):
         print(
             f"\n{lines[0]['device']}, {lines[0]['precision']}, torch {lines[0]['versions']['torch']}\n\n{table(lines)}"
         )
@@ -110,7 +111,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
         raise UserError(f"the cost of an update of {method.name} could not be measured; see {folder}/logs")
     work, note = scale(work_of(method.recipe), costs[method.name], 60 * options.budget)
     for seed in options.seeds:
-        done = {(line["method"], line["seed"]) for line in read(options.out / "figures.jsonl")}
+        done = {(line["method"], line["seed"]) for line in whole_lines(options.out / "figures.jsonl")}
         if (method.name, seed) in done:
             continue
         if deadline.left() < min(LEFT, options.minutes / 2):

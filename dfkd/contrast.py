@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dfkd.collectives import all_gather
 from dfkd.losses import info_nce
-from dfkd.runtime import Shard, rng
+from dfkd.runtime import Shard, drawn_at, rng
 from dfkd.teachers import Teacher
 
 NEGATIVES = 4096  # rows of the bank that an update is contrasted with, as in CMI
@@ -48,8 +48,7 @@ class Contrast(nn.Module):
         self, dim: int, shard: Shard, *, size: int, width: int = 256, temperature: float = 0.1, seed: int = 0
     ) -> None:
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(rng("cpu", seed, "contrast").initial_seed())
+        with drawn_at(seed, "contrast"):
             self.head = nn.Sequential(nn.Linear(dim, width), nn.ReLU(), nn.Linear(width, width))
         self.register_buffer("bank", torch.zeros(size, dim))
         self.filled = self.next = 0

@@ -35,13 +35,18 @@ def read_curves(path: str | Path) -> dict[str, dict[str, list[Point]]]:
 
 def entries(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; torn ones are left out, no file has none."""
+    return [entry for entry in whole_lines(path) if isinstance(entry.get("step"), int)]
+
+
+def whole_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The objects that a file of JSON lines holds; torn ones are left out, no file has none."""
     path, found = Path(path), []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             entry = json.loads(line)
         except ValueError:  # the last line of a run that died while writing it
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+        if isinstance(entry, dict):
             found.append(entry)
     return found
 

@@ -9,7 +9,7 @@ from kornia.augmentation.random_generator import RandomGeneratorBase
 from torch import Tensor
 
 from dfkd.errors import UserError
-from dfkd.runtime import Shard, rng
+from dfkd.runtime import Shard, drawn_at
 
 GROUP = 4  # neighbouring images among which pairs are made, by `partners` and losses.spread
 
@@ -150,9 +150,7 @@ def draw_mix(mix: MixAugmentationBaseV2, shape: Sequence[int], shard: Shard, *po
     """Kornia's parameters of a batch of this shape, on the host, by position alone: this rank's part of the global
     batch's. Whether the batch is mixed is `batch_prob` [1], 1 or 0."""
     batch = shape[0]
-    with torch.random.fork_rng(devices=[]):
-        # Kornia draws from torch's global generator, and its parameters live on the host by design.
-        torch.default_generator.manual_seed(rng("cpu", *position, "mix").initial_seed())
+    with drawn_at(*position, "mix"):  # from torch's global generator; Kornia's parameters live on the host by design
         params = mix.forward_parameters(torch.Size((batch * shard.world, *shape[1:])))
     for name, axis in BATCH_AXIS.items():
         if name in params:

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable
 from copy import deepcopy
 
-import torch
 from torch import nn
 
-from dfkd.runtime import rng
+from dfkd.runtime import drawn_at
 from generators import ImageGenerator
 
 
@@ -29,8 +28,7 @@ def redraw_steps(steps: int, times: int) -> set[int]:
 
 def draw_anew(modules: Iterable[nn.Module], *position: int | str) -> None:
     """Give layers that can reset their parameters new ones, by position: the same on every device."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(rng("cpu", *position).initial_seed())
+    with drawn_at(*position):
         for module in modules:
             fresh = deepcopy(module).cpu()
             fresh.reset_parameters()  # type: ignore[operator]

@@ -111,6 +111,19 @@ def rng(device: torch.device | str, *position: int | str) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+@contextmanager
+def drawn_at(*position: int | str) -> Iterator[None]:
+    """Let the host's global generator, which layers and Kornia draw from, depend on a position alone in its scope."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(rng("cpu", *position).initial_seed())
+        yield
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """Leave torch's global generators, the host's and a GPU's, behind its scope as they were before."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def reseed(device: torch.device, *position: int | str) -> None:
     """Seed torch's global generators of the host and of a device by position, for layers that draw from them (dropout).
 

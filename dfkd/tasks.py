@@ -108,7 +108,7 @@ def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
     options: dict[str, Any] = {}
     if keys.method != "nearest":
         options = {"unit": keys.method, "steps": keys.steps, "drop": keys.drop, "fisher": keys.fisher}
-        options |= {"seed": parts.recipe.seed, "log": blocks_done()}
+        options |= {"seed": parts.recipe.seed, "log": blocks_done(), "autocast": autocast_of(parts.accelerator)}
     return quantize(
         model,
         calibration(parts, source),
@@ -116,7 +116,6 @@ def _ptq(parts: Parts, model: Classifier, source: Source, train: Train) -> Compr
         method="nearest" if keys.method == "nearest" else "reconstruct",
         images=keys.images,
         **bits_by_layer(keys),
-        autocast=autocast_of(parts.accelerator),
         **options,
     )
 
@@ -334,8 +333,8 @@ def export(parts: Parts, folder: Path, before: nn.Module, after: nn.Module) -> d
 
 def _export(parts: Parts, folder: Path, before: nn.Module, after: nn.Module) -> dict[str, Any]:
     keys, recipe = parts.recipe.export, parts.recipe
-    example = torch.rand(2, recipe.image.channels, recipe.image.size, recipe.image.size)
-    after, before = (copy.deepcopy(model).cpu() for model in (after, before))  # .cpu() would move the zoo's own
+    example = assemble.blank(recipe, torch.device("cpu"), 2)
+    after = copy.deepcopy(after).cpu()  # .cpu() would move the zoo's own
     path = export_onnx(after, example, folder / "model.onnx")
     if not keys.verify:
         return {"file": path.name, "bytes": path.stat().st_size}

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,11 +213,7 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, t
 
 
 SPEC = {"model", "weights", "mean", "std", "input_size", "moves", "weight", "kwargs"}  # keys of a teacher in load_zoo
-KEPT = (
-    "mean",
-    "std",
-    "input_size",
-)  # of which the folder of a trained model tells, besides how its training moved images
+KEPT = ("mean", "std", "input_size")  # what the folder of a trained model tells, besides how training moved images
 
 
 def load_zoo(
@@ -256,13 +253,12 @@ def load_zoo(
         except UserError as error:
             raise UserError(f"teachers.{name}: {error}") from error
         about = folder_about(spec.get("weights", ""))
-        given = {key: value for key, value in spec.items() if value is not None and value != ""}
         kept = {key: about[key] for key in KEPT if about.get(key)}
         if kept.get("input_size") == size:  # images of another size are then meant to be seen so (synthesis.coarse)
             del kept["input_size"]
-        own = {key: given[key] for key in KEPT if key in given and (key == "input_size" or len(given[key]))}
-        options, moves = kept | own, given.get("moves") or kept_moves(about, size)
-        teacher = Teacher(model, name=name, moves=moves, weight=spec.get("weight", 1.0), **options)
+        own = {key: spec[key] for key in KEPT if spec.get(key) is not None and np.size(spec[key])}
+        moves = spec.get("moves") or kept_moves(about, size)
+        teacher = Teacher(model, name=name, moves=moves, weight=spec.get("weight", 1.0), **kept | own)
         if channels_last:
             teacher.to(memory_format=torch.channels_last)
         if pager is None:

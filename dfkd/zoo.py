@@ -20,7 +20,7 @@ from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
 from dfkd.models.checkpoints import folder_about
 from dfkd.pretrain import train_teacher
-from dfkd.runtime import Deadline, Shard, resolve_precision, rng
+from dfkd.runtime import Deadline, Shard, drawn_at, resolve_precision
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
 from dfkd.teachers import SPEC, Teacher, kept_moves, load_zoo
 
@@ -213,8 +213,7 @@ def real_images(recipe: Recipe, *, train: bool, purpose: str) -> RealImages:
 
 def seeded(recipe: Recipe, purpose: str, build: Callable[[], Network]) -> Network:
     """Build a module whose random weights depend on the recipe's seed and a purpose alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(rng("cpu", recipe.seed, purpose).initial_seed())
+    with drawn_at(recipe.seed, purpose):
         return build()
 
 

@@ -52,15 +52,15 @@ def _check_keys(description: dict[str, Any], kind: type[ImageGenerator], remedy:
 
 
 def _check_numbers(weights: dict[str, Tensor], whose: str, remedy: str) -> None:
-    if broken := [name for name, tensor in weights.items() if tensor.isnan().any()]:
-        raise GeneratorError(f"{broken[0]} of {whose} holds NaN; {remedy}")
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise GeneratorError(f"{broken[0]} of {whose} holds NaN or infinity; {remedy}")
 
 
 def save_generator(
     folder: str | os.PathLike[str], generator: ImageGenerator, description: dict[str, Any] | None = None
 ) -> None:
     """Write a generator and its description (build_generator's keys, and what it was trained on; None: its own keys) to
-    a folder. Raises GeneratorError where it has none, or a weight is NaN."""
+    a folder. Raises GeneratorError where it has none, or a weight is NaN or infinite."""
     if description is None:
         own = getattr(generator, "description", None)
         if own is None:
@@ -85,7 +85,7 @@ def save_generator(
 def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
     """The generator of a folder, frozen and in eval mode; its description is its attribute `description`.
 
-    Raises GeneratorError where a file is missing, torn or does not fit, or a weight is NaN.
+    Raises GeneratorError where a file is missing, torn or does not fit, or a weight is NaN or infinite.
     """
     folder = Path(folder).expanduser()
     try:

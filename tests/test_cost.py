@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from networks_fixture import images, named
 from torch import nn
@@ -45,6 +46,14 @@ def test_a_networks_cost_is_counted_as_by_hand(wrapped: bool) -> None:
     }
     assert network.training
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_no_layer(fused: bool) -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()
+    vit.blocks[0].attn.fused_attn = fused
+    layers = [m.weight.numel() for m in vit.modules() if isinstance(m, nn.Conv2d | nn.Linear)]  # on 4 patches, 5 tokens
+    assert cost(vit, images(1, 3, 32, 32))["macs"] == 4 * layers[0] + 5 * sum(layers[1:-1]) + layers[-1]
 
 
 def test_zeros_are_a_percentage_of_all_weights() -> None:

@@ -362,5 +362,6 @@ def test_a_student_of_other_classes_is_refused(make_stream: Callable[..., Synthe
         fit(network()[:5], make_stream(), steps=1)
     paired = network()
     paired.register_forward_hook(lambda module, given, logits: (logits, logits))
-    with pytest.raises(UserError, match=r"the student gives a tuple where logits \[B, 3\] belong"):
-        fit(paired, make_stream(), steps=1)
+    for features in (False, True):
+        with pytest.raises(UserError, match=r"the student gives a tuple where logits \[B, 3\] belong"):
+            fit(paired, make_stream(features=features), steps=1)

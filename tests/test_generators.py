@@ -135,10 +135,11 @@ def test_a_generator_that_nobody_described_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-def test_a_generator_that_holds_nan_is_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_generator_that_holds_no_numbers_is_not_saved(tmp_path: Path, value: float) -> None:
     generator = build_generator(DESCRIPTION)
-    torch.nn.init.constant_(generator.project.weight, torch.nan)
-    with pytest.raises(GeneratorError, match=r"project\.weight of the generator holds NaN; train it"):
+    torch.nn.init.constant_(generator.project.weight, value)
+    with pytest.raises(GeneratorError, match=r"project\.weight of the generator holds NaN or infinity; train it"):
         save_generator(tmp_path / "made", generator)
     assert not (tmp_path / "made").exists()
 
@@ -375,7 +376,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "description is a list": (lambda f: (f / "generator.json").write_text("[1]"), "generator.json"),
     "unknown architecture": (lambda f: describe(f, arch="gan"), "unknown generator 'gan'; choose from ['conv'"),
     "incomplete description": (lambda f: without(f, "latent"), "lacks ['latent']"),
-    "NaN": (spoil, "generator holds NaN; train it again"),
+    "NaN": (spoil, "generator holds NaN or infinity; train it again"),
     "other width": (lambda f: describe(f, width=8), "do not fit its generator.json"),
 }
 

@@ -111,6 +111,27 @@ def test_what_is_behind_a_head_that_nobody_reads_is_reconstructed(bits: Any) -> 
     assert {"a", "b", "fc"} <= {line["layer"] for line in lines if "error_after" in line}
 
 
+class Excited(nn.Module):
+    """Squeeze and excitation with a view that takes the size of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.squeeze, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        gate = self.squeeze(F.adaptive_avg_pool2d(x, 1).view(x.size(0), x.size(1))).sigmoid()
+        return self.fc((x * gate[:, :, None, None]).mean((2, 3)))
+
+
+@pytest.mark.parametrize("unit", ["block", "layer"])
+def test_layers_behind_a_view_of_sizes_are_reconstructed(unit: str) -> None:
+    torch.manual_seed(0)
+    lines = quantize(Excited().eval(), STREAM, 4, images=32, steps=2, unit=unit).layers
+    assert not any("note" in line for line in lines)
+    assert sum("error_after" in line for line in lines) == 3
+
+
 def test_a_quantised_network_is_pickled_and_read_again() -> None:
     model = quantize(network(), STREAM, 8, method="nearest", images=32).model
     torch.save(model, file := io.BytesIO())
@@ -196,6 +217,7 @@ def infer(call: Callable[[], object]) -> Callable[[], object]:
         (lambda: quantize(network(), [*STREAM[:1], torch.randn(16, 3, 9, 9)], images=32, steps=2), "of several sizes"),
         (infer(lambda: prune(network(), STREAM, images=16)), r"within torch\.inference_mode"),
         (infer(lambda: quantize(network(), STREAM, images=16)), r"within torch\.inference_mode"),
+        (infer(lambda: closed_form(network(), 0.3)), r"within torch\.inference_mode"),
         (lambda: prune(network(), [STREAM[0] * torch.nan], images=16), "images that hold NaN or infinity"),
         (lambda: prune(torch.jit.script(network()), STREAM, images=16), "the network is scripted"),
         (lambda: quantize(torch.jit.script(network()), STREAM, images=16), "the network is scripted"),

@@ -132,7 +132,8 @@ def test_rows_that_one_step_fits_are_kept_exactly() -> None:
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_a_weights_step_learns_at_lsqs_rate(per_channel: bool) -> None:
     weight = images(3, 2, 2, 2, dtype=torch.float64) - 0.5
-    quantizer = WeightQuantizer(weight, 4, per_channel)
+    quantizer = WeightQuantizer(4, 3 if per_channel else 1)
+    quantizer.calibrate(weight)
     quantizer.scale.data *= 0.97  # the largest weight then lies beyond the limit, not on it
     quantizer(weight).sum().backward()
     rows = weight.view(3, -1) if per_channel else weight.view(1, -1)

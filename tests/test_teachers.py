@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -435,6 +436,9 @@ def test_the_folder_of_a_trained_model_says_how_it_is_given_images(tmp_path: Pat
     assert loaded(mean=[], std=[], input_size=None) == loaded()
     own = {"mean": [0.1], "std": [0.2], "input_size": 16, "moves": Moves(1)}
     assert loaded(**own) == (([0.1], [0.2]), 16, Moves(1))
+    assert loaded(mean=np.full(1, 0.5), std=np.full(1, 0.25))[0] == ([0.5], [0.25])
+    with pytest.raises(UserError, match=r"mean 0\.4 and std \[0\.3\] are lists, of one value per channel each"):
+        loaded(mean=0.4)
     # Trained on images of 4 pixels, it sees those of 8 at half their size, and its moves are as wide a share of them.
     save_model(tmp_path, trained, about | kept | {"input_size": None, "size": 4})
     assert loaded()[1:] == (4, Moves(4, True))

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from dfkd.compress.graph import (
 )
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
-from dfkd.compress.tracing import thawed, trace
+from dfkd.compress.tracing import check_can_change, thawed, trace
 from dfkd.errors import UserError
 
 METHODS = ("rectified", "udfc")
@@ -63,6 +64,7 @@ def closed_form(
     float tensors. ignore holds patterns of layer names left alone; alpha1 and alpha2 are those of `udfc`. naive is the
     same without compensation. Raises UserError for values out of range, a pattern without a layer, no filter to take.
     """
+    check_can_change()
     _check(ratio, bits, method, alpha1, alpha2)
     network = thawed(network_of(model))
     plan = _plan(network, ratio, bits, ignore)
@@ -82,9 +84,9 @@ def check_closed_form(model: nn.Module, ratio: float, bits: int | None, ignore: 
 
 
 def _check(ratio: float, bits: int | None, method: str, alpha1: float, alpha2: float) -> None:
-    if not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+    if not isinstance(ratio, Real) or not 0 <= ratio < 1:
         raise UserError(f"ratio is {ratio!r}; give the share of filters to take out, from 0 to below 1")
-    if bits is not None and (type(bits) is not int or not 2 <= bits <= 8):
+    if bits is not None and (not isinstance(bits, Integral) or not 2 <= bits <= 8):
         raise UserError(f"bits is {bits!r}; give a whole number from 2 to 8, or None to leave weights unrounded")
     if not ratio and bits is None:
         raise UserError("ratio is 0 and bits is None, so nothing would change; give one of them")
@@ -103,10 +105,8 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
     plan = _Plan({}, {}, {}, {})
     for name in nodes:
         outer = name in (next(iter(nodes)), next(reversed(nodes)))
-        plan.bits[name] = None if bits is None or name in ignored else 8 if outer else bits
-    for name, norm in norms(graph).items():
-        if graph.get_submodule(norm).running_var is not None:
-            plan.norms[name] = own_name(network, norm)
+        plan.bits[name] = None if bits is None or name in ignored else 8 if outer else int(bits)
+    plan.norms.update((name, own_name(network, norm)) for name, norm in norms(graph).items())
     reasons = {}
     for chain in chains(graph):
         if reason := _unusable(graph, chain, ignored):

@@ -10,14 +10,18 @@ from dfkd.compress.graph import network_of
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.runtime import eval_mode, frozen
 
+# What these layers come down to. Attention and other products come as other calls on every device.
+LAYERS = (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm)
+
 
 @torch.no_grad()
 def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     """Figures of a model for one image [1, C, H, W].
 
     parameters: numbers in weights, biases and batch norms (quantiser scales left out); macs: multiply-accumulates of
-    convolutions and linear layers, half of what torch's FlopCounterMode counts; sparsity: percent of zeros among their
-    weights; bytes: of all these numbers, a quantised weight at its bits, everything else at 4 bytes, zeros included.
+    convolutions and linear layers, half of what torch's FlopCounterMode counts of these; sparsity: percent of zeros
+    among their weights; bytes: of all these numbers, a quantised weight at its bits, everything else at 4 bytes, zeros
+    included.
     """
     network = network_of(model)
     # Frozen, or the counter stumbles over views of parameters.
@@ -32,7 +36,7 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     held = {id(scale) for scale in scales}
     return {
         "parameters": sum(p.numel() for p in network.parameters() if id(p) not in held),
-        "macs": counter.get_total_flops() // 2,
+        "macs": sum(count for call, count in counter.get_flop_counts()["Global"].items() if call in LAYERS) // 2,
         "sparsity": 100 * sum(_zeros(layer) for layer in layers) / weights if weights else 0.0,
         "bytes": round(sum(number.numel() * few.get(key, 32) / 8 for key, number in numbers.items())),
     }

@@ -17,7 +17,7 @@ from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, unexplained
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew, every_layer
-from dfkd.runtime import Shard, autocast_of, prepare, reseed, to_float
+from dfkd.runtime import Shard, autocast_of, forked, prepare, reseed, to_float
 from dfkd.stream import SyntheticStream, Watch, feature_widths
 from dfkd.teachers import Teacher, features_of, shares_of, tap_features
 
@@ -175,28 +175,17 @@ class Fit:
         watched = self.hints.watch_student() if self.hints is not None else nullcontext([])
         norms = learning_norms(self.student.modules())
         tap = tap_features(self.student) if "features" in self.project else nullcontext([])
-        projected = None
+        projected, classes = None, targets.shape[1] - sum(self.stream.widths)
         with self.autocast():
             with norms, tap as seen, watched as ours:
                 logits = self.prepared(images)
+            self._check_logits(logits, len(targets), classes)
             if "features" in self.project:
                 projected = self.project["features"](features_of(self.student, seen, logits))
             # A replayed image comes with no more than its targets.
             ours = [first_rows(x, len(y)) for x, y in zip(ours, theirs)]
             if "maps" in self.project:
                 ours = self.project["maps"](*ours)
-        classes = targets.shape[1] - sum(self.stream.widths)
-        if not isinstance(logits, Tensor):
-            raise UserError(
-                f"the student gives a {type(logits).__name__} where logits [B, {classes}] belong; give a network whose "
-                "forward returns them alone"
-            )
-        if logits.shape != (len(targets), classes):
-            shape = " x ".join(map(str, logits.shape[1:]))
-            raise UserError(
-                f"the student gives {shape} numbers an image and its teacher logits of {classes} classes; build the "
-                f"student with {classes} outputs"
-            )
         targets, features = targets.split([classes, sum(self.stream.widths)], 1)
         loss = self.loss(logits, targets, self.temperature)
         if projected is not None:
@@ -205,6 +194,20 @@ class Fit:
         if self.hints is not None:
             loss = loss + self.ramp * self.hints.term(ours, theirs)
         return loss, (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
+
+    def _check_logits(self, logits: object, count: int, classes: int) -> None:
+        """Raise UserError where the student gives something else than its teachers' logits [count, classes]."""
+        if not isinstance(logits, Tensor):
+            raise UserError(
+                f"the student gives a {type(logits).__name__} where logits [B, {classes}] belong; give a network whose "
+                "forward returns them alone"
+            )
+        if logits.shape != (count, classes):
+            shape = " x ".join(map(str, logits.shape[1:]))
+            raise UserError(
+                f"the student gives {shape} numbers an image and its teacher logits of {classes} classes; build the "
+                f"student with {classes} outputs"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs: the student, its optimiser, the stream's replay ring."""
@@ -226,7 +229,7 @@ class Fit:
     def run(self) -> nn.Module:
         """All steps; returns the student in eval mode. torch's global generators are left as they were."""
         device = next(self.student.parameters()).device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with forked(device):
             for step in range(self.steps):
                 self.step(step)
         return self.student.eval()

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd.classifier import Classifier
 from dfkd.compress.quantizers import ActivationQuantizer
-from dfkd.compress.tracing import Mark, check_weights
+from dfkd.compress.tracing import Mark, check_can_change, check_weights
 from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode, to_float
 
@@ -82,8 +82,7 @@ def network_input(model: nn.Module, images: Tensor) -> Tensor:
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream (uint8: 255ths), in batches. Raises UserError where the
     stream is too short, one is NaN or infinite, or the network does not take them, and in torch.inference_mode."""
-    if torch.is_inference_mode_enabled():
-        raise UserError("weights cannot be changed within torch.inference_mode(); call this outside of it")
+    check_can_change()
     check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
     inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]

@@ -225,18 +225,17 @@ def dependency_graph() -> Any:
 
 
 def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str]) -> list[Cut] | None:
-    """Groups by torch-pruning's dependency graph (Fang et al. 2023); None where it cannot read the network."""
+    """Cuts by torch-pruning's dependency graph (Fang et al. 2023); None where it cannot read the network."""
     graph_type = dependency_graph()
     scratch = copy.deepcopy(network).requires_grad_(True)
     names = {module: name for name, module in scratch.named_modules()}
     try:
         with torch.enable_grad():
             graph = graph_type().build_dependency(scratch, [probe.clone()], verbose=False)
-            return [
-                cut for group in graph.get_all_groups() if (cut := _group_cut(graph, group, names, ratio, prunable))
-            ]
+        groups = list(graph.get_all_groups())
     except Exception:  # whatever torch-pruning's guesses run into on a stranger's forward
         return None
+    return [cut for group in groups if (cut := _group_cut(graph, group, names, ratio, prunable))]
 
 
 def _group_cut(graph: Any, group: Any, names: Mapping[nn.Module, str], ratio: float, prunable: list[str]) -> Cut | None:

@@ -3,7 +3,6 @@
 import copy
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from dfkd.compress.tracing import trace
 from dfkd.compress.units import mark
 from dfkd.cuda_graphs import DIRECT
 from dfkd.errors import UserError, nearest
-from dfkd.runtime import Autocast, eval_mode
+from dfkd.runtime import eval_mode
 from dfkd.stream import Replay, SyntheticStream
 from dfkd.teachers import Teacher
 
@@ -47,7 +46,6 @@ def quantize(
     ends: GivenBits = (8, 8),
     overrides: Mapping[str, GivenBits] | None = None,
     ignore: Sequence[str] = (),
-    autocast: Autocast = nullcontext,
     **options: Any,
 ) -> Compressed:
     """A model with weights and activations in few bits, from a stream of its input images [B, C, H, W] (uint8: 255ths).
@@ -80,7 +78,7 @@ def quantize(
     naive = with_network(model, copy.deepcopy(graph))
     learned: list[dict[str, Any]] = []
     if method == "reconstruct":
-        learned = reconstruct(graph, joined(inputs), autocast=autocast, **options)
+        learned = reconstruct(graph, joined(inputs), **options)
     return result(model, with_network(model, graph), naive, inputs, learned)
 
 

@@ -37,6 +37,7 @@ from dfkd.compress.quantizers import (
     WeightQuantizer,
     activation_quantizers,
     best_step,
+    quantized_layers,
     without_quantizers,
 )
 from dfkd.compress.tracing import Mark, trace
@@ -113,7 +114,7 @@ def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_ch
     for name, (bits, _) in chosen.items():
         layer: Any = graph.get_submodule(name)
         layer.__class__ = QuantizedConv2d if isinstance(layer, nn.Conv2d) else QuantizedLinear
-        layer.quantizer = WeightQuantizer(layer.weight, bits, per_channel)
+        layer.quantizer = WeightQuantizer(bits, len(layer.weight) if per_channel else 1)
     wanted: dict[tuple[fx.Node, fx.Node], int] = {}
     numbers, settled = sizes(graph), set()  # settled: what carries on a tensor that is quantised already
     for node in graph.graph.nodes:
@@ -219,8 +220,11 @@ def _reaches_beyond(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 @torch.no_grad()
 def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -> None:
-    """Set every activation quantiser's sign and scale from what the float network shows it on the images (see
-    best_step), on `sample` values of each batch at most. Raises UserError where nothing finite came."""
+    """Set every quantiser's scale (see best_step): of weights by themselves; of tensors, and their sign, by what the
+    float network gives on the images, of which `sample` values a batch at most. Raises UserError where nothing finite
+    came."""
+    for layer in quantized_layers(graph).values():
+        layer.quantizer.calibrate(layer.weight)
     quantizers = activation_quantizers(graph)
     kept: dict[str, list[Tensor]] = {name: [] for name in quantizers}
     with without_quantizers(graph), watch(graph, quantizers) as seen:

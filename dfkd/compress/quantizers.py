@@ -45,38 +45,40 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
 
 
 IN_CACHE = 2**17  # numbers in a CPU's cache
+POWER, CANDIDATES = 2.4, 80  # LAPQ (Nahshan et al. 2021) and BRECQ have the same exponent
 
 
-def best_step(values: Tensor, bits: int, signed: bool, power: float = 2.4, candidates: int = 80) -> Tensor:
-    """The step [R] per row of values [R, N] with the least mean |error|^2.4 among shares of the largest value.
-
-    LAPQ (Nahshan et al. 2021) and BRECQ use the same exponent. A row of zeros gets step 1.
-    """
+def best_step(values: Tensor, bits: int, signed: bool) -> Tensor:
+    """The step [R] per row of values [R, N] with the least mean |error|^POWER, of CANDIDATES between a tenth of the
+    step that reaches the largest value and that itself. A row of zeros gets step 1."""
     rows = max(1, IN_CACHE // values.shape[1])
-    if len(values) > rows and values.device.type == "cpu":  # what 80 candidates read stays near: half the time
-        return torch.cat([best_step(some, bits, signed, power, candidates) for some in values.split(rows)])
+    if len(values) > rows and values.device.type == "cpu":  # what all candidates read stays near: half the time
+        return torch.cat([best_step(some, bits, signed) for some in values.split(rows)])
     low, high = limits(bits, signed)
     values = full_precision(values)
     largest = torch.maximum(values.amax(1) / high, values.amin(1) / low if signed else values.amax(1) / high)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     best, least = largest, torch.full_like(largest, math.inf)
-    for k in range(candidates):
-        step = largest * (1 - 0.9 * k / candidates)
+    for k in range(CANDIDATES):
+        step = largest * (1 - 0.9 * k / CANDIDATES)
         error = (learned_step(values, step[:, None], low, high) - values).abs_().clamp_min_(1e-30)
-        error = error.log_().mul_(power).exp_().mean(1)  # torch's pow takes twice as long
+        error = error.log_().mul_(POWER).exp_().mean(1)  # torch's pow takes twice as long
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best
 
 
 class WeightQuantizer(nn.Module):
-    """Signed weights in `bits` bits; scale [1] for the layer or [K] for its outputs."""
+    """Signed weights in `bits` bits; scale [1] for the layer or [K] for its outputs, ones until it is calibrated."""
 
-    def __init__(self, weight: Tensor, bits: int, per_channel: bool) -> None:
+    def __init__(self, bits: int, scales: int) -> None:
         super().__init__()
         self.bits = bits
         self.low, self.high = limits(bits, signed=True)
-        rows = weight.detach().flatten(1) if per_channel else weight.detach().reshape(1, -1)
-        self.scale = nn.Parameter(best_step(rows, bits, signed=True))
+        self.scale = nn.Parameter(torch.ones(scales))
+
+    def calibrate(self, weight: Tensor) -> None:
+        """Take the steps that suit the weights (see best_step)."""
+        self.scale.data = best_step(weight.detach().reshape(len(self.scale), -1), self.bits, signed=True)
 
     def step(self, weight: Tensor) -> Tensor:
         """The scale, shaped to broadcast over the weights."""

@@ -16,7 +16,7 @@ from dfkd.compress.graph import CARRIERS, RELUS, is_layer, kind
 from dfkd.compress.quantizers import QUANTIZED, ActivationQuantizer, activation_quantizers, quantized_layers
 from dfkd.compress.units import Unit, extract, units
 from dfkd.errors import UserError
-from dfkd.runtime import Autocast, full_precision, reseed
+from dfkd.runtime import Autocast, forked, full_precision, reseed
 
 CHUNK = 128  # images per forward outside of learning
 
@@ -124,7 +124,8 @@ def pieces(graph: fx.GraphModule, block: Unit) -> list[Unit]:
             continue
         own = [node]
         while (before := own[0].all_input_nodes[0]) in block.nodes and len(before.users) == 1:
-            if not is_layer(graph, before, ActivationQuantizer) and kind(graph, before) not in CARRIERS:
+            carries = is_layer(graph, before, ActivationQuantizer) or kind(graph, before) in CARRIERS
+            if not carries or len(before.all_input_nodes) > 1:  # a view takes sizes too
                 break
             own.insert(0, before)
         while len(own[-1].users) == 1 and (after := next(iter(own[-1].users))) in block.nodes:
@@ -189,8 +190,7 @@ class Learner:
         device = next(part.parameters()).device
         scales = [quantizer.scale for quantizer in activation_quantizers(part).values()]
         before = [scale.detach().clone() for scale in scales]
-        forked = torch.random.fork_rng([] if device.type == "cpu" else [device])
-        with softened(part, self.drop) as soft, torch.enable_grad(), forked:
+        with softened(part, self.drop) as soft, torch.enable_grad(), forked(device):
             learned = [each.alpha for each in soft] + [each.factor for each in soft] + scales
             rates = [self.lr for _ in soft] + [self.lr_scale for _ in soft] + [self.lr_scale * s.item() for s in scales]
             optimizer = torch.optim.Adam([{"params": [each], "lr": rate} for each, rate in zip(learned, rates)])

@@ -149,6 +149,12 @@ def _compare(network: nn.Module, traced: fx.GraphModule, images: Tensor) -> None
         )
 
 
+def check_can_change() -> None:
+    """Raise UserError where what is made of weights now could not be trained later."""
+    if torch.is_inference_mode_enabled():
+        raise UserError("weights cannot be changed within torch.inference_mode(); call this outside of it")
+
+
 def check_weights(network: nn.Module) -> None:
     """Raise UserError where a network is quantised already, and where the weight of a layer is no parameter, as a rule
     since it is computed of others before each forward (weight norm, spectral norm, torch's pruning masks): what is
