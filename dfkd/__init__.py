@@ -2,7 +2,7 @@
 
 from dfkd.compress.fit import fit
 from dfkd.compress.prune import prune
-from dfkd.compress.qat import quantize
+from dfkd.compress.quantize import quantize
 from dfkd.recipe import Recipe
 from dfkd.stream import SyntheticStream
 from dfkd.synthesis import Synthesizer

@@ -14,9 +14,9 @@ from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
 from dfkd.compress.graph import check_takes, network_input, network_of
+from dfkd.compress.prepare import layer_bits
 from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
-from dfkd.compress.quantize import layer_bits
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 from dfkd.export import require_onnx

@@ -22,7 +22,8 @@ from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.compress.graph import images_of
 from dfkd.compress.hints import stage_hints
 from dfkd.compress.prune import prune
-from dfkd.compress.qat import Training, as_teacher, quantize
+from dfkd.compress.qat import Training, as_teacher
+from dfkd.compress.quantize import quantize
 from dfkd.compress.result import Compressed
 from dfkd.data import evenly, opened
 from dfkd.errors import UserError

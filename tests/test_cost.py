@@ -10,7 +10,7 @@ from torch import nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.cost import cost
-from dfkd.compress.qat import quantize
+from dfkd.compress.quantize import quantize
 
 
 def by_hand() -> nn.Module:

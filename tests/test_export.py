@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import with_network
-from dfkd.compress.quantize import prepare, round_biases
+from dfkd.compress.prepare import prepare, round_biases
 from dfkd.compress.quantizers import QUANTIZED, quantized_layers
 from dfkd.errors import UserError
 from dfkd.export import export_onnx, stored_type

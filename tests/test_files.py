@@ -16,7 +16,7 @@ from dfkd.classifier import Classifier
 from dfkd.compress.channels import changed_shapes, shapes, shrink
 from dfkd.compress.files import load_compressed, save_compressed
 from dfkd.compress.graph import chains, network_of
-from dfkd.compress.qat import quantize
+from dfkd.compress.quantize import quantize
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
 from dfkd.compress.prune import prune
-from dfkd.compress.qat import quantize
+from dfkd.compress.quantize import quantize
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
 

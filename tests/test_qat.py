@@ -16,7 +16,8 @@ from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.graph import fold, network_of
 from dfkd.compress.prune import prune
-from dfkd.compress.qat import Training, quantize
+from dfkd.compress.qat import Training
+from dfkd.compress.quantize import quantize
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.result import Compressed
 from dfkd.compress.tracing import trace
@@ -109,7 +110,7 @@ def done_resized(given: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("low", [0.5, -0.5], ids=["positive scales", "negative scales"])
 def test_the_folded_result_is_the_network_that_was_trained(low: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfkd.compress.qat.round_biases", lambda graph: None)  # which flips a code here and there
+    monkeypatch.setattr("dfkd.compress.result.round_biases", lambda graph: None)  # which flips a code here and there
     training = Training(model(low), STREAM, (4, 4), images=32, steps=3, warmup=0)
     network: Any = network_of(training.student)
     norm = next(iter(batch_norms(network).values()))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dfkd.compress.quantize import prepare
+from dfkd.compress.prepare import prepare
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.reconstruct import SoftRounding, fisher_weights, float_copy, reconstruct, squared_error, undecided
 from dfkd.errors import UserError

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from dfkd.compress.files import load_compressed, save_compressed
 from dfkd.compress.graph import Chain, chains, fold, norms, watch
+from dfkd.compress.prepare import layer_names
 from dfkd.compress.prune import prune
-from dfkd.compress.qat import quantize
-from dfkd.compress.quantize import layer_names
+from dfkd.compress.quantize import quantize
 from dfkd.compress.tracing import trace
 from dfkd.compress.units import extract, units
 from dfkd.errors import UserError

@@ -29,6 +29,7 @@ from dfkd.compress.graph import (
     own_name,
     with_network,
 )
+from dfkd.compress.quantizers import sqnr_db
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
 from dfkd.compress.tracing import check_can_change, thawed, trace
@@ -190,12 +191,6 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
         error = (near - rows).square().sum(1, keepdim=True)
         best, least = torch.where(error < least, near, best), torch.minimum(error, least)
     return best.view_as(weight)
-
-
-def sqnr_db(exact: Tensor, near: Tensor) -> float:
-    """Signal-to-noise ratio of rounded weights, dB."""
-    noise = (near - exact).square().sum().clamp_min(1e-30)
-    return float(10 * torch.log10(exact.square().sum().clamp_min(1e-30) / noise))
 
 
 def own_scale(exact: Tensor, near: Tensor, shift: Tensor, alpha1: float, alpha2: float) -> Tensor:

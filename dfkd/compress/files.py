@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.compress.channels import resize
 from dfkd.compress.graph import fold, network_of
-from dfkd.compress.quantize import insert
+from dfkd.compress.prepare import insert
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.tracing import thawed, trace
 from dfkd.errors import UserError, in_a_line

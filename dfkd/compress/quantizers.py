@@ -67,6 +67,12 @@ def best_step(values: Tensor, bits: int, signed: bool) -> Tensor:
     return best
 
 
+def sqnr_db(exact: Tensor, near: Tensor) -> float:
+    """Power of a tensor over that of what is near it lacks, in dB."""
+    power, noise = (x.square().mean().clamp_min(1e-20) for x in (exact, near - exact))
+    return float(10 * torch.log10(power / noise))
+
+
 class WeightQuantizer(nn.Module):
     """Signed weights in `bits` bits; scale [1] for the layer or [K] for its outputs, ones until it is calibrated."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from dfkd.compress.graph import fold
-from dfkd.compress.quantize import calibrate, insert, layer_bits, name_quantizers, prepare
+from dfkd.compress.prepare import calibrate, insert, layer_bits, name_quantizers, prepare
 from dfkd.compress.quantizers import (
     ActivationQuantizer,
     QuantizedConv2d,
