@@ -17,7 +17,18 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import OWN, Keys, count, given_keys, keep_settings, numbers, positive, with_deviation, written
+from bookkeeping import (
+    OWN,
+    Keys,
+    count,
+    exit_code,
+    given_keys,
+    keep_settings,
+    numbers,
+    positive,
+    with_deviation,
+    written,
+)
 from equal_time import Method, check_judged, compare
 from methods import cells, describe
 
@@ -135,11 +146,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=positive, default=30.0, help="of training")
     parser.add_argument("--lanes", type=count, default=2, help="runs at once, each with its share of the cores")
     options, arguments = parser.parse_known_args(given)
-    try:
-        return 0 if tabulate(options, arguments) else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: tabulate(options, arguments))
 
 
 def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:

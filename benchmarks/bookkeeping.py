@@ -4,15 +4,19 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
 from argparse import ArgumentTypeError
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.folder import comparable
+from dfkd.recipe import Recipe
 from dfkd.whole import whole
+from dfkd.zoo import teacher_folder
+from generators import GeneratorError
 
 OWN = ("recipe", "output", "seed", "overwrite")  # keys that are not for the command line here
 Keys = dict[str, str]
@@ -28,6 +32,21 @@ def given_keys(arguments: Sequence[str], what: str, own: Collection[str] = OWN) 
 def written(keys: Keys) -> list[str]:
     """Keys as arguments of the command line."""
     return [f"{key}={value}" for key, value in keys.items()]
+
+
+def trained_keys(recipe: Recipe) -> Keys:
+    """The keys that name the teachers which a recipe has trained itself: all that takes them has the same ones."""
+    own = {name: spec for name, spec in recipe.zoo_specs.items() if not spec.weights}
+    return {f"teachers.{name}.weights": str(teacher_folder(recipe, name, spec)) for name, spec in own.items()}
+
+
+def exit_code(work: Callable[[], bool | None]) -> int:
+    """0 where all work is done, 1 where some is left (it gives False), 2 where it cannot be done, which is said."""
+    try:
+        return 1 if work() is False else 0
+    except (UserError, GeneratorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def add(path: Path, line: Mapping[str, Any]) -> None:

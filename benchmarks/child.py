@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from bookkeeping import Keys, trained_keys
 from equal_time import CHEAPEST, Cost, Work, work_of
 
 from dfkd.cli import main as command_line
@@ -19,7 +20,7 @@ from dfkd.recipe import load_recipe
 from dfkd.run import build, carry_out
 from dfkd.runtime import Shard, make_accelerator, shut_down
 from dfkd.schema import Recipe
-from dfkd.zoo import load_recipe_zoo, teacher_folder
+from dfkd.zoo import load_recipe_zoo
 
 FIRST_PROBE = 10  # updates
 LEAST = 0.5  # share of a run's seconds, beyond what all have in common, that its updates must have taken
@@ -27,14 +28,13 @@ AGAIN = 3  # times that a probe is made
 PROBE_ROUNDS = 2  # of a probe at the least
 
 
-def train_teachers(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Train the teachers of a recipe that have no weights, or find them; the folder of each by name."""
+def train_teachers(arguments: Sequence[str], seconds: float) -> Keys:
+    """Train the teachers of a recipe that have no weights, or find them; their keys."""
     recipe = load_recipe(arguments).recipe
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     load_recipe_zoo(recipe, shard.device, print)
     shut_down(accelerator)
-    found = {name: spec for name, spec in recipe.zoo_specs.items() if not spec.weights}
-    return {name: str(teacher_folder(recipe, name, spec)) for name, spec in found.items()}
+    return trained_keys(recipe)
 
 
 def measure_cost(arguments: Sequence[str], seconds: float) -> dict[str, Any]:

@@ -15,20 +15,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import add, keep_settings, picked
+from bookkeeping import add, exit_code, keep_settings, picked
 
 from dfkd.assemble import train_zoo
 from dfkd.compress.fit import Fit
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
-from dfkd.inputs import task_input, task_source
+from dfkd.inputs import SOURCES, task_input, task_source
 from dfkd.phases import plans
 from dfkd.recipe import load_recipe
 from dfkd.results import describe_device
 from dfkd.run import build
 from dfkd.runtime import make_accelerator
 from dfkd.tasks import TASKS, compare
-from generators import GeneratorError
 
 Cases = dict[str, tuple[str, dict[str, Any]]]  # task and keys by name
 PTQ = {f"W{w}A{a} PTQ": ("ptq", {"weights": w, "activations": a}) for w, a in ((8, 8), (4, 4), (2, 4))}
@@ -41,7 +40,6 @@ CLOSED = {
     for method in ("udfc", "rectified")
 }
 CASES: Cases = {**PTQ, **QAT, **WEIGHTS, **CHANNELS, **CLOSED}
-SOURCES = dict.fromkeys(("generator", "noise", "real"))
 
 
 def main() -> int:
@@ -51,12 +49,9 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(CASES), help="; ".join(CASES).replace("%", "%%"))
     parser.add_argument("--sources", default=",".join(SOURCES), help="; ".join(SOURCES))
     options, arguments = parser.parse_known_args()
-    try:
-        measure(options.out, picked(CASES, options.cases), picked(SOURCES, options.sources), arguments)
-    except (UserError, GeneratorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(
+        lambda: measure(options.out, picked(CASES, options.cases), picked(SOURCES, options.sources), arguments)
+    )
 
 
 def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence[str]) -> None:

@@ -132,8 +132,7 @@ def with_teachers(methods: Sequence[Method], out: Path, threads: int) -> list[Me
     zoos = {tuple(method.recipe.zoo_specs): method.keys for method in reversed(methods)}
     weights: Keys = {}
     for names, keys in zoos.items():
-        found = launch("teachers", keys, 0, out / "logs" / f"teachers-{'-'.join(names)}.txt", threads)
-        weights |= {f"teachers.{name}.weights": folder for name, folder in found.items()}
+        weights |= launch("teachers", keys, 0, out / "logs" / f"teachers-{'-'.join(names)}.txt", threads)
     mine = [[key for key in weights if key.split(".")[1] in method.recipe.zoo_specs] for method in methods]
     return [method._replace(keys={**method.keys, **{k: weights[k] for k in own}}) for method, own in zip(methods, mine)]
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, count, given_keys, keep_settings, numbers, picked, written
+from bookkeeping import Keys, add, count, exit_code, given_keys, keep_settings, numbers, picked, trained_keys, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, reload_generator, train_zoo
@@ -40,8 +40,7 @@ from dfkd.schema import Recipe
 from dfkd.stream import Source, SyntheticStream, from_generator
 from dfkd.tasks import HELD_OUT_EPOCH, TASKS, measure, pool_images
 from dfkd.teachers import Teacher
-from dfkd.zoo import teacher_folder
-from generators import GeneratorError, PoolGenerator
+from generators import PoolGenerator
 
 # How images are made: by the recipe's generator, or without one.
 WAYS: dict[str, Keys] = {
@@ -71,12 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=count, default=1024, help="on which batch-norm loss and accuracy are measured")
     parser.add_argument("--list", action="store_true", help="name the sources and stop")
     options, given = parser.parse_known_args(arguments)
-    try:
-        study(options, {"recipe": "digits_families", **given_keys(given, "the study", ())})
-    except (UserError, GeneratorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: study(options, {"recipe": "digits_families", **given_keys(given, "the study", ())}))
 
 
 def study(options: argparse.Namespace, keys: Keys) -> None:
@@ -94,7 +88,9 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
     alike = {"keys": keys, "held_out": held_out, "rounds": options.rounds, "images": options.images}
     keep_settings(options.out / "settings.json", {**alike, "image_keys": image_keys})
     parts = assembled(recipe)  # on its device, which the names of trained teachers depend on
-    keys = keys | STUDY | trained_weights(recipe) | {f"teachers.{name}.enabled": "false" for name in held_out}
+    # So every seed of the study takes the same ones; with them its runs need no real image, and get none.
+    keys = keys | STUDY | trained_keys(recipe) | {"data.dataset": "none"}
+    keys |= {f"teachers.{name}.enabled": "false" for name in held_out}
     keys |= {"tasks": "[generator]", "zoo.main": "null"}
     path = options.out / "figures.jsonl"
     lines = whole_lines(path)
@@ -159,14 +155,6 @@ def assembled(recipe: Recipe) -> Parts:
     parts = build(recipe, accelerator, shard)
     train_zoo(parts, say)
     return parts
-
-
-def trained_weights(recipe: Recipe) -> Keys:
-    """Keys that name the teachers trained at the recipe's seed, so that every seed of the study takes the same ones;
-    with them its runs need no real image, and get none."""
-    untrained = {name: spec for name, spec in recipe.zoo_specs.items() if not spec.weights}
-    folders = {f"teachers.{name}.weights": str(teacher_folder(recipe, name, s)) for name, s in untrained.items()}
-    return {**folders, "data.dataset": "none"}
 
 
 def source_folder(out: Path, name: str, seed: int) -> Path:

@@ -78,7 +78,7 @@ def table(lines: Sequence[Line]) -> str:
     for source in sources:
         cells = [with_deviation(figures[source].get(name, []), ".2f" if "bn" in name else ".1f") for name in names]
         rows.append(f"| {source} | " + " | ".join(cells) + " |")
-    naive = [line for line in lines if shows(line, line["case"], "real") and line.get("naive") is not None]
+    naive = [line for line in lines if line["source"] == "real" and line.get("naive") is not None]
     of_case = {name: [line for line in naive if shows(line, name)] for name in names}
     cells = [with_deviation(over_seeds(of_case[n], lambda line: line["naive"]), ".1f") for n in names]
     rows.append("| naive, on real images | " + " | ".join(cells) + " |")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from bookkeeping import Keys, count, given_keys, keep_settings, numbers, positive, with_deviation, written
+from bookkeeping import Keys, count, exit_code, given_keys, keep_settings, numbers, positive, with_deviation, written
 from equal_time import Method, check_judged, compare
 
 from dfkd.curves import whole_lines
@@ -142,11 +142,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--lanes", type=count, default=1, help="runs at once, each with its share of the cores")
     parser.add_argument("--teacher", help="the one that is left; otherwise zoo.main, or residual, or the first")
     options, arguments = parser.parse_known_args(given)
-    try:
-        return 0 if tabulate(options, arguments) else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: tabulate(options, arguments))
 
 
 def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:

@@ -20,14 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, given_keys, keep_settings, numbers, positive, with_deviation, written
+from bookkeeping import Keys, add, given_keys, keep_settings, numbers, positive, trained_keys, with_deviation, written
 from equal_time import Method, changes, figures, piece, price, scale, work_of
 
 from dfkd.curves import whole_lines
 from dfkd.errors import Paused, UserError
 from dfkd.recipe import load_recipe
 from dfkd.runtime import Deadline, cores, make_accelerator, say, shut_down
-from dfkd.zoo import load_recipe_zoo, teacher_folder
+from dfkd.zoo import load_recipe_zoo
 
 PAIRS = {  # in the order to run them
     "resnet56_resnet20": "cifar10_zoo",
@@ -135,15 +135,14 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
 
 
 def trained(keys: Keys, deadline: Deadline) -> Keys:
-    """Train the teachers that have no weights; the keys of what they left, the same for all seeds."""
+    """Train the teachers that have no weights; the keys of what they left."""
     recipe = load_recipe(written(keys)).recipe
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     try:
         load_recipe_zoo(recipe, shard.device, say, deadline=deadline)
     finally:
         shut_down(accelerator)
-    missing = {name: spec for name, spec in recipe.zoo_specs.items() if not spec.weights}
-    return {f"teachers.{name}.weights": str(teacher_folder(recipe, name, spec)) for name, spec in missing.items()}
+    return trained_keys(recipe)
 
 
 if __name__ == "__main__":

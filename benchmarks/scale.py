@@ -10,6 +10,8 @@ are made, and of gradients, which DDP sends in buckets of 25 MB. Weights are ran
 import argparse
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
@@ -24,21 +26,20 @@ from dfkd.runtime import make_accelerator, resolve_precision, say, shut_down
 BUCKET = 25 * 2**20  # bytes, of DDP
 
 
-class Counted:
-    """Counts dfkd's own all-reduces in its scope, and their bytes."""
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Count dfkd's own all-reduces in its scope, and their bytes."""
+    seen, plain = Counter[str](), dist.all_reduce
 
-    def __enter__(self) -> Counter[str]:
-        self.seen, self.plain = Counter[str](), dist.all_reduce
+    def counting(tensor: torch.Tensor, *given: Any, **options: Any) -> Any:
+        seen.update(messages=1, bytes=tensor.numel() * tensor.element_size())
+        return plain(tensor, *given, **options)
 
-        def counted(tensor: torch.Tensor, *given: Any, **options: Any) -> Any:
-            self.seen.update(messages=1, bytes=tensor.numel() * tensor.element_size())
-            return self.plain(tensor, *given, **options)
-
-        dist.all_reduce = counted
-        return self.seen
-
-    def __exit__(self, *_: object) -> None:
-        dist.all_reduce = self.plain
+    dist.all_reduce = counting
+    try:
+        yield seen
+    finally:
+        dist.all_reduce = plain
 
 
 def gradients(network: nn.Module) -> tuple[int, int]:
@@ -67,7 +68,7 @@ def main() -> None:
         call, seconds = getattr(ours, f"{kind}_step"), []
         for step in range(WARMUP + given.repeats):
             accelerator.wait_for_everyone()
-            with Counted() as seen:
+            with counted() as seen:
                 seconds.append(seconds_of(call, step, shard.device))
         sent = [gradients(network) for network in networks] if shard.world > 1 else []
         messages, size = sum(count for count, _ in sent), sum(each for _, each in sent)

@@ -167,7 +167,6 @@ def _split_sums(graph: fx.GraphModule) -> None:
         targets = list(dict.fromkeys(user.target for user in end.users))
         if len(targets) != 2 or not all(_quantises(graph, user) for user in end.users):
             continue
-        node.target = operator.add  # in place would spoil the other's operand
         second = [user for user in end.users if user.target == targets[1]]
         with graph.graph.inserting_after(end):
             twin = last = graph.graph.call_function(operator.add, (node.args[1], node.args[0]))

@@ -91,8 +91,9 @@ def drawn_anew(batch_size: int, replay: int, fresh: float) -> int:
 class Replay:
     """A ring of past batches with their targets on the device, images in uint8: 1 byte a value instead of 4.
 
-    Row k of what is drawn is a set row, spread over the batch, of a random past batch: as random as any draw, since
-    rows are, and where `fresh` leaves whole rows independent of how the global batch is split over processes.
+    What is drawn takes its row k from a set row, spread over the batch, of a past batch chosen at random: rows are
+    random already, so this is as random as any draw, and it is alike on any number of processes where `fresh` leaves
+    whole rows.
     """
 
     def __init__(self, slots: int) -> None:

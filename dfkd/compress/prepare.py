@@ -105,10 +105,12 @@ def _owner(node: fx.Node) -> str:
 
 
 def insert(graph: fx.GraphModule, chosen: Mapping[str, Sequence[int]], *, per_channel: bool) -> fx.GraphModule:
-    """Put quantisers into a graph, in place: on the weights of the chosen layers, on their inputs, and with JOINT_BITS
-    where a tensor goes into an addition, a concatenation, an average or a gate's product, and where what a convolution
-    gives goes into what is computed in float (GELU, a layer norm): an integer kernel gives integers. One tensor has one
-    quantiser per number of bits. graph.meta["bits"] then tells the layers' bits."""
+    """Put quantisers, yet to be calibrated, into a graph, in place; graph.meta["bits"] then tells the layers' bits.
+
+    With the bits of its layer: each chosen layer's weights, and its input. With JOINT_BITS: what goes into an addition,
+    a concatenation, an average or a gate's product, and what a convolution gives to something that is computed in float
+    (GELU, a layer norm), as an integer kernel gives integers. One tensor has one quantiser per number of bits.
+    """
     graph.meta["bits"] = dict(chosen)
     _gates_apart(graph)
     for name, (bits, _) in chosen.items():

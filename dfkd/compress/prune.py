@@ -72,8 +72,7 @@ def prune(
     coupled by additions and concatenations, and refuses where some cannot be taken; None takes whatever can be.
 
     Returns the model in eval mode, `naive` without the repair, a line per layer that has shrunk: kept, of, sparsity (%)
-    and the relative error of its output before and after the repair; structure["channels"] for
-    dfkd.compress.channels.
+    and the relative error of its output before and after the repair; structure["channels"] for dfkd.compress.channels.
     Raises UserError on bad arguments, where nothing can be pruned, and as the repairs do.
     """
     _check(ratio, kind, repair, images, ridge)

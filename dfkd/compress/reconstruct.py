@@ -241,8 +241,8 @@ def reconstruct(
     log is told after each block how many are done, of how many.
 
     Returns per unit its name and the norms of its error before and after, relative to the float output's; for a layer
-    that no unit holds the reason under `skipped`. The images, and a unit's inputs and outputs for all of
-    them, stay on the device of the images. Raises UserError for steps or batch_size below 1, fewer images than
+    that no unit holds the reason under `skipped`. The images, and a unit's inputs and outputs for all of them, stay on
+    the device of the images. Raises UserError for steps or batch_size below 1, fewer images than
     batch_size, an unknown unit, a loss that is not finite.
     """
     learner = Learner(**options)

@@ -179,9 +179,8 @@ def own_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 def save_model(folder: str | os.PathLike[str], model: nn.Module, description: Mapping[str, Any]) -> None:
     """Write model.safetensors and model.json, each atomically; dfkd.compress.files.load_compressed needs nothing else.
 
-    `description` holds at least model (the model string), classes and channels; kwargs, mean, std, input_size,
-    size (of the images it was made for), moves
-    and whatever else a reader should know.
+    `description` holds at least model (the model string), classes and channels; kwargs, mean, std, input_size, size (of
+    the images it was made for), moves and whatever else a reader should know.
     """
     state = model.state_dict()
     save_tensors(folder, {bare: state[key] for bare, key in _bare_names(state).items()}, description)
