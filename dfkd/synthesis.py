@@ -265,11 +265,7 @@ class Synthesizer:
         """A teacher's terms of mixed images, their labels and shares, and the adversary's logits where it counts."""
         mixed = Mixed(*given[:4])
         answer = ask(teacher, mixed, self.weights, self.manner, self.autocast, self.contrast, position)
-        if answer.logits.shape[1:] != (self.generator.classes,):
-            raise UserError(
-                f"teacher {teacher.name} gives {tuple(answer.logits.shape[1:])} outputs where the generator has "
-                f"{self.generator.classes} classes; make them agree"
-            )
+        self._check_logits(f"teacher {teacher.name}", answer.logits)
         answer.student = given[4] if len(given) > 4 else None
         terms = teacher_terms(answer, self.weights)
         self.named[teacher.name, len(given)] = list(terms)  # a graph knows their values alone
@@ -288,7 +284,16 @@ class Synthesizer:
         """The adversary's logits [B, K], as those of a frozen network in eval mode."""
         norms = batch_norms(student).values()
         with eval_mode(student), frozen(student), frozen_norms(norms), self.autocast():
-            return (student(images),)
+            logits = student(images)
+        self._check_logits("the student", logits)
+        return (logits,)
+
+    def _check_logits(self, whose: str, logits: Tensor) -> None:
+        if logits.shape[1:] != (self.generator.classes,):
+            raise UserError(
+                f"{whose} gives {tuple(logits.shape[1:])} outputs where the generator has {self.generator.classes} "
+                "classes; make them agree"
+            )
 
     def _weigh(self, name: str, value: Tensor, ramp: float) -> Tensor:
         weight = self.weights[name] * (ramp if name == "adversary" else 1.0)

@@ -604,6 +604,9 @@ def test_a_zoo_that_does_not_fit_its_generator_is_refused(
         build(make_generator(), [make_teacher("coloured", channels=3, mean=[0.5] * 3, std=[0.2] * 3)], {"ce": 1.0})
     with pytest.raises(UserError, match=r"teacher few gives \(3,\) outputs where the generator has 5 classes"):
         build(make_generator(classes=5), [make_teacher("few")], {"ce": 1.0}).step(0)
+    student = make_teacher(classes=4).model
+    with pytest.raises(UserError, match=r"the student gives \(4,\) outputs where the generator has 3 classes"):
+        build(make_generator(), [teacher], {"adversary": 1.0}, student=student, warmup=0.0).step(0)
     with pytest.raises(UserError, match="the weight of bn is -2; give 0 or more"):
         build(make_generator(), [teacher], {"ce": 1.0, "bn": -2.0})
     wrong = {
