@@ -12,7 +12,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier, check_trainable
-from dfkd.data import RealImages, image_folder
+from dfkd.data import RealImages, check_folder
 from dfkd.errors import UserError, in_a_line
 from dfkd.models.checkpoints import folder_about
 from dfkd.models.selection import select_weights
@@ -69,10 +69,13 @@ def control_images(recipe: Recipe) -> RealImages:
 
 
 def check_control(recipe: Recipe) -> None:
-    """Raise UserError where the folder of control_images is none: before anything is trained."""
+    """Raise UserError where control_images have no folder, or not one for each class, before anything is trained.
+
+    Whether each can be read shows when they are.
+    """
     data = recipe.data
     if data.dataset == "imagefolder":
-        image_folder(_has_training_images(recipe), data.root, data.train_root)
+        check_folder(_has_training_images(recipe), data.root, data.train_root, recipe.classes)
 
 
 def _has_training_images(recipe: Recipe) -> bool:

@@ -251,14 +251,24 @@ class _Folder(torchvision.datasets.ImageFolder):
         return names, {name: k for k, name in enumerate(names)}
 
 
-def _folder_images(folder: Path, channels: int, size: int, classes: int) -> RealImages:
-    """Images in one folder per class, labels in the order of the sorted names, all decoded into memory."""
+def check_folder(train: bool, root: str, train_root: str | None, classes: int) -> None:
+    """Raise UserError where this split's images do not lie in one folder for each class; none of them is opened."""
+    _listing(image_folder(train, root, train_root), classes)
+
+
+def _listing(folder: Path, classes: int) -> _Folder:
     try:
         listing = _Folder(str(folder))
     except OSError as error:
         reason = in_a_line(error)
         raise UserError(f"{folder} is not an image folder with one folder per class: {reason}") from error
     _check_classes(str(folder), listing.classes, classes)
+    return listing
+
+
+def _folder_images(folder: Path, channels: int, size: int, classes: int) -> RealImages:
+    """Images in one folder per class, labels in the order of the sorted names, all decoded into memory."""
+    listing = _listing(folder, classes)
     images = _all_decoded([path for path, _ in listing.samples], channels, size)
     return RealImages(images, torch.tensor(listing.targets), listing.classes, f"imagefolder {folder}")
 

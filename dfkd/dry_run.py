@@ -9,7 +9,7 @@ from torch import nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.folder import may_run
-from dfkd.inputs import COMPRESSIONS, settings
+from dfkd.inputs import COMPRESSIONS, distilled, settings
 from dfkd.phases import learns_features, make_hints, plans, say_beginning
 from dfkd.recipe import Loaded
 from dfkd.run import build
@@ -35,9 +35,11 @@ def dry_run(loaded: Loaded) -> None:
     about = parts.generator.description
     kept = f", a pool of {about['capacity']:,} images" if about["arch"] == "pool" else ""
     say(f"  generator: {about.get('made_by', about['arch'])}, {assemble.parameters(worker):,} parameters{kept}")
-    if parts.student is not None:
-        say(f"  student: {recipe.student.model}, {assemble.parameters(parts.student):,} parameters")
-        say_beginning(parts, make_hints(parts))
+    learner = distilled(parts)
+    if learner.student is not None:
+        model = recipe.student.model if learner is parts else f"distill.input={recipe.distill.input}"
+        say(f"  student: {model}, {assemble.parameters(learner.student):,} parameters")
+        say_beginning(learner, make_hints(learner))
     for phase in phases:
         if phase.name in COMPRESSIONS:
             keys = settings(recipe, phase.name)

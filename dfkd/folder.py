@@ -19,7 +19,7 @@ from dfkd.inputs import COMPRESSIONS
 from dfkd.recipe import Loaded
 from dfkd.runtime import say
 from dfkd.schema import SELECTED, Recipe
-from dfkd.whole import whole
+from dfkd.whole import check_writable, place, whole
 from dfkd.zoo import teacher_folder
 
 try:
@@ -44,10 +44,7 @@ GROUPS = {"data", "image", "teachers", "zoo", "synthesis", "distill", "runtime"}
 def may_run(loaded: Loaded, folder: Path) -> bool:
     """False where the folder holds this very run, finished. Raises UserError where it holds another one, or no run."""
     config = folder / CONFIG
-    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)), Path())
-    if not there.is_dir():
-        what = "is" if there == folder.absolute() else f"lies in {there}, which is"
-        raise UserError(f"output={folder} {what} a file; choose another output=... for the run's folder")
+    place("output", folder)
     if loaded.recipe.overwrite:
         _may_remove(loaded.recipe, folder)
     elif config.exists():
@@ -60,8 +57,7 @@ def may_run(loaded: Loaded, folder: Path) -> bool:
         if all((folder / name).exists() for name in ("results.json", "report.html")):  # the last two that are written
             say(f"the run in {folder} is finished; overwrite=true starts it over")
             return False
-    if not os.access(there, os.W_OK):
-        raise UserError(f"output={folder}: nothing may be written in {there}; choose another output=...")
+    check_writable("output", folder)
     return True
 
 

@@ -13,15 +13,15 @@ from dfkd.assemble import Parts
 from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
-from dfkd.compress.graph import check_takes, network_input, network_of
+from dfkd.compress.graph import network_input, network_of
 from dfkd.compress.prepare import layer_bits
 from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
 from dfkd.compress.tracing import trace
-from dfkd.errors import UserError
+from dfkd.errors import UserError, in_a_line
 from dfkd.export import require_onnx
 from dfkd.models.checkpoints import read_description
-from dfkd.runtime import rng
+from dfkd.runtime import eval_mode, rng
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, from_generator, from_images
 from dfkd.zoo import describe, made_from, teacher_about
@@ -51,7 +51,9 @@ def check_tasks(recipe: Recipe) -> None:
             _check_task(recipe, task)
     files = ["tasks", "none", *(name for name in earlier if name not in ("main", "distill"))]
     if recipe.export.input not in files:
-        raise UserError(f"export.input={recipe.export.input} is no task of this run; choose from {', '.join(files)}")
+        raise UserError(
+            f"export.input={recipe.export.input} is nothing that this run writes; choose from {', '.join(files)}"
+        )
     if recipe.export.input == "student":
         require_onnx()
     if "distill" in recipe.tasks and recipe.distill.input is not None:
@@ -92,24 +94,48 @@ def origin(recipe: Recipe, task: str, name: str) -> str:
 
 
 def check_layers(parts: Parts) -> None:
-    """Raise UserError where a task's input is quantised already, cannot be traced, has no layer that a name pattern of
-    the task means, or nothing that the task could take out; before anything is trained."""
+    """Raise UserError where a task's input does not make the run's classes of its images, is quantised already, cannot
+    be traced, has no layer that a name pattern of the task means, or nothing that the task could take out; before
+    anything is trained."""
     recipe = parts.recipe
     shape = (PROBE, recipe.image.channels, recipe.image.size, recipe.image.size)
     images = torch.rand(shape, generator=rng("cpu", "check")).to(parts.shard.device)
-    for task in (task for task in recipe.tasks if task in COMPRESSIONS):
-        name = origin(recipe, task, settings(recipe, task).input)
-        fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
-        model = task_input(parts, name)[0] if fresh is None else fresh
+    for task in (task for task in recipe.tasks if task != "generator"):
+        given = settings(recipe, task).input
+        if given is None:
+            continue  # a fresh student, which was checked when it was made
+        name = origin(recipe, task, given)
         try:
-            _check_layers(recipe, task, model, images)
+            fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
+            model = task_input(parts, name)[0] if fresh is None else fresh
+            _check_logits(model, images, recipe.classes)
+        except UserError as error:
+            raise UserError(f"{task}.input={given}: {error}") from None
+        try:
+            if task in COMPRESSIONS:
+                _check_layers(recipe, task, model, images)
         except UserError as error:
             raise UserError(f"{task}: {error}") from None
 
 
+@torch.no_grad()
+def _check_logits(model: Classifier, images: torch.Tensor, classes: int) -> None:
+    try:
+        with eval_mode(model):
+            outputs = tuple(model(images).shape[1:])
+    except UserError:  # which says what it gives
+        raise
+    except Exception as error:  # whatever a stranger's network may raise
+        shape = ", ".join(map(str, images.shape[1:]))
+        raise UserError(
+            f"it does not take images [B, {shape}]: {in_a_line(error)}; name a model of such images"
+        ) from None
+    if outputs != (classes,):
+        raise UserError(f"it gives {outputs} outputs where classes={classes}; name a model of the same classes")
+
+
 def _check_layers(recipe: Recipe, task: str, model: Classifier, images: torch.Tensor) -> None:
-    keys = settings(recipe, task)
-    check_takes(network_of(model), inputs := network_input(model, images))
+    keys, inputs = settings(recipe, task), network_input(model, images)
     graph = trace(network_of(model), inputs)
     if task in ("qat", "ptq"):
         layer_bits(graph, (keys.weights, keys.activations), **bits_by_layer(keys))
@@ -148,11 +174,29 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
         return as_teacher(teacher, copy.deepcopy(teacher.model)), about
     about = read_description(folder)
     if "quantized" in about.get("structure", {}):
-        raise UserError(f"input={name} is quantised already; {QUANTISED}")
+        raise UserError(f"{folder} is quantised already; {QUANTISED}")
     model = load_compressed(folder, parts.recipe.trust_code).to(parts.shard.device)
     if parts.recipe.runtime.channels_last:
         model.to(memory_format=torch.channels_last)
     return model, about
+
+
+def given_student(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
+    """The student that distill.input names, and its description."""
+    student, about = task_input(parts, name)
+    about.pop("selected", None)  # it has been trained since
+    return student, about
+
+
+def distilled(parts: Parts) -> Parts:
+    """The parts with the student that the task distill trains, where distill.input names one that is there already."""
+    recipe = parts.recipe
+    name = recipe.distill.input if "distill" in recipe.tasks else None
+    if name is None or not (name == "main" or _is_folder(recipe, name)):
+        return parts
+    here = copy.copy(parts)
+    here.student, here.student_about = given_student(parts, name)
+    return here
 
 
 def _generated(parts: Parts, model: Classifier) -> Source:

@@ -21,7 +21,7 @@ from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.errors import Paused, UserError
 from dfkd.folder import may_run, open_folder, owner
-from dfkd.inputs import COMPRESSIONS, check_layers, check_tasks, settings, task_input
+from dfkd.inputs import COMPRESSIONS, check_layers, check_tasks, distilled, given_student, settings, task_input
 from dfkd.metrics import Metrics
 from dfkd.mixing import GROUP, make_mix
 from dfkd.norms import check_triton, triton_norms
@@ -70,6 +70,7 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     make_hints(parts)  # raises where there is no pair
     make_mix(recipe.synthesis.mix.kind)
     check_layers(parts)
+    make_hints(distilled(parts))
     say_groups(recipe, shard.world)
     return parts
 
@@ -222,8 +223,7 @@ def take_up(parts: Parts, plan: Plan) -> None:
 def prepare_student(parts: Parts, plan: Plan) -> None:
     """Where distill.input names a model, make it the student; and synchronise batch norms where the recipe says so."""
     if plan.name == "distill" and parts.recipe.distill.input is not None:
-        parts.student, parts.student_about = task_input(parts, parts.recipe.distill.input)
-        parts.student_about.pop("selected", None)  # it has been trained since
+        parts.student, parts.student_about = given_student(parts, parts.recipe.distill.input)
         hold_zeros(parts.student.requires_grad_(True))
     if parts.recipe.runtime.sync_batchnorm and parts.student is not None:
         sync_batchnorm(parts.student)

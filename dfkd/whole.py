@@ -1,9 +1,11 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that may be."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from dfkd.errors import UserError
 
 
 @contextmanager
@@ -18,3 +20,22 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def place(key: str, folder: Path) -> Path:
+    """A folder, or the nearest above it that there is. Raises UserError where it cannot be one, of what `key` says."""
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    except OSError as error:  # too long a name, or no right to look
+        raise UserError(f"{key}={folder} can be no folder: {error.strerror}; choose another {key}=...") from None
+    if not there.is_dir():
+        what = "is" if there == folder.absolute() else f"lies in {there}, which is"
+        raise UserError(f"{key}={folder} {what} a file; choose another {key}=...")
+    return there
+
+
+def check_writable(key: str, folder: Path) -> None:
+    """Raise UserError where nothing may be written in a folder, be it there or not, that `key` names."""
+    there = place(key, folder)
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{key}={folder}: nothing may be written in {there}; choose another {key}=...")

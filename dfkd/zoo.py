@@ -14,7 +14,7 @@ from torch import nn
 from dfkd.classifier import Classifier
 from dfkd.collectives import agreed
 from dfkd.cuda_graphs import recorder
-from dfkd.data import RealImages, image_folder, load_images, opened
+from dfkd.data import RealImages, check_folder, load_images, opened
 from dfkd.draws import Moves
 from dfkd.errors import Paused, UserError
 from dfkd.models import build_model, save_model
@@ -23,6 +23,7 @@ from dfkd.pretrain import train_teacher
 from dfkd.runtime import Deadline, Shard, drawn_at, resolve_precision
 from dfkd.schema import Recipe, StudentSpec, TeacherSpec
 from dfkd.teachers import SPEC, Teacher, kept_moves, load_zoo
+from dfkd.whole import check_writable, place
 
 Say = Callable[[str], None]
 Network = TypeVar("Network", bound=nn.Module)
@@ -40,7 +41,7 @@ def load_recipe_zoo(
     }
     for name, spec in recipe.zoo_specs.items():
         if not (train or spec.weights):
-            check_training_images(recipe, name, spec)
+            check_training(recipe, name, spec)
         if train and not spec.weights:
             specs[name]["weights"] = str(trained_teacher(recipe, name, spec, device, say, deadline))
     return load_zoo(
@@ -56,12 +57,17 @@ def load_recipe_zoo(
     )
 
 
-def check_training_images(recipe: Recipe, name: str, spec: TeacherSpec) -> None:
-    """Raise UserError where a teacher without weights, not trained yet, has no folder of images to be trained on."""
-    data = recipe.data
-    if data.dataset == "imagefolder" and not (teacher_folder(recipe, name, spec) / "model.json").exists():
+def check_training(recipe: Recipe, name: str, spec: TeacherSpec) -> None:
+    """Raise UserError where a teacher without weights, not trained yet, has no folder of images to be trained on, or
+    cannot be kept."""
+    data, kept = recipe.data, teacher_folder(recipe, name, spec)
+    place("training.cache", kept.parent)
+    if (kept / "model.json").exists():
+        return
+    check_writable("training.cache", kept.parent)
+    if data.dataset == "imagefolder":
         try:
-            image_folder(True, data.root, data.train_root)
+            check_folder(True, data.root, data.train_root, recipe.classes)
         except UserError as error:
             raise UserError(
                 f"teacher {name} has no weights and is to be trained first: {error}; or give teachers.{name}.weights"

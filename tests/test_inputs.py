@@ -21,7 +21,7 @@ REFUSED = [
     (("tasks=[generator,ptq]", "ptq.overrides={'stem.*': [8, 8]}"), "'stem.*' matches no layer"),
     (("tasks=[generator,prune]", "prune.ignore=[nothing]"), "prune: the ignore pattern 'nothing' matches no layer"),
     (("tasks=[generator,ptq]", "ptq.weights=9"), "ptq.weights=9 is not allowed; it takes integer from 2 to 8"),
-    (("tasks=[generator,ptq]", "export.input=qat"), "export.input=qat is no task of this run"),
+    (("tasks=[generator,ptq]", "export.input=qat"), "export.input=qat is nothing that this run writes"),
     (("tasks=[ptq,generator]",), "the generator comes first"),
     (("tasks=[generator,prune]", "prune.ignore=['*']"), "has no channels that can be taken out"),
     (("tasks=[generator,prune]", "prune.kind=weights", "prune.ignore=['*']"), "no convolution or linear layer left"),

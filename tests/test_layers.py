@@ -15,7 +15,7 @@ CORE: dict[str, set[str]] = {
     "generators": set(),
     "errors": set(),
     "schema": set(),
-    "whole": set(),
+    "whole": {"errors"},
     "norm_kernels": set(),
     "norms": {"errors", "norm_kernels"},
     "collectives": {"errors", "norms"},

@@ -111,6 +111,36 @@ def test_what_is_behind_a_head_that_nobody_reads_is_reconstructed(bits: Any) -> 
     assert {"a", "b", "fc"} <= {line["layer"] for line in lines if "error_after" in line}
 
 
+class Several(nn.Module):
+    """Logits, and what a caller asks for beside them."""
+
+    def __init__(self, give: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.give = give
+        self.a, self.b, self.c, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        early = F.relu(self.a(x))
+        features = F.relu(self.c(F.relu(self.b(early)))).mean((2, 3))
+        return self.give(self.fc(features), early, features)
+
+
+@pytest.mark.parametrize(
+    "give", [lambda logits, early, features: (logits, early), lambda logits, early, features: (logits, features)]
+)
+def test_what_is_behind_a_tensor_that_is_given_too_is_repaired(give: Callable[..., Any]) -> None:
+    def made(give: Callable[..., Any]) -> nn.Module:
+        torch.manual_seed(0)
+        return Several(give).eval()
+
+    alone = made(lambda logits, early, features: logits)
+    pruned = [prune(net, STREAM, 0.5, kind="weights", images=64).model for net in (made(give), alone)]
+    torch.testing.assert_close(outputs(pruned[0])[0], outputs(pruned[1]))
+    lines = quantize(made(give), STREAM, 4, images=32, steps=2).layers
+    assert [line["layer"] for line in lines if "error_after" in line] == ["a", "b", "c", "fc"]
+    assert not any("note" in line for line in lines)
+
+
 class Excited(nn.Module):
     """Squeeze and excitation with a view that takes the size of the batch."""
 

@@ -28,11 +28,15 @@ class Unit:
 def units(graph: fx.GraphModule) -> list[Unit]:
     """The graph cut wherever a single tensor goes on: residual blocks, and what lies between them layer by layer.
 
-    A cut without a layer of its own (a ReLU, a pooling) belongs to the unit before it.
+    A cut without a layer of its own (a ReLU, a pooling) belongs to the unit before it. Of several tensors that a
+    network gives, those within may go on too; behind the first that does not (a head of several) nothing is in a unit.
     """
     nodes = [node for node in graph.graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
     place = {node: k for k, node in enumerate(nodes)}
-    last = {node: max((place.get(user, len(nodes)) for user in node.users), default=k) for node, k in place.items()}
+    given = {node for node in nodes if any(user.op == "output" for user in node.users)}
+    last = {node: max((place.get(user, k) for user in node.users), default=k) for node, k in place.items()}
+    if given:
+        last[max(given, key=place.__getitem__)] = len(nodes)
     found: list[Unit] = []
     current: list[fx.Node] = []
     alive = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -40,10 +44,10 @@ def units(graph: fx.GraphModule) -> list[Unit]:
     for k, node in enumerate(nodes):
         alive = [each for each in [*alive, node] if last[each] > k]
         current.append(node)
-        if len(alive) > 1 or _is_tuple(node):
+        if len(alive) > 1 or _is_tuple(node) or any(each in given and each not in alive for each in current):
             continue
         layers = [str(each.target) for each in current if is_layer(graph, each, nn.Conv2d, nn.Linear)]
-        if layers or not found:
+        if layers or not found or any(each in given for each in found[-1].nodes):
             found.append(Unit(_common(layers), current))
         else:
             found[-1].nodes += current
