@@ -342,7 +342,7 @@ def _allowed(hint: Any, metadata: Mapping[str, Any]) -> str:
     if get_origin(hint) is list:
         return f"list of {_allowed(get_args(hint)[0], metadata)}"
     if get_origin(hint) is dict:
-        return "mapping"
+        return f"mapping of names to {_allowed(get_args(hint)[1], metadata)}"
     if hint in (int, float):
         ends = ((word, metadata.get(end)) for word, end in (("from", "low"), ("to", "high")))
         return WORDS[hint] + "".join(f" {word} {end}" for word, end in ends if end is not None)

@@ -35,7 +35,7 @@ from dfkd.stream import FRESH, drawn_anew
 from dfkd.synthesis import Synthesizer
 from dfkd.tasks import TRAINED, finished, read_figures, run_task
 from dfkd.terms import check_losses
-from dfkd.training import Loop, Plan, out_of_time
+from dfkd.training import Loop, Plan, out_of_time, show
 from dfkd.zoo import load_recipe_zoo, real_images
 from generators import save_generator
 
@@ -167,6 +167,8 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     metrics = Metrics(folder, main=shard.rank == 0, resumed_after=step)
     if not step and shard.rank == 0:
         metrics.warn(step, notes_on_teachers(parts))
+        if all(plan.name in COMPRESSIONS for plan in phases):  # no loop shows what they learn from
+            show(metrics, step, "frozen generator", parts.generator, parts.zoo, parts.accelerator)
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
     loop_of = partial(make_loop, parts, metrics=metrics, checkpoints=checkpoints, spent=spent, deadline=deadline)
     offset, worked = 0, False

@@ -104,8 +104,15 @@ class Replay:
         """Take in a batch [B, C, H, W] in [0, 1] and its targets [B, ...], in place of the oldest once it is full."""
         rows = to_bytes(images).permute(0, 2, 3, 1)  # whole pixels side by side: a draw is in channels_last
         if not self.filled:
-            self.images = rows.new_zeros((self.slots, *rows.shape))
-            self.targets = targets.new_zeros((self.slots, *targets.shape))
+            try:
+                self.images = rows.new_zeros((self.slots, *rows.shape))
+                self.targets = targets.new_zeros((self.slots, *targets.shape))
+            except RuntimeError:  # torch's, where memory is short
+                size = self.slots * (rows.nbytes + targets.nbytes) / 1e9
+                raise UserError(
+                    f"replay={self.slots} batches of {len(rows)} images are {size:,.1f} GB, more than there is; lower "
+                    "replay (distill.replay), or the batch size"
+                ) from None
         self.images[self.next], self.targets[self.next] = rows, targets
         self.filled, self.next = min(self.filled + 1, self.slots), (self.next + 1) % self.slots
 

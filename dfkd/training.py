@@ -123,7 +123,10 @@ class Loop:
                 self._refuse_broken(done)
                 counted = self._account(counted)
                 with averaged(float_buffers(self.fit.student) if self.fit is not None else []):
-                    figures = {**self.evaluate(), "trained": self.spent[plan.name]}  # seconds, over all calls
+                    try:
+                        figures = {**self.evaluate(), "trained": self.spent[plan.name]}  # seconds, over all calls
+                    except UserError as error:  # weights may be huge where none is infinite yet
+                        raise UserError(f"step {self.offset + done}: {error}; {self._remedy()}") from None
                 self.metrics.write("evaluation", self.offset + done, figures)
                 counted = self._account(counted, "measuring the student")
             late = done != plan.total and out_of_time(self.deadline, counted - last_line, self.shard.device)
@@ -164,9 +167,12 @@ class Loop:
         for name, module in learners.items():
             if module is not None and (broken := not_finite(module)):
                 raise UserError(
-                    f"step {self.offset + done}: {broken[0]} of the {name} holds NaN or infinity; checkpoints before "
-                    f"it are kept: lower a learning rate ({learning_rates(self.plan.name)}) or a loss weight"
+                    f"step {self.offset + done}: {broken[0]} of the {name} holds NaN or infinity; {self._remedy()}"
                 )
+
+    def _remedy(self) -> str:
+        rates = learning_rates(self.plan.name)
+        return f"checkpoints before it are kept: lower a learning rate ({rates}) or a loss weight"
 
     def _log(self, done: int, terms: dict[str, Tensor]) -> None:
         figures: dict[str, float] = {}
@@ -188,10 +194,8 @@ class Loop:
         """On rank 0: an image grid, spread within classes against between, the teachers' agreement with the labels."""
         if self.shard.rank:
             return
-        figures, grid = look(self.generator, self.zoo, self.accelerator)
         phase = "generator" if self.synthesizer is not None and done <= self.plan.alternating else "frozen generator"
-        self.metrics.write("images", self.offset + done, figures)
-        self.metrics.grid(phase.replace(" ", "-"), self.offset + done, grid, GRID_COLUMNS)
+        figures = show(self.metrics, self.offset + done, phase, self.generator, self.zoo, self.accelerator)
         if phase == "generator" and self.synthesizer is not None:
             last, start = self.synthesizer.bn_last, self.synthesizer.bn_start
             bn = {name: (float(start[name]), float(value)) for name, value in last.items()}
@@ -232,6 +236,16 @@ def out_of_time(deadline: Deadline, seconds: float, device: torch.device) -> boo
 
 
 @torch.no_grad()
+def show(
+    metrics: Metrics, step: int, phase: str, generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
+) -> dict[str, float]:
+    """Write down what a generator's images are like, with a grid of them; the figures."""
+    figures, grid = look(generator, zoo, accelerator)
+    metrics.write("images", step, figures)
+    metrics.grid(phase.replace(" ", "-"), step, grid, GRID_COLUMNS)
+    return figures
+
+
 def look(
     generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
 ) -> tuple[dict[str, float], Tensor]:

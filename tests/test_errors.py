@@ -216,6 +216,7 @@ INPUTS: dict[str, tuple[list[str], list[str]]] = {
         ["output=tiny.yaml/run"],
         ["output=tiny.yaml/run lies in /", "tiny.yaml, which is a file"],
     ),
+    "name that is too long": ([f"output={'x' * 300}"], ["can be no folder: File name too long", "another output="]),
 }
 
 
@@ -255,12 +256,14 @@ def test_no_recipe(runs: Runs) -> None:
 # --- numbers that are none ---
 
 
-@pytest.mark.parametrize("key", ["synthesis.lr", "distill.lr"])
-def test_a_learning_rate_that_breaks_a_run_is_named_and_the_last_good_checkpoint_kept(runs: Runs, key: str) -> None:
-    called = runs.run("broken", f"{key}=1e30", "runtime.log_every=1", "synthesis.clip=0")
+@pytest.mark.parametrize(("key", "rate"), [("synthesis.lr", "1e30"), ("distill.lr", "1e30"), ("distill.lr", "1e8")])
+def test_a_learning_rate_that_breaks_a_run_is_named_and_the_last_good_checkpoint_kept(
+    runs: Runs, key: str, rate: str
+) -> None:
+    called = runs.run("broken", f"{key}={rate}", "runtime.log_every=1", "synthesis.clip=0")
     line = called.refused()
     assert key in line
-    assert "NaN or infinity" in line or "the term " in line
+    assert "NaN or infinity" in line or "NaN or infinite" in line or "the term " in line
     assert "checkpoints before it are kept" in line
     checkpoints = runs.folder / "broken" / "checkpoints"
     assert not list(checkpoints.glob("*.partial"))

@@ -353,6 +353,11 @@ def test_without_a_teachers_logits_there_is_nothing_to_learn(make_stream: Callab
             fit(network(), given, steps=1)  # type: ignore[arg-type]
 
 
+def test_a_student_that_diverges_is_not_handed_back(make_stream: Callable[..., SyntheticStream]) -> None:
+    with pytest.raises(UserError, match="of the student holds NaN or infinity after 20 updates; lower lr"):
+        fit(network(), make_stream(), steps=20, lr=1e12)
+
+
 def test_a_student_of_other_classes_is_refused(make_stream: Callable[..., SyntheticStream]) -> None:
     for classes in (2, 4):
         student = nn.Sequential(*network()[:6], nn.Linear(96, classes))

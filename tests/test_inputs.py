@@ -6,6 +6,7 @@ import pytest
 from runs_fixture import Runs
 
 from dfkd.inputs import COMPRESSIONS
+from dfkd.models import build_model, save_model
 from dfkd.schema import Task
 from dfkd.tasks import TASKS
 
@@ -36,6 +37,33 @@ def test_what_will_not_do_is_refused_before_anything_is_trained(
     line = runs.run("run", *given).refused()
     assert message in line
     assert not (runs.folder / "run").exists()
+
+
+@pytest.mark.parametrize(("channels", "classes"), [(3, 10), (1, 9)])
+@pytest.mark.parametrize("task", ["distill", "qat", "prune"])
+def test_an_input_of_other_images_or_classes_is_refused_before_anything_is_trained(
+    runs: Runs, task: str, channels: int, classes: int
+) -> None:
+    about = {"model": "dfkd:tiny_plain", "classes": classes, "channels": channels, "kwargs": {"width": 4}}
+    model = build_model(about["model"], classes=classes, channels=channels, kwargs=about["kwargs"])
+    save_model(runs.folder / "other", model, about)
+    line = runs.run("run", f"tasks=[generator,{task}]", f"{task}.input={runs.folder / 'other'}").refused()
+    assert f"{task}.input={runs.folder / 'other'}: it " in line
+    assert ("gives (9,) outputs where classes=10" if classes == 9 else "does not take images [B, 1, ") in line
+    assert not (runs.folder / "run").exists()
+
+
+def test_an_input_without_a_model_is_refused_before_anything_is_trained(runs: Runs) -> None:
+    (runs.folder / "empty").mkdir()
+    line = runs.run("run", "tasks=[generator,distill]", f"distill.input={runs.folder / 'empty'}").refused()
+    assert f"distill.input={runs.folder / 'empty'}: " in line
+    assert "is no model folder" in line
+
+
+def test_teachers_that_cannot_be_kept_are_not_trained(runs: Runs) -> None:
+    runs.cache = runs.recipe
+    line = runs.run("run", "training.epochs=2").refused()
+    assert f"training.cache={runs.recipe} is a file; choose another training.cache=..." in line
 
 
 # Without batch norms.

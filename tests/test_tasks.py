@@ -369,6 +369,17 @@ def test_a_run_killed_while_what_it_compresses_trains_goes_on_exactly(runs: Runs
         assert same[0] == same[1]
 
 
+def test_what_nothing_trains_in_a_run_is_shown_and_what_diverges_is_refused(runs: Runs) -> None:
+    assert runs.run("made", "tasks=[generator]", *SHORT).code == 0
+    given = (f"generator.checkpoint={runs.folder / 'made' / 'generator'}", "export.input=none", *SHORT)
+    assert runs.run("shown", "tasks=[ptq]", "ptq.method=nearest", *given).code == 0
+    assert [path.name for path in (runs.folder / "shown" / "images").iterdir()] == ["frozen-generator-000000.png"]
+    assert "grid of synthetic images" in (runs.folder / "shown" / "report.html").read_text()
+    line = runs.run("broken", "tasks=[qat]", "qat.lr=1e9", *given).refused()
+    assert "NaN or infin" in line
+    assert "lower" in line
+
+
 # Quantised weights may differ by one level where rounding of sums falls on the other side.
 @pytest.mark.parametrize(("task", "within"), [("qat", 2e-3), ("prune", 1e-6)])
 def test_two_processes_train_what_they_compress_as_one(runs: Runs, task: str, within: float) -> None:

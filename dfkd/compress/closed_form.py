@@ -118,7 +118,7 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
     if ratio and not plan.chains:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
         why = why or "no layer hands its channels to one ungrouped layer alone"
-        raise UserError(f"no filter can be taken out: {why}; leave ratio at 0 and give bits, or give another model")
+        raise UserError(f"no filter can be taken out: {why}; ignore fewer, or give bits and ratio=0, or another model")
     return plan
 
 

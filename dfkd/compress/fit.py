@@ -15,6 +15,7 @@ from dfkd.compress.hints import Hints, first_rows
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
 from dfkd.losses import STUDENT_LOSSES, unexplained
+from dfkd.models.checkpoints import not_finite
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew, every_layer
 from dfkd.runtime import Shard, autocast_of, forked, prepare, reseed, to_float
@@ -227,11 +228,19 @@ class Fit:
             self.stream.replay.load_state_dict(state["replay"])
 
     def run(self) -> nn.Module:
-        """All steps; returns the student in eval mode. torch's global generators are left as they were."""
+        """All steps; returns the student in eval mode. torch's global generators are left as they were.
+
+        Raises UserError where the student has diverged.
+        """
         device = next(self.student.parameters()).device
         with forked(device):
             for step in range(self.steps):
                 self.step(step)
+        if broken := not_finite(self.student):
+            raise UserError(
+                f"{broken[0]} of the student holds NaN or infinity after {self.steps} updates; lower lr, and see that "
+                "the teacher's logits are finite"
+            )
         return self.student.eval()
 
 

@@ -151,7 +151,7 @@ def _largest_weights(network: nn.Module, names: list[str], ratio: float) -> dict
     scratch = copy.deepcopy(network).to(memory_format=torch.contiguous_format)  # torch flattens weights by view
     layers: dict[str, Any] = {name: scratch.get_submodule(name) for name in names}
     if not layers:
-        raise UserError(f"{type(network).__name__} has no convolution or linear layer left to prune")
+        raise UserError(f"{type(network).__name__} has no convolution or linear layer left to prune; ignore fewer")
     parameters = [(layer, "weight") for layer in layers.values()]
     torch_prune.global_unstructured(parameters, torch_prune.L1Unstructured, amount=ratio)
     return {name: layer.weight_mask.bool() for name, layer in layers.items()}
@@ -185,8 +185,9 @@ def _channel_cut(network: nn.Module, probe: Tensor, ratio: float, prunable: list
         whole = _merged(sound)
     if not whole.outputs:
         raise UserError(
-            f"{type(network).__name__} has no channels that can be taken out at ratio {ratio}: they are all counted by "
-            "its forward, reach its output, pass a grouped convolution or are ignored; pass kind='weights'"
+            f"{type(network).__name__} has no channels that can be taken out at ratio {ratio}: they are too few for "
+            "it, ignored, counted by its forward, reach its output, or pass a grouped convolution or a norm of no "
+            "fixed statistics; change ratio or ignore, or give kind='weights'"
         )
     if not _takes(network, whole, probe):
         raise UserError(

@@ -1,5 +1,6 @@
 """What every compression hands back."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from dfkd.compress.graph import fold, network_of, watch
 from dfkd.compress.prepare import Bits, round_biases
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers, sqnr_db
 from dfkd.compress.tracing import trace
+from dfkd.errors import UserError
 
 
 @dataclass
@@ -40,6 +42,8 @@ def quantized(
     network: Any = network_of(smaller)
     round_biases(network)
     signal = signal_to_noise(fold(trace(network_of(model), inputs[0][:2])), network, inputs[0])
+    if broken := [name for name, db in signal.items() if not math.isfinite(db)]:
+        raise UserError(f"{broken[0]} gives NaN or infinity with few bits; lower the learning rate, or raise the bits")
     bits: dict[str, Bits] = network.meta["bits"]
     layers: dict[str, dict[str, Any]] = {
         name: {"layer": name, "weight_bits": each[0], "activation_bits": each[1], "sqnr_db": signal[name]}
