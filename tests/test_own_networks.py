@@ -13,6 +13,7 @@ from timm.layers.norm_act import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
 from dfkd.compress.prune import prune
@@ -245,6 +246,14 @@ def infer(call: Callable[[], object]) -> Callable[[], object]:
             r"several sizes, \[\(3, 12, 12",
         ),
         (lambda: quantize(network(), [*STREAM[:1], torch.randn(16, 3, 9, 9)], images=32, steps=2), "of several sizes"),
+        (
+            lambda: quantize(network(), [torch.full((16, 3, 12, 12), 200)], images=16, method="nearest"),
+            r"images in torch\.int64 up to 200; give uint8 ones, or float ones what the network takes: divide by 255",
+        ),
+        (
+            lambda: prune(Classifier(network()), [torch.full((64, 3, 12, 12), 200.0)], images=64),
+            r"images in torch\.float32 up to 200; give uint8 ones, or float ones in \[0, 1\]: divide by 255",
+        ),
         (infer(lambda: prune(network(), STREAM, images=16)), r"within torch\.inference_mode"),
         (infer(lambda: quantize(network(), STREAM, images=16)), r"within torch\.inference_mode"),
         (infer(lambda: closed_form(network(), 0.3)), r"within torch\.inference_mode"),

@@ -459,3 +459,9 @@ def test_two_heads_have_no_logits_to_compare(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"^Small gives a tuple, not logits.*'reconstruct' without fisher"):
         quantize(network, [images(32, 1, 6, 6)], 8, images=32, **options)
     quantize(network, [images(32, 1, 6, 6)], 8, images=32, steps=1)
+
+
+def test_a_network_of_one_unit_is_trained_without_what_lies_between_units() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.Flatten()).eval()
+    done = quantize(net, [torch.rand(8, 3, 4, 4)] * 4, 8, method="train", images=16, steps=2, warm_start=0)
+    assert [line["layer"] for line in done.layers] == ["0"]

@@ -81,16 +81,29 @@ def network_input(model: nn.Module, images: Tensor) -> Tensor:
 @torch.no_grad()
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream (uint8: 255ths), in batches. Raises UserError where the
-    stream is too short, one is NaN or infinite, or the network does not take them, and in torch.inference_mode."""
+    stream is too short, one is NaN or infinite, of other whole numbers, or for a Classifier not in [0, 1], or the
+    network does not take them, and in torch.inference_mode."""
     check_can_change()
     check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
-    inputs = [network_input(model, to_float(batch.to(device))) for batch in images_of(stream, images)]
+    batches = list(images_of(stream, images))
+    for batch in batches:
+        _check_range(model, batch)
+    inputs = [network_input(model, to_float(batch.to(device))) for batch in batches]
     inputs = [batch.clone() if batch.is_inference() else batch for batch in inputs]
     if not all(torch.isfinite(batch).all() for batch in inputs):
         raise UserError("the stream gave images that hold NaN or infinity; look at where it takes them from")
     check_takes(network_of(model), inputs[0][:2])
     return inputs
+
+
+def _check_range(model: nn.Module, images: Tensor) -> None:
+    whole = not images.is_floating_point()
+    # Twice the range is no image in 255ths: what sharpens or resizes may go a little beyond.
+    if images.dtype != torch.uint8 and (whole or (isinstance(model, Classifier) and images.aminmax().max > 2)):
+        given = f"{images.dtype} up to {images.max().item():g}"
+        wanted = "what the network takes" if whole and not isinstance(model, Classifier) else "in [0, 1]"
+        raise UserError(f"the stream gave images in {given}; give uint8 ones, or float ones {wanted}: divide by 255")
 
 
 def joined(inputs: Sequence[Tensor]) -> Tensor:

@@ -106,7 +106,9 @@ class Training:
             temperature=temperature,
             hold_norms=True,
             clip=5.0,
-            hints=Hints(network, reference, [(name, name) for name in self.names], hints) if hints else None,
+            hints=Hints(network, reference, [(name, name) for name in self.names], hints)
+            if hints and self.names
+            else None,
             accelerator=accelerator,
         )
         # A step that reached zero would divide by it, one below would turn the grid round, as would the scale of a norm
