@@ -128,8 +128,10 @@ def check_losses(
     known = [*TEACHER_TERMS, *IMAGE_TERMS]
     if unknown := sorted(set(losses) - set(known)):
         raise UserError(f"unknown generator losses {unknown}; choose from {known}")
-    if isinstance(zoo, nn.Module) or not all(isinstance(teacher, Teacher) for teacher in zoo):
-        raise UserError("a zoo is a list of dfkd.Teacher: [Teacher(network, name=..., mean=..., std=...), ...]")
+    if isinstance(zoo, nn.Module) or not len(zoo) or not all(isinstance(teacher, Teacher) for teacher in zoo):
+        raise UserError(
+            "a zoo is a list of one dfkd.Teacher or more: [Teacher(network, name=..., mean=..., std=...), ...]"
+        )
     if generator is not None:
         check_channels(zoo, generator.channels)
     if below := sorted(name for name, weight in losses.items() if weight < 0):

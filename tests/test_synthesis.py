@@ -220,7 +220,8 @@ def same_update(synthesizer: Synthesizer, before: ConvGenerator, terms: dict[str
         assert parameter.grad is not None
         assert gradient.any()
         error = (parameter.grad - gradient).abs().max() / gradient.abs().max()
-        assert error < 1e-3, f"{name}: {error}"
+        # The head's shift sums what nearly cancels over all pixels: float32's order of them, which is each CPU's own.
+        assert error < (3e-3 if name == "head.shift" else 1e-3), f"{name}: {error}"
 
 
 CASES: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
@@ -597,8 +598,8 @@ def test_a_zoo_that_does_not_fit_its_generator_is_refused(
     make_teacher: MakeTeacher, make_generator: MakeGenerator
 ) -> None:
     teacher = make_teacher()
-    for zoo in (teacher, [teacher.model]):
-        with pytest.raises(UserError, match=r"a zoo is a list of dfkd\.Teacher"):
+    for zoo in (teacher, [teacher.model], []):
+        with pytest.raises(UserError, match=r"a zoo is a list of one dfkd\.Teacher"):
             Synthesizer(make_generator(), zoo, losses={"ce": 1.0}, steps=2)
     with pytest.raises(UserError, match="teacher coloured has a mean of 3 channels, the images have 1"):
         build(make_generator(), [make_teacher("coloured", channels=3, mean=[0.5] * 3, std=[0.2] * 3)], {"ce": 1.0})

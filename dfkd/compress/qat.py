@@ -81,6 +81,7 @@ class Training:
         check_logits(network_of(model), self.inputs[0][:1])
         reference = trace(network_of(model), self.inputs[0][:2])
         self.names = mark(reference)
+        same = [(name, name) for name in self.names]
         settings: dict[str, Any] = {"ends": ends, "overrides": overrides, "ignore": ignore}
         network = prepare(reference, bits, self.inputs, folded=False, per_channel=False, **settings)
         self.naive = prepare(network_of(model), bits, self.inputs, folded=True, per_channel=True, **settings)
@@ -106,9 +107,7 @@ class Training:
             temperature=temperature,
             hold_norms=True,
             clip=5.0,
-            hints=Hints(network, reference, [(name, name) for name in self.names], hints)
-            if hints and self.names
-            else None,
+            hints=Hints(network, reference, same, hints) if hints and same else None,
             accelerator=accelerator,
         )
         # A step that reached zero would divide by it, one below would turn the grid round, as would the scale of a norm
