@@ -37,9 +37,13 @@ def dry_run(loaded: Loaded) -> None:
     say(f"  generator: {about.get('made_by', about['arch'])}, {assemble.parameters(worker):,} parameters{kept}")
     learner = distilled(parts)
     if learner.student is not None:
-        model = recipe.student.model if learner is parts else f"distill.input={recipe.distill.input}"
-        say(f"  student: {model}, {assemble.parameters(learner.student):,} parameters")
-        say_beginning(learner, make_hints(learner))
+        given = recipe.distill.input if "distill" in recipe.tasks else None
+        model = recipe.student.model if given is None else f"distill.input={given}"
+        if given is not None and learner is parts:
+            say(f"  student: {model}, which an earlier task makes")
+        else:
+            say(f"  student: {model}, {assemble.parameters(learner.student):,} parameters")
+            say_beginning(learner, make_hints(learner))
     for phase in phases:
         if phase.name in COMPRESSIONS:
             keys = settings(recipe, phase.name)

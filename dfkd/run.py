@@ -167,7 +167,8 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
     metrics = Metrics(folder, main=shard.rank == 0, resumed_after=step)
     if not step and shard.rank == 0:
         metrics.warn(step, notes_on_teachers(parts))
-        if all(plan.name in COMPRESSIONS for plan in phases):  # no loop shows what they learn from
+        sources = [getattr(settings(recipe, plan.name), "source", None) for plan in phases if plan.name in COMPRESSIONS]
+        if len(sources) == len(phases) and "generator" in sources:  # no loop shows what they learn from
             show(metrics, step, "frozen generator", parts.generator, parts.zoo, parts.accelerator)
     reached = [plan.name for plan in phases].index(state["phase"]) if state else 0
     loop_of = partial(make_loop, parts, metrics=metrics, checkpoints=checkpoints, spent=spent, deadline=deadline)

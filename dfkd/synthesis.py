@@ -288,11 +288,12 @@ class Synthesizer:
         self._check_logits("the student", logits)
         return (logits,)
 
-    def _check_logits(self, whose: str, logits: Tensor) -> None:
-        if logits.shape[1:] != (self.generator.classes,):
+    def _check_logits(self, whose: str, logits: object) -> None:
+        given = tuple(logits.shape[1:]) if isinstance(logits, Tensor) else f"a {type(logits).__name__} of"
+        if given != (self.generator.classes,):
             raise UserError(
-                f"{whose} gives {tuple(logits.shape[1:])} outputs where the generator has {self.generator.classes} "
-                "classes; make them agree"
+                f"{whose} gives {given} outputs where the generator has {self.generator.classes} classes; make them "
+                "agree"
             )
 
     def _weigh(self, name: str, value: Tensor, ramp: float) -> Tensor:

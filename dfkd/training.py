@@ -235,7 +235,6 @@ def out_of_time(deadline: Deadline, seconds: float, device: torch.device) -> boo
     return agreed(deadline.within(seconds), device)
 
 
-@torch.no_grad()
 def show(
     metrics: Metrics, step: int, phase: str, generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
 ) -> dict[str, float]:
@@ -246,6 +245,7 @@ def show(
     return figures
 
 
+@torch.no_grad()
 def look(
     generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
 ) -> tuple[dict[str, float], Tensor]:

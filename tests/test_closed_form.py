@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
 from dfkd.compress.channels import resize
-from dfkd.compress.closed_form import METHODS, closed_form, combination, own_scale, rounded, sqnr_db
+from dfkd.compress.closed_form import METHODS, closed_form, combination, own_scale, rounded
+from dfkd.compress.quantizers import sqnr_db
 from dfkd.compress.rectified import (
     by_position,
     correlations,

@@ -48,6 +48,10 @@ def test_a_networks_cost_is_counted_as_by_hand(wrapped: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_a_network_without_layers_costs_nothing() -> None:
+    assert cost(nn.Sequential(nn.ReLU(), nn.Flatten()), images(1, 3, 8, 8))["macs"] == 0
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_is_no_layer(fused: bool) -> None:
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5).eval()

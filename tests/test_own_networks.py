@@ -4,6 +4,7 @@ import copy
 import io
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,17 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd.classifier import Classifier
 from dfkd.compress.closed_form import closed_form
 from dfkd.compress.cost import cost
+from dfkd.compress.files import load_compressed, save_compressed
 from dfkd.compress.prune import prune
 from dfkd.compress.quantize import quantize
 from dfkd.compress.tracing import trace
 from dfkd.errors import UserError
+from dfkd.models import build_model
 
 Layers = Callable[..., nn.Module]
 STREAM = list(torch.randn(4, 16, 3, 12, 12, generator=torch.Generator().manual_seed(0)))
@@ -82,6 +86,32 @@ def test_a_layer_that_computes_otherwise_is_not_taken_for_one_of_torchs() -> Non
 
     with pytest.raises(UserError, match="0 calls conv2d itself"):
         quantize(network(lambda *given: Doubled(*given)), STREAM, method="nearest", images=16)
+
+
+def test_a_frozen_batch_norm_that_computes_otherwise_stays_what_it_is() -> None:
+    class Doubled(FrozenBatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x) + 1
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Doubled(8), nn.Flatten(), nn.Linear(800, 5)).eval()
+    torch.testing.assert_close(outputs(closed_form(net, bits=8).model), outputs(net), rtol=0, atol=0.05)
+
+
+def test_a_student_of_frozen_batch_norms_is_loaded_as_it_was(tmp_path: Path) -> None:
+    code = "from timm.layers import freeze_batch_norm_2d\nfrom torch import nn\n"
+    code += "def make(classes, channels):\n    layers = nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU()\n"
+    code += "    tail = nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)\n"
+    (tmp_path / "net.py").write_text(code + "    return freeze_batch_norm_2d(nn.Sequential(*layers, *tail))\n")
+    about = {"model": f"python:{tmp_path / 'net.py'}:make", "classes": 5, "channels": 3}
+    model = build_model(str(about["model"]), classes=5, channels=3, trust_code=True).eval()
+    save_compressed(tmp_path / "student", model, about)
+    loaded: Any = load_compressed(tmp_path / "student", trust_code=True)
+    assert isinstance(loaded.model[1], FrozenBatchNorm2d)
+    assert torch.equal(outputs(loaded), outputs(model))
+    for kind in ("channels", "weights"):
+        done = prune(model, STREAM, 0.5, kind=kind, images=64)
+        save_compressed(tmp_path / kind, done.model, about | {"structure": done.structure})
+        torch.testing.assert_close(outputs(load_compressed(tmp_path / kind, trust_code=True)), outputs(done.model))
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -27,6 +27,7 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     # Frozen, or the counter stumbles over views of parameters.
     with frozen(model), eval_mode(model), FlopCounterMode(display=False) as counter:
         model(image)
+    flops = counter.get_flop_counts().get("Global", {})  # of no layers none
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     weights = sum(layer.weight.numel() for layer in layers)
     few = {id(layer.weight): layer.quantizer.bits for layer in quantized_layers(network).values()}
@@ -36,7 +37,7 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     held = {id(scale) for scale in scales}
     return {
         "parameters": sum(p.numel() for p in network.parameters() if id(p) not in held),
-        "macs": sum(count for call, count in counter.get_flop_counts()["Global"].items() if call in LAYERS) // 2,
+        "macs": sum(flops.get(call, 0) for call in LAYERS) // 2,
         "sparsity": 100 * sum(_zeros(layer) for layer in layers) / weights if weights else 0.0,
         "bytes": round(sum(number.numel() * few.get(key, 32) / 8 for key, number in numbers.items())),
     }

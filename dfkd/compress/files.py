@@ -52,9 +52,10 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
     )
     tensors, quantized = read_checkpoint(folder), None
     try:
-        network = thawed(network)  # as what was pruned
         structure = about.get("structure", {})
-        resize(network, structure.get("channels", {}))
+        if channels := structure.get("channels"):
+            network = thawed(network)  # as what was pruned
+            resize(network, channels)
         if quantized := structure.get("quantized"):
             size = quantized.get("input")  # of an image
             network = fold(trace(network, torch.zeros(1, *size) if size else None))

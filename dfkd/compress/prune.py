@@ -232,10 +232,10 @@ def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str
     try:
         with torch.enable_grad():
             graph = graph_type().build_dependency(scratch, [probe.clone()], verbose=False)
-        groups = list(graph.get_all_groups())
-    except Exception:  # whatever torch-pruning's guesses run into on a stranger's forward
+            groups = list(graph.get_all_groups())
+            return [cut for group in groups if (cut := _group_cut(graph, group, names, ratio, prunable))]
+    except Exception:  # whatever torch-pruning's guesses, of indices too, run into on a stranger's forward
         return None
-    return [cut for group in groups if (cut := _group_cut(graph, group, names, ratio, prunable))]
 
 
 def _group_cut(graph: Any, group: Any, names: Mapping[nn.Module, str], ratio: float, prunable: list[str]) -> Cut | None:

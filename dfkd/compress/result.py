@@ -43,7 +43,9 @@ def quantized(
     round_biases(network)
     signal = signal_to_noise(fold(trace(network_of(model), inputs[0][:2])), network, inputs[0])
     if broken := [name for name, db in signal.items() if not math.isfinite(db)]:
-        raise UserError(f"{broken[0]} gives NaN or infinity with few bits; lower the learning rate, or raise the bits")
+        raise UserError(
+            f"{broken[0]} gives NaN or infinity with few bits; raise the bits, or lower lr where it was trained"
+        )
     bits: dict[str, Bits] = network.meta["bits"]
     layers: dict[str, dict[str, Any]] = {
         name: {"layer": name, "weight_bits": each[0], "activation_bits": each[1], "sqnr_db": signal[name]}

@@ -196,18 +196,19 @@ def _with_one_input(network: nn.Module) -> None:
 
 def thawed(network: nn.Module) -> nn.Module:
     """A copy of a network with a batch norm in the place of each of torchvision's and timm's frozen ones, which are no
-    layers to what folds batch norms, cuts their channels or repairs them, but arithmetic with four buffers."""
+    layers to what folds batch norms, cuts their channels or repairs them, but arithmetic with four buffers. Frozen they
+    are no longer, where the copy is trained."""
     copied = copy.deepcopy(network)
     plain: nn.BatchNorm2d
     for name, module in list(copied.named_modules()):
-        if isinstance(module, FrozenBatchNormAct2d):
+        if type(module) is FrozenBatchNormAct2d:
             plain = BatchNormAct2d(_channels(module), module.eps, apply_act=False)
             plain.drop, plain.act = module.drop, module.act
-        elif isinstance(module, FrozenBatchNorm2d):
+        elif type(module) is FrozenBatchNorm2d:
             plain = nn.BatchNorm2d(_channels(module), module.eps)
         else:
             continue
-        copied.set_submodule(name, _with_state(plain, module))
+        copied.set_submodule(name, _with_state(plain, module).requires_grad_(False))
     return copied
 
 

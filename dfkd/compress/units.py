@@ -40,7 +40,7 @@ def units(graph: fx.GraphModule) -> list[Unit]:
     found: list[Unit] = []
     current: list[fx.Node] = []
     alive = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    last |= {node: max(place.get(user, len(nodes)) for user in node.users) for node in alive}
+    last |= {node: max((place.get(user, -1) for user in node.users), default=-1) for node in alive}
     for k, node in enumerate(nodes):
         alive = [each for each in [*alive, node] if last[each] > k]
         current.append(node)
