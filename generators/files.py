@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from generators.base import ImageGenerator
+
+COUNTS = ("latent", "classes", "channels", "size", "width", "prototypes", "capacity")
 
 
 class GeneratorError(ValueError):
@@ -29,6 +32,7 @@ def build_generator(description: dict[str, Any], about: dict[str, Any] | None = 
     defaults = {name: p.default for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
     description = {**defaults, **description, **(about or {})}
     _check_keys(description, kind, "")
+    _check_counts(description, kind)
     try:
         generator = kind(**{key: description[key] for key in kind.keys})
     except (TypeError, ValueError, RuntimeError) as error:
@@ -49,6 +53,16 @@ def _kind(description: dict[str, Any]) -> type[ImageGenerator]:
 def _check_keys(description: dict[str, Any], kind: type[ImageGenerator], remedy: str) -> None:
     if missing := [key for key in kind.keys if key not in description]:
         raise GeneratorError(f"the generator's description lacks {missing}; it must give {list(kind.keys)}{remedy}")
+
+
+def _check_counts(description: dict[str, Any], kind: type[ImageGenerator]) -> None:
+    for key in COUNTS:
+        value = description.get(key, 1)
+        if key in kind.keys and not (isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1):
+            square = "; images are square" if key == "size" else ""
+            raise GeneratorError(
+                f"generator {description['arch']}: {key}={value!r} is not allowed; give a whole number from 1{square}"
+            )
 
 
 def _check_numbers(weights: dict[str, Tensor], whose: str, remedy: str) -> None:

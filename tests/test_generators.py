@@ -135,6 +135,14 @@ def test_a_generator_that_nobody_described_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("size", (16, 24)), ("size", 0), ("width", "8"), ("classes", 0), ("latent", 2.5)]
+)
+def test_what_is_counted_is_a_whole_number_from_1(key: str, value: object) -> None:
+    with pytest.raises(GeneratorError, match=f"generator conv: {key}=.* is not allowed; give a whole number from 1"):
+        build_generator({**DESCRIPTION, key: value})
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_generator_that_holds_no_numbers_is_not_saved(tmp_path: Path, value: float) -> None:
     generator = build_generator(DESCRIPTION)
