@@ -268,7 +268,7 @@ def test_in_float32_losses_batch_norm_term_and_gradients_agree(two: list[dict[st
         for name, value in one["single"]["terms"][0].items():
             assert float(found["single"]["terms"][0][name]) == pytest.approx(float(value), rel=1e-5), name
         for network, gradients in one["single"]["gradients"].items():
-            # Rounding that a backward amplifies, by each CPU's kernels: 1.5e-5 without AMX. In float64, above, it is 1e-9.
+            # Rounding that a backward amplifies, by each CPU's kernels: 1.5e-5 without AMX; in float64, above, 1e-9.
             assert distance(found["single"]["gradients"][network], gradients) < 5e-5
 
 
