@@ -233,7 +233,6 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
     source = task_source(parts, name or "generator", model)
     done = TASKS[task](parts, model, source, train)
     structure = {**about.get("structure", {}), **done.structure}
-    structure["channels"] = {**about.get("structure", {}).get("channels", {}), **done.structure.get("channels", {})}
     folder = parts.folder / task
     figures: dict[str, Any] = {
         "input": keys.input,

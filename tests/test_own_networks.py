@@ -114,6 +114,26 @@ def test_a_student_of_frozen_batch_norms_is_loaded_as_it_was(tmp_path: Path) -> 
         torch.testing.assert_close(outputs(load_compressed(tmp_path / kind, trust_code=True)), outputs(done.model))
 
 
+def test_what_is_compressed_again_is_saved_whole(tmp_path: Path) -> None:
+    about = {"model": "dfkd:tiny_plain", "classes": 5, "channels": 3, "kwargs": {"width": 8}}
+    model = build_model("dfkd:tiny_plain", classes=5, channels=3, kwargs={"width": 8}).eval()
+    first = prune(model, STREAM, 0.3, images=64, ignore=["features.0"])
+    steps: dict[str, Act] = {
+        "channels": lambda net: prune(net, STREAM, 0.3, images=64),
+        "weights": lambda net: prune(net, STREAM, 0.3, kind="weights", images=64),
+        "closed": lambda net: closed_form(net, 0.2),
+        "bits": lambda net: quantize(net, STREAM, 8, method="nearest", images=32),
+    }
+    for name, step in steps.items():
+        done: Any = step(first.model)
+        save_compressed(tmp_path / name, done.model, about | {"structure": done.structure})
+        loaded = load_compressed(tmp_path / name)
+        torch.testing.assert_close(outputs(loaded), outputs(done.model), msg=name)
+        if name == "channels":
+            again: Any = prune(loaded, STREAM, 0.3, images=64)
+            assert again.structure["channels"].keys() >= first.structure["channels"].keys()
+
+
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_joint_norm_without_statistics_is_traced_as_it_is(affine: bool) -> None:
     joint = partial(BatchNormAct2d, affine=affine, track_running_stats=False)
@@ -281,7 +301,9 @@ def infer(call: Callable[[], object]) -> Callable[[], object]:
             r"images in torch\.int64 up to 200; give uint8 ones, or float ones what the network takes: divide by 255",
         ),
         (
-            lambda: prune(Classifier(network()), [torch.full((64, 3, 12, 12), 200.0)], images=64),
+            lambda: prune(
+                Classifier(network(), mean=[0.5] * 3, std=[0.2] * 3), [torch.full((64, 3, 12, 12), 200.0)], images=64
+            ),
             r"images in torch\.float32 up to 200; give uint8 ones, or float ones in \[0, 1\]: divide by 255",
         ),
         (infer(lambda: prune(network(), STREAM, images=16)), r"within torch\.inference_mode"),

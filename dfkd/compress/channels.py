@@ -79,6 +79,17 @@ def changed_shapes(before: Mapping[str, Sequence[int]], after: Shapes) -> Shapes
     return {name: shape for name, shape in after.items() if list(shape) != list(before[name])}
 
 
+def remember(network: nn.Module, changed: Mapping[str, Sequence[int]]) -> None:
+    """Let a network know which of its layers have other sizes than its model string gives them: a later compression of
+    it then tells of them too."""
+    network.resized = {**remembered(network), **changed}  # type: ignore[assignment]
+
+
+def remembered(network: nn.Module) -> dict[str, Any]:
+    """The sizes by layer that a network has been told to remember."""
+    return dict(getattr(network, "resized", {}))
+
+
 def resize(network: nn.Module, wanted: Mapping[str, Sequence[int]]) -> None:
     """Give the named layers their sizes from a file, in place; their weights are then to be loaded.
 

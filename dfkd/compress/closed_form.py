@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd.compress.channels import changed_shapes, largest_filters, shapes, shrink
+from dfkd.compress.channels import changed_shapes, largest_filters, remember, remembered, shapes, shrink
 from dfkd.compress.graph import (
     RELUS,
     Chain,
@@ -72,7 +72,9 @@ def closed_form(
     work, naive = copy.deepcopy(network), copy.deepcopy(network)
     layers = _compress(work, network, plan, ratio, method, (alpha1, alpha2))
     _compress(naive, network, plan, ratio, "naive", (alpha1, alpha2))
-    structure: dict[str, Any] = {"channels": changed_shapes(shapes(network), shapes(work))}
+    for each in (work, naive):
+        remember(each, changed_shapes(shapes(network), shapes(work)))
+    structure: dict[str, Any] = {"channels": remembered(work)}
     if bits is not None:
         structure["weight_bits"] = {name: b for name, b in plan.bits.items() if b}
     smaller, plain = (with_network(model, each).train(model.training) for each in (work, naive))

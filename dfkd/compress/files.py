@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.channels import resize
+from dfkd.compress.channels import remember, resize
 from dfkd.compress.graph import fold, network_of
 from dfkd.compress.prepare import insert
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
@@ -56,6 +56,7 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
         if channels := structure.get("channels"):
             network = thawed(network)  # as what was pruned
             resize(network, channels)
+            remember(network, channels)
         if quantized := structure.get("quantized"):
             size = quantized.get("input")  # of an image
             network = fold(trace(network, torch.zeros(1, *size) if size else None))

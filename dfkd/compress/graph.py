@@ -81,8 +81,8 @@ def network_input(model: nn.Module, images: Tensor) -> Tensor:
 @torch.no_grad()
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream (uint8: 255ths), in batches. Raises UserError where the
-    stream is too short, one is NaN or infinite, of other whole numbers, or for a Classifier not in [0, 1], or the
-    network does not take them, and in torch.inference_mode."""
+    stream is too short, one is NaN or infinite, of other whole numbers, or beyond [0, 1] for a model that normalises,
+    or the network does not take them, and in torch.inference_mode."""
     check_can_change()
     check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
@@ -98,11 +98,11 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
 
 
 def _check_range(model: nn.Module, images: Tensor) -> None:
-    whole = not images.is_floating_point()
     # Twice the range is no image in 255ths: what sharpens or resizes may go a little beyond.
-    if images.dtype != torch.uint8 and (whole or (isinstance(model, Classifier) and images.aminmax().max > 2)):
+    normalises, whole = isinstance(model, Classifier) and model.normalisation[0], not images.is_floating_point()
+    if images.dtype != torch.uint8 and (whole or (normalises and images.aminmax().max > 2)):
         given = f"{images.dtype} up to {images.max().item():g}"
-        wanted = "what the network takes" if whole and not isinstance(model, Classifier) else "in [0, 1]"
+        wanted = "in [0, 1]" if isinstance(model, Classifier) else "what the network takes"
         raise UserError(f"the stream gave images in {given}; give uint8 ones, or float ones {wanted}: divide by 255")
 
 

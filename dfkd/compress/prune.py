@@ -72,7 +72,8 @@ def prune(
     coupled by additions and concatenations, and refuses where some cannot be taken; None takes whatever can be.
 
     Returns the model in eval mode, `naive` without the repair, a line per layer that has shrunk: kept, of, sparsity (%)
-    and the relative error of its output before and after the repair; structure["channels"] for dfkd.compress.channels.
+    and the relative error of its output before and after the repair; structure["channels"] for dfkd.compress.channels,
+    what earlier prunings took included.
     Raises UserError on bad arguments, where nothing can be pruned, and as the repairs do.
     """
     _check(ratio, kind, repair, images, ridge)
@@ -88,12 +89,14 @@ def prune(
         least_squares(network, repaired, inputs, kept, supports=supports, ridge=ridge)
     elif repair == "batch_norm":
         paired_batch_norm(network, repaired, inputs, kept)
-    structure = channels.changed_shapes(channels.shapes(network), channels.shapes(naive))
+    for smaller in (naive, repaired):
+        channels.remember(smaller, channels.changed_shapes(channels.shapes(network), channels.shapes(naive)))
+    changed = channels.remembered(repaired)
     return Compressed(
         with_network(model, repaired),
         with_network(model, naive),
         _lines(network, naive, repaired, inputs[:MEASURED], kept),
-        {"channels": structure} if kind == "channels" else {},
+        {"channels": changed} if changed else {},
     )
 
 

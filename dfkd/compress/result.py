@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfkd.compress.channels import remembered
 from dfkd.compress.graph import fold, network_of, watch
 from dfkd.compress.prepare import Bits, round_biases
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers, sqnr_db
@@ -61,7 +62,9 @@ def quantized(
         "signed": signed,
         "input": list(inputs[0].shape[1:]),
     }
-    return Compressed(smaller, naive, list(layers.values()), {"quantized": about})
+    changed = remembered(network_of(model))
+    structure = {"quantized": about} | ({"channels": changed} if changed else {})
+    return Compressed(smaller, naive, list(layers.values()), structure)
 
 
 @torch.no_grad()
