@@ -11,6 +11,7 @@ from dfkd.compress.graph import Chain
 from dfkd.errors import UserError
 
 Shapes = dict[str, list[int]]  # layer name -> outputs and inputs
+KNOWN = "dfkd_channels"  # the attribute of a network that tells the layers of other sizes than it was built with
 
 
 def largest_filters(weight: Tensor, ratio: float) -> Tensor:
@@ -82,12 +83,12 @@ def changed_shapes(before: Mapping[str, Sequence[int]], after: Shapes) -> Shapes
 def remember(network: nn.Module, changed: Mapping[str, Sequence[int]]) -> None:
     """Let a network know which of its layers have other sizes than its model string gives them: a later compression of
     it then tells of them too."""
-    network.resized = {**remembered(network), **changed}  # type: ignore[assignment]
+    setattr(network, KNOWN, {**remembered(network), **changed})
 
 
 def remembered(network: nn.Module) -> dict[str, Any]:
     """The sizes by layer that a network has been told to remember."""
-    return dict(getattr(network, "resized", {}))
+    return getattr(network, KNOWN, {})
 
 
 def resize(network: nn.Module, wanted: Mapping[str, Sequence[int]]) -> None:
