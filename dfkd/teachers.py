@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -256,7 +255,7 @@ def load_zoo(
         kept = {key: about[key] for key in KEPT if about.get(key)}
         if kept.get("input_size") == size:  # images of another size are then meant to be seen so (synthesis.coarse)
             del kept["input_size"]
-        own = {key: spec[key] for key in KEPT if spec.get(key) is not None and np.size(np.asarray(spec[key]))}
+        own = {key: spec[key] for key in KEPT if spec.get(key) is not None and torch.as_tensor(spec[key]).numel()}
         moves = spec.get("moves") or kept_moves(about, size)
         teacher = Teacher(model, name=name, moves=moves, weight=spec.get("weight", 1.0), **kept | own)
         if channels_last:

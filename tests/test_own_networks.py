@@ -114,23 +114,37 @@ def test_a_student_of_frozen_batch_norms_is_loaded_as_it_was(tmp_path: Path) -> 
         torch.testing.assert_close(outputs(load_compressed(tmp_path / kind, trust_code=True)), outputs(done.model))
 
 
-def test_what_is_compressed_again_is_saved_whole(tmp_path: Path) -> None:
-    about = {"model": "dfkd:tiny_plain", "classes": 5, "channels": 3, "kwargs": {"width": 8}}
-    model = build_model("dfkd:tiny_plain", classes=5, channels=3, kwargs={"width": 8}).eval()
-    first = prune(model, STREAM, 0.3, images=64, ignore=["features.0"])
+GRAPH = """
+from torch import fx, nn
+
+def make(classes, channels):
+    layers = nn.Conv2d(channels, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    tail = nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+    return fx.symbolic_trace(nn.Sequential(*layers, *tail))
+"""
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_what_is_compressed_again_is_saved_whole(tmp_path: Path, graph: bool) -> None:
+    (tmp_path / "net.py").write_text(GRAPH)
+    spec = f"python:{tmp_path / 'net.py'}:make" if graph else "dfkd:tiny_plain"
+    about = {"model": spec, "classes": 5, "channels": 3, "kwargs": {} if graph else {"width": 8}}
+    model = build_model(spec, classes=5, channels=3, kwargs=about["kwargs"], trust_code=True).eval()
+    first = prune(model, STREAM, 0.3, images=64, inner_only=True)
     steps: dict[str, Act] = {
-        "channels": lambda net: prune(net, STREAM, 0.3, images=64),
+        "channels": lambda net: prune(net, STREAM, 0.3, images=64, inner_only=True),
         "weights": lambda net: prune(net, STREAM, 0.3, kind="weights", images=64),
         "closed": lambda net: closed_form(net, 0.2),
+        "rounded": lambda net: closed_form(net, bits=8),
         "bits": lambda net: quantize(net, STREAM, 8, method="nearest", images=32),
     }
     for name, step in steps.items():
         done: Any = step(first.model)
         save_compressed(tmp_path / name, done.model, about | {"structure": done.structure})
-        loaded = load_compressed(tmp_path / name)
+        loaded = load_compressed(tmp_path / name, trust_code=True)
         torch.testing.assert_close(outputs(loaded), outputs(done.model), msg=name)
         if name == "channels":
-            again: Any = prune(loaded, STREAM, 0.3, images=64)
+            again: Any = prune(loaded, STREAM, 0.3, images=64, inner_only=True)
             assert again.structure["channels"].keys() >= first.structure["channels"].keys()
 
 

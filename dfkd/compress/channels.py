@@ -83,12 +83,12 @@ def changed_shapes(before: Mapping[str, Sequence[int]], after: Shapes) -> Shapes
 def remember(network: nn.Module, changed: Mapping[str, Sequence[int]]) -> None:
     """Let a network know which of its layers have other sizes than its model string gives them: a later compression of
     it then tells of them too."""
-    setattr(network, KNOWN, {**remembered(network), **changed})
+    setattr(network, KNOWN, dict(changed))
 
 
 def remembered(network: nn.Module) -> dict[str, Any]:
     """The sizes by layer that a network has been told to remember."""
-    return getattr(network, KNOWN, {})
+    return dict(getattr(network, KNOWN, {}))
 
 
 def resize(network: nn.Module, wanted: Mapping[str, Sequence[int]]) -> None:

@@ -72,9 +72,11 @@ def closed_form(
     work, naive = copy.deepcopy(network), copy.deepcopy(network)
     layers = _compress(work, network, plan, ratio, method, (alpha1, alpha2))
     _compress(naive, network, plan, ratio, "naive", (alpha1, alpha2))
+    structure: dict[str, Any] = {
+        "channels": remembered(network_of(model)) | changed_shapes(shapes(network), shapes(work))
+    }
     for each in (work, naive):
-        remember(each, changed_shapes(shapes(network), shapes(work)))
-    structure: dict[str, Any] = {"channels": remembered(work)}
+        remember(each, structure["channels"])
     if bits is not None:
         structure["weight_bits"] = {name: b for name, b in plan.bits.items() if b}
     smaller, plain = (with_network(model, each).train(model.training) for each in (work, naive))

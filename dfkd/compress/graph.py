@@ -1,5 +1,6 @@
 """A network as a graph of operations: batch norms next to their convolutions, channels that one layer owns."""
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,10 +87,10 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
     check_can_change()
     check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
-    batches = list(images_of(stream, images))
-    for batch in batches:
+    inputs = []
+    for batch in images_of(stream, images):  # one by one: it may give the same memory filled anew
         _check_range(model, batch)
-    inputs = [network_input(model, to_float(batch.to(device))) for batch in batches]
+        inputs.append(network_input(model, to_float(batch.to(device))))
     inputs = [batch.clone() if batch.is_inference() else batch for batch in inputs]
     if not all(torch.isfinite(batch).all() for batch in inputs):
         raise UserError("the stream gave images that hold NaN or infinity; look at where it takes them from")
@@ -100,7 +101,7 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
 def _check_range(model: nn.Module, images: Tensor) -> None:
     # Twice the range is no image in 255ths: what sharpens or resizes may go a little beyond.
     normalises, whole = isinstance(model, Classifier) and model.normalisation[0], not images.is_floating_point()
-    if images.dtype != torch.uint8 and (whole or (normalises and images.aminmax().max > 2)):
+    if images.numel() and images.dtype != torch.uint8 and (whole or (normalises and 2 < images.max() < math.inf)):
         given = f"{images.dtype} up to {images.max().item():g}"
         wanted = "in [0, 1]" if isinstance(model, Classifier) else "what the network takes"
         raise UserError(f"the stream gave images in {given}; give uint8 ones, or float ones {wanted}: divide by 255")

@@ -89,9 +89,10 @@ def prune(
         least_squares(network, repaired, inputs, kept, supports=supports, ridge=ridge)
     elif repair == "batch_norm":
         paired_batch_norm(network, repaired, inputs, kept)
+    changed = channels.remembered(network_of(model))  # here, since a copy of a GraphModule has no attributes of its own
+    changed |= channels.changed_shapes(channels.shapes(network), channels.shapes(naive))
     for smaller in (naive, repaired):
-        channels.remember(smaller, channels.changed_shapes(channels.shapes(network), channels.shapes(naive)))
-    changed = channels.remembered(repaired)
+        channels.remember(smaller, changed)
     return Compressed(
         with_network(model, repaired),
         with_network(model, naive),

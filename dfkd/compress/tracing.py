@@ -208,7 +208,9 @@ def thawed(network: nn.Module) -> nn.Module:
             plain = nn.BatchNorm2d(_channels(module), module.eps)
         else:
             continue
-        copied.set_submodule(name, _with_state(plain, module).requires_grad_(False))
+        for parameter in (_with_state(plain, module).weight, plain.bias):
+            parameter.requires_grad_(False)
+        copied.set_submodule(name, plain)
     return copied
 
 
