@@ -20,7 +20,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, given_keys, keep_settings, numbers, positive, trained_keys, with_deviation, written
+from bookkeeping import (
+    Keys,
+    add,
+    exit_code,
+    given_keys,
+    keep_settings,
+    numbers,
+    positive,
+    trained_keys,
+    with_deviation,
+    written,
+)
 from equal_time import Method, changes, figures, piece, price, scale, work_of
 
 from dfkd.curves import whole_lines
@@ -77,20 +88,21 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=0.0, help="of this call; 0: as long as it takes")
     parser.add_argument("--budget", type=positive, default=20.0, help="minutes of training per seed")
     options, arguments = parser.parse_known_args(given)
-    deadline = Deadline(options.minutes)
+    return exit_code(lambda: finish(options, arguments))
+
+
+def finish(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
+    """Do what there is time for, and once all is done print the table; whether it is."""
     try:
-        go_on(options, arguments, deadline)
+        go_on(options, arguments, Deadline(options.minutes))
     except Paused as paused:
         print(f"stopped after {options.minutes:g} minutes: {paused}; the same call goes on")
-        return 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return False
     if lines := whole_lines(options.out / "figures.jsonl"):
         print(
             f"\n{lines[0]['device']}, {lines[0]['precision']}, torch {lines[0]['versions']['torch']}\n\n{table(lines)}"
         )
-    return 0
+    return True
 
 
 def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadline) -> None:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
-from dfkd.classifier import Classifier, check_trainable
+from dfkd.classifier import Classifier, check_logits, check_trainable
 from dfkd.data import RealImages, check_folder
 from dfkd.errors import UserError, in_a_line
 from dfkd.models.checkpoints import folder_about
@@ -125,19 +125,11 @@ def make_student(recipe: Recipe, zoo: list[Teacher], device: torch.device) -> tu
     size = recipe.image.size
     images = torch.rand(8, recipe.image.channels, size, size, generator=rng(device, "check"), device=device)
     try:
-        with torch.no_grad():
-            logits = student.eval()(images)
+        check_logits(
+            student.eval(), images, recipe.classes, student.name, f"choose another student.model than {spec.model}"
+        )
     except UserError as error:
         raise UserError(f"the {error}") from None
-    except Exception as error:  # whatever a stranger's network may raise
-        raise UserError(
-            f"the student {spec.model} does not take images [B, {recipe.image.channels}, {size}, {size}]: "
-            f"{in_a_line(error)}; choose another student.model"
-        ) from None
-    if logits.shape != (len(images), recipe.classes):
-        raise UserError(
-            f"the student gives {tuple(logits.shape[1:])} outputs where classes={recipe.classes}; make them agree"
-        )
     check_trainable(student, images, f"the student {spec.model}")
     return student, about
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd.errors import UserError, in_a_line
-from dfkd.runtime import full_precision
+from dfkd.runtime import eval_mode, full_precision
 
 
 class _StridedDepthwise(nn.Conv2d):
@@ -121,6 +121,22 @@ class Classifier(nn.Module):
                 "returns them alone"
             )
         return full_precision(logits)
+
+
+@torch.no_grad()
+def check_logits(classifier: Classifier, images: Tensor, classes: int, role: str, remedy: str) -> None:
+    """Raise UserError where a classifier does not take images [B, C, H, W], `remedy` being what to do then, or makes no
+    logits [B, classes] of them; `role` says in the messages what it is."""
+    try:
+        with eval_mode(classifier):
+            logits = classifier(images)
+    except UserError:  # which says what it gives instead
+        raise
+    except Exception as error:  # whatever a stranger's network may raise
+        shape = ", ".join(map(str, images.shape[1:]))
+        raise UserError(f"{role} does not take images [B, {shape}]: {in_a_line(error)}; {remedy}") from None
+    if logits.shape != (len(images), classes):
+        raise UserError(f"{role} gives {tuple(logits.shape[1:])} outputs where classes={classes}; make them agree")
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 
 from dfkd import assemble
 from dfkd.assemble import Parts
-from dfkd.classifier import Classifier
+from dfkd.classifier import Classifier, check_logits
 from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
 from dfkd.compress.graph import network_input, network_of
@@ -18,10 +18,10 @@ from dfkd.compress.prepare import layer_bits
 from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
 from dfkd.compress.tracing import trace
-from dfkd.errors import UserError, in_a_line
+from dfkd.errors import UserError
 from dfkd.export import require_onnx
 from dfkd.models.checkpoints import read_description
-from dfkd.runtime import eval_mode, rng
+from dfkd.runtime import rng
 from dfkd.schema import FewBits, Recipe
 from dfkd.stream import Source, from_generator, from_images
 from dfkd.zoo import describe, made_from, teacher_about
@@ -108,7 +108,7 @@ def check_layers(parts: Parts) -> None:
         try:
             fresh = parts.student if name == "student" and "distill" in recipe.tasks else None
             model = task_input(parts, name)[0] if fresh is None else fresh
-            _check_logits(model, images, recipe.classes)
+            check_logits(model, images, recipe.classes, "it", "name a model of such images")
         except UserError as error:
             raise UserError(f"{task}.input={given}: {error}") from None
         try:
@@ -116,22 +116,6 @@ def check_layers(parts: Parts) -> None:
                 _check_layers(recipe, task, model, images)
         except UserError as error:
             raise UserError(f"{task}: {error}") from None
-
-
-@torch.no_grad()
-def _check_logits(model: Classifier, images: torch.Tensor, classes: int) -> None:
-    try:
-        with eval_mode(model):
-            outputs = tuple(model(images).shape[1:])
-    except UserError:  # which says what it gives
-        raise
-    except Exception as error:  # whatever a stranger's network may raise
-        shape = ", ".join(map(str, images.shape[1:]))
-        raise UserError(
-            f"it does not take images [B, {shape}]: {in_a_line(error)}; name a model of such images"
-        ) from None
-    if outputs != (classes,):
-        raise UserError(f"it gives {outputs} outputs where classes={classes}; name a model of the same classes")
 
 
 def _check_layers(recipe: Recipe, task: str, model: Classifier, images: torch.Tensor) -> None:

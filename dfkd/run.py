@@ -70,7 +70,8 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     make_hints(parts)  # raises where there is no pair
     make_mix(recipe.synthesis.mix.kind)
     check_layers(parts)
-    make_hints(distilled(parts))
+    if (learner := distilled(parts)) is not parts:
+        make_hints(learner)
     say_groups(recipe, shard.world)
     return parts
 

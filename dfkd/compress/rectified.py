@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfkd.compress.quantizers import IN_CACHE
+
 RIDGE = 1e-6  # of the mean variance: two kept channels may be the same
-IN_CACHE = 2**16  # numbers of which a few tensors stay in a CPU's cache
 NODES, WEIGHTS = (x.tolist() for x in np.polynomial.legendre.leggauss(32))
 
 

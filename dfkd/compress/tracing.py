@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import timm.layers
@@ -199,23 +200,17 @@ def thawed(network: nn.Module) -> nn.Module:
     layers to what folds batch norms, cuts their channels or repairs them, but arithmetic with four buffers. Frozen they
     are no longer, where the copy is trained."""
     copied = copy.deepcopy(network)
-    plain: nn.BatchNorm2d
-    for name, module in list(copied.named_modules()):
-        if type(module) is FrozenBatchNormAct2d:
-            plain = BatchNormAct2d(_channels(module), module.eps, apply_act=False)
-            plain.drop, plain.act = module.drop, module.act
-        elif type(module) is FrozenBatchNorm2d:
-            plain = nn.BatchNorm2d(_channels(module), module.eps)
-        else:
+    frozen: Any
+    for name, frozen in list(copied.named_modules()):
+        joint = type(frozen) is FrozenBatchNormAct2d
+        if not joint and type(frozen) is not FrozenBatchNorm2d:  # derived ones may compute otherwise
             continue
-        for parameter in (_with_state(plain, module).weight, plain.bias):
-            parameter.requires_grad_(False)
+        made: Any = partial(BatchNormAct2d, apply_act=False) if joint else nn.BatchNorm2d
+        plain = _with_state(made(len(frozen.running_var), frozen.eps), frozen).requires_grad_(False)
+        if joint:
+            plain.drop, plain.act = frozen.drop, frozen.act
         copied.set_submodule(name, plain)
     return copied
-
-
-def _channels(norm: Any) -> int:
-    return len(norm.running_var)
 
 
 def _with_state(plain: nn.BatchNorm2d, norm: nn.Module) -> nn.BatchNorm2d:
