@@ -29,7 +29,7 @@ from dfkd.compress.graph import (
     own_name,
     with_network,
 )
-from dfkd.compress.quantizers import sqnr_db
+from dfkd.compress.quantizers import IN_CACHE, sqnr_db
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
 from dfkd.compress.tracing import check_can_change, thawed, trace
@@ -187,6 +187,9 @@ def _compress(
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """weight [O, ...] on a grid per output: the nearest of s * {-2^(b-1), ..., 2^(b-1) - 1}, with s of least squared
     error among 60 from 0.3 to 1.2 times the largest magnitude / (2^(b-1) - 1)."""
+    some = max(1, IN_CACHE // weight[0].numel())
+    if len(weight) > some and weight.device.type == "cpu":  # as in best_step
+        return torch.cat([rounded(rows, bits) for rows in weight.split(some)])
     rows, top = weight.flatten(1), 2 ** (bits - 1) - 1
     largest = rows.abs().amax(1, keepdim=True).clamp_min(1e-12) / top
     best, least = rows, torch.full_like(largest, math.inf)

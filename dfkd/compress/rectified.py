@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd.compress.quantizers import IN_CACHE
@@ -17,12 +16,23 @@ NODES, WEIGHTS = (x.tolist() for x in np.polynomial.legendre.leggauss(32))
 
 
 def correlations(filters: Tensor, size: Sequence[int], steps: Sequence[int]) -> Tensor:
-    """Correlation [C, C, 2h-1, 2w-1] of output i at a place and output j at offset * steps pixels from it, where the
-    input is white noise: the cross-correlation of filters [C, I, kh, kw] or [C, I]; size is (h, w)."""
+    """Correlations [C, C, n] of output i at a place and output j at offset * steps pixels from it, where the input is
+    white noise: the cross-correlation of filters [C, I, kh, kw] or [C, I]; size is (h, w).
+
+    The offsets are the first n = ((2h-1)(2w-1)+1)/2 of (1-h, 1-w) to (h-1, w-1), row by row, which ends with (0, 0): of
+    i and j behind it they are those of j and i before.
+    """
     kernels = filters if filters.dim() == 4 else filters[:, :, None, None]
     kernels = kernels / kernels.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-    padding = [step * (side - 1) for step, side in zip(steps, size)]
-    return F.conv2d(kernels, kernels, stride=list(steps), padding=padding)
+    high, wide = kernels.shape[2:]
+    offsets = [(down, right) for down in range(1 - size[0], size[0]) for right in range(1 - size[1], size[1])]
+    found = []
+    for down, right in offsets[: len(offsets) // 2 + 1]:
+        up, left = -down * steps[0], -right * steps[1]  # what the two have in common, as a product of matrices
+        mine = kernels[:, :, : max(0, high - up), max(0, -left) : max(0, wide - left)]
+        its = kernels[:, :, up:, max(0, left) : max(0, wide + left)]
+        found.append(mine.flatten(1) @ its.flatten(1).T)
+    return torch.stack(found, 2)
 
 
 def rectified_mean(mean: Tensor, spread: Tensor) -> Tensor:
@@ -62,7 +72,9 @@ def _standardised(rho: Tensor, ti: Tensor, tj: Tensor) -> Tensor:
 
 
 def by_position(cov: Tensor, size: Sequence[int]) -> Tensor:
-    """Covariance [C*h*w, C*h*w] of all channels at all places of a window, from that by offset [C, C, 2h-1, 2w-1]."""
+    """Covariance [C*h*w, C*h*w] of all channels at all places of a window, from that by offset [C, C, n], the offsets
+    those of `correlations`."""
+    cov = torch.cat([cov, cov[:, :, :-1].transpose(0, 1).flip(2)], 2).unflatten(2, [2 * side - 1 for side in size])
     rows, columns = (torch.arange(side, device=cov.device) for side in size)
     down = rows[None] - rows[:, None] + size[0] - 1
     right = columns[None] - columns[:, None] + size[1] - 1
