@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from dfkd.errors import UserError, in_a_line
 from dfkd.runtime import eval_mode, full_precision
 
+HALF = (torch.float16, torch.bfloat16)
+
 
 class _StridedDepthwise(nn.Conv2d):
     """A strided depthwise convolution, on a CPU under its autocast in float32: oneDNN has no bfloat16 kernel for its
@@ -75,6 +77,11 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.name, self.input_size = model, name, input_size
+        if half := [each for each, weight in model.named_parameters() if weight.dtype in HALF]:
+            raise UserError(
+                f"{name}: {half[0]} is {model.get_parameter(half[0]).dtype}; call .float() on the network: what is "
+                "computed in fewer bits is chosen by autocast (runtime.precision)"
+            )
         if isinstance(mean, Real) or isinstance(std, Real):
             raise UserError(f"{name}: mean {mean} and std {std} are lists, of one value per channel each")
         if len(mean) != len(std) or any(value <= 0 for value in std):

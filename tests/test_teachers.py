@@ -255,6 +255,13 @@ def test_a_bad_normalisation_is_refused(mean: list[float], std: list[float]) -> 
         Teacher(nn.Identity(), name="digits", mean=mean, std=std)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_network_in_half_precision_is_refused(dtype: torch.dtype) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)).to(dtype)
+    with pytest.raises(UserError, match=rf"teacher digits: 0\.weight is {dtype}; call \.float\(\) on the network"):
+        Teacher(network, name="digits")
+
+
 def test_a_mean_of_images_in_0_to_255_is_refused() -> None:
     with pytest.raises(UserError, match=r"teacher digits: mean \[123\.7\] is none .* divide mean and std by 255"):
         Teacher(nn.Identity(), name="digits", mean=[123.7], std=[58.4])
