@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,14 @@ def main() -> int:
     )
 
 
-def measure(out: Path, cases: Cases, sources: Iterable[str], arguments: Sequence[str]) -> None:
+def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequence[str]) -> None:
     """Measure what is missing and print the table."""
     keep_settings(out / "settings.json", {"keys": sorted(key for key in arguments if not key.startswith("seed="))})
     recipe = load_recipe([*arguments, f"output={out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
-    if recipe.data.dataset == "none" or not cases:
+    if recipe.data.dataset == "none" or not cases or not sources:
         raise UserError(
-            "accuracies of --cases are what is measured: name one, and set data.dataset to real test images"
+            "accuracies of --cases with --sources are what is measured: name one each, and set data.dataset to real "
+            "test images"
         )
     plans(recipe)  # refuses a recipe without a generator
     accelerator, shard = make_accelerator(recipe.runtime.precision)

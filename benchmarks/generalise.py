@@ -26,9 +26,10 @@ from typing import Any
 from bookkeeping import Keys, add, count, exit_code, given_keys, keep_settings, numbers, picked, trained_keys, written
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
-from dfkd.assemble import Parts, reload_generator, train_zoo
+from dfkd.assemble import Parts, control_images, reload_generator, train_zoo
 from dfkd.compress.fit import Fit
 from dfkd.curves import whole_lines
+from dfkd.data import sample
 from dfkd.errors import UserError
 from dfkd.inputs import task_input, task_source
 from dfkd.quality import quality
@@ -200,7 +201,10 @@ def looked_at(parts: Parts, name: str, count: int) -> dict[str, Line]:
     """What every teacher makes of `count` images of a source (dfkd.quality: batch-norm loss over all of them at once,
     accuracy on their labels), by name; and of the images, which is the same for all, how much they differ in a class.
     """
-    if name not in CONTROLS and isinstance(parts.generator, PoolGenerator):
+    if name == "real":  # as they are, each once: a stream draws with replacement
+        real = sample(control_images(parts.recipe), count)
+        images, labels = real.images, real.labels
+    elif name not in CONTROLS and isinstance(parts.generator, PoolGenerator):
         images, labels = pool_images(parts.generator, count)
     else:
         seed, source = parts.recipe.seed, source_of(parts, name, parts.zoo[0])

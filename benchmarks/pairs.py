@@ -61,15 +61,17 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
     for name in dict.fromkeys(line["method"] for line in lines):
         own = [line for line in lines if line["method"] == name]
         lost = [line["teacher"] - line["accuracy"] for line in own]
-        quarters = [line["last_quarter"] for line in own]
-        lowest = min(quarter["lowest"] for quarter in quarters)
+        quarters = [line["last_quarter"] for line in own if line["last_quarter"] is not None]
+        lowest = min((quarter["lowest"] for quarter in quarters), default=0.0)
         within = [quarter["deviation"] for quarter in quarters if quarter["deviation"] is not None]
         deviation = f" ± {statistics.fmean(within):.2f}" if within else ""
         cells = [
             f"{own[0]['teacher']:.2f}",
             f"{with_deviation([line['accuracy'] for line in own])} ({len(own)})",
             with_deviation(lost),
-            f"{statistics.fmean(quarter['mean'] for quarter in quarters):.2f}{deviation} ({lowest:.2f})",
+            f"{statistics.fmean(quarter['mean'] for quarter in quarters):.2f}{deviation} ({lowest:.2f})"
+            if quarters
+            else "-",
             f"{statistics.fmean(line['seconds'] for line in own) / 60:.1f}",
             f"{statistics.fmean(line['images_per_second'] for line in own):,.0f}",
             f"{max(line['peak_mb'] for line in own):,.0f}",

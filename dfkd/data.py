@@ -294,7 +294,7 @@ def _decoded(path: str, channels: int, size: int) -> np.ndarray:
             if opened_file.mode[0] in "IF":  # Pillow would clip these to white without a word
                 raise UserError(f"{path} has more than 8 bits per channel; save it as 8-bit grey or RGB")
             image: Image.Image = opened_file.convert("L" if channels == 1 else "RGB")
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)

@@ -33,6 +33,7 @@ from dfkd.compress.quantizers import (
     quantized_layers,
 )
 from dfkd.errors import UserError, in_a_line
+from dfkd.whole import whole
 
 OPSET = 18  # the exporter's own
 OPSETS = {"INT8": OPSET, "INT4": 21, "INT2": 25}  # the first that has the type
@@ -322,7 +323,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, opset: i
     proto.ir_version = onnx.helper.find_min_ir_version_for(list(proto.opset_import))
     onnx.checker.check_model(proto, full_check=True)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    onnx.save(proto, str(path))
+    with whole(Path(path)) as draft:
+        onnx.save(proto, str(draft))
     return Path(path)
 
 

@@ -88,7 +88,7 @@ def _opener(source: str) -> Callable[[Recipe, str, int, list[Teacher]], Sample]:
     """What opens a source."""
     if source in CONTROLS:
         return CONTROLS[source]
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if not folder.is_dir():
         raise UserError(
             f"--quality={source} is no folder; give a generator's (such as runs/NAME/generator), a folder of images, "

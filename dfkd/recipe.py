@@ -1,6 +1,7 @@
 """Recipes: YAML files and `key=value` arguments become one typed, checked `Recipe`; a mistake is one line."""
 
 import difflib
+import json
 import math
 import os.path
 import re
@@ -93,9 +94,11 @@ def print_config(loaded: Loaded) -> str:
     """Every key and value as YAML, with its source as a trailing comment."""
     lines: dict[Keys, str] = {}
     for keys, value, _, _ in _leaves(loaded.recipe):
-        for depth, key in enumerate(keys[:-1]):
-            lines.setdefault(keys[: depth + 1], f"{'  ' * depth}{key}:")
-        line = f"{'  ' * (len(keys) - 1)}{keys[-1]}: {shown(value)}"
+        # A layer's name may be a pattern such as *.conv1, which YAML takes for an alias.
+        names = [key if re.fullmatch(r"[A-Za-z_][\w.-]*", key) else json.dumps(key) for key in keys]
+        for depth, name in enumerate(names[:-1]):
+            lines.setdefault(keys[: depth + 1], f"{'  ' * depth}{name}:")
+        line = f"{'  ' * (len(keys) - 1)}{names[-1]}: {shown(value)}"
         lines[keys] = f"{line:<56}  # {loaded.sources['.'.join(keys)]}"
     return "\n".join(lines.values()) + "\n"
 

@@ -62,6 +62,7 @@ def write_report(folder: str | Path) -> Path:
     name = folder.resolve().name
     sections = {
         "Teachers": _table(_named("teacher", results.get("teachers"))),
+        "Student: file to deploy": _table(_pairs(_dict(results.get("student")).get("export"))),
         "Compression": _tasks(_dict(results.get("tasks"))),
         "Synthetic images": _grids(folder / "images"),
         "Diversity of the synthetic images": _table(_pairs(results.get("diversity"))),

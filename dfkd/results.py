@@ -1,6 +1,7 @@
 """What a run comes to: everything measured once at its end, results.json, the report and a verdict."""
 
 import json
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -21,10 +22,12 @@ from dfkd.report import write_report
 from dfkd.runtime import Shard, autocast_of
 from dfkd.tasks import export, held_out, task_results
 from dfkd.teachers import Teacher, zoo_logits
-from dfkd.training import Plan, look
+from dfkd.training import Plan, look, look_at_all
 from dfkd.verdict import generator_notes, last_quarter, teacher_notes, verdict
 from dfkd.whole import whole
 from dfkd.zoo import made_from, training_images
+
+JUDGED = 1000  # images of the finished generator, or a few more, whose classes the teachers are asked for
 
 
 def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], command: str) -> None:
@@ -33,6 +36,8 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     begun = time.perf_counter()
     recipe, folder, accelerator, shard = parts.recipe, parts.folder, parts.accelerator, parts.shard
     figures, _ = look(parts.generator, parts.zoo, accelerator)
+    each = max(2, math.ceil(JUDGED / parts.generator.classes))
+    figures |= look_at_all(parts.generator, parts.zoo, accelerator, each)
     named = {teacher.name: _guesses(teacher, parts) for teacher in parts.zoo}
     tasks = {name: task_results(recipe, name) for name in recipe.tasks if name in COMPRESSIONS}
     results: dict[str, Any] = {
@@ -52,6 +57,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
             "class_agreement": {t.name: figures[f"class_agreement_{t.name}"] for t in parts.zoo}
             if parts.generator.conditional
             else None,
+            "class_agreement_n": each * parts.generator.classes,
         },
         "diversity": {name: value for name, value in figures.items() if not name.startswith("class_agreement")},
         "tasks": tasks,
@@ -71,6 +77,9 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     for name, classes in named.items():
         if parts.test is not None and classes is not None:
             notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)
+    if results["student"] and recipe.export.input == "student" and shard.rank == 0:
+        teacher, student = (task_input(parts, name)[0] for name in ("main", "student"))
+        results["student"]["export"] = export(parts, folder / "student", teacher, student)
     learned = [teacher.name for teacher in assemble.main_teachers(recipe, parts.zoo)]
     results["verdict"] = verdict(results, notes, warnings, learned)
     judged_on = [e for e in opened() if e["purpose"] == "evaluate" and parts.test is not None]  # not by other runs here
@@ -85,9 +94,6 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
     spent["total"] = sum(spent.values())
     results["seconds"] = {name: round(value, 1) for name, value in spent.items()}
     if shard.rank == 0:
-        if results["student"] and recipe.export.input == "student":
-            teacher, student = (task_input(parts, name)[0] for name in ("main", "student"))
-            results["student"]["export"] = export(parts, folder / "student", teacher, student)
         with whole(folder / "results.json") as draft:
             draft.write_text(json.dumps(results, indent=2) + "\n")
         write_report(folder)

@@ -66,6 +66,11 @@ def from_images(images: Tensor, labels: Tensor) -> Source:
 
     Raises UserError where they are none, are other numbers, or have not one label each.
     """
+    if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
+        raise UserError(
+            f"from_images takes tensors, got a {type(images).__name__} and a {type(labels).__name__}; torch.as_tensor "
+            "makes one of an array or a list"
+        )
     shapes = f"{list(images.shape)} {images.dtype} with labels {list(labels.shape)}"
     if images.dim() != 4 or not len(images) or labels.shape != images.shape[:1]:
         raise UserError(f"from_images takes images [N, C, H, W] and a label for each, labels [N]; got {shapes}")
@@ -151,8 +156,8 @@ class SyntheticStream(IterableDataset):
     is not conditional they mean nothing, of a mixed image it is one of two). Batch b of epoch e depends on (seed, rank,
     e, b) alone, unless replay is on: then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8
     bits, and stands first; the rest are images of the last `replay` batches as they were, with the targets they had,
-    which costs neither network anything. With several teachers in a process group every rank is to draw a batch: their
-    spreads, by which targets are weighted, are means over all ranks.
+    which costs neither network anything; an iteration begins with none. With several teachers in a process group every
+    rank is to draw a batch: their spreads, by which targets are weighted, are means over all ranks.
     A generator in training mode draws as in training, by the statistics of the batch: `.eval()` it first.
     With `features` targets are [B, K + D]: behind the logits what the teachers' last linear layers are given, for Fit.
     In a DataLoader it wants batch_size=None (see as_dataloader), with workers also no replay: they take its batches in
@@ -223,6 +228,8 @@ class SyntheticStream(IterableDataset):
             raise UserError("a stream with replay has one ring of past batches; load it with num_workers=0")
         # A DataLoader with batch_size=None hands out its workers' batches in turn: those of the stream, in order.
         index, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if self.replay is not None:  # which batches come does not depend on what was drawn before
+            self.replay = Replay(self.replay.slots)
         while self.num_batches is None or index < self.num_batches:
             yield self.batch(index, epoch)
             index += step

@@ -250,23 +250,50 @@ def look(
     generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator
 ) -> tuple[dict[str, float], Tensor]:
     """Figures of a generator's images, and a grid, one class a row: diversity, to the last teacher's eyes; per teacher
-    class agreement in percent and predicted balance, the entropy of the classes it sees over that of balanced ones."""
+    class agreement in percent and predicted balance, the entropy of the classes it sees over that of balanced ones.
+    Of many classes LOOKED_AT are looked at, spread evenly."""
     device, classes = accelerator.device, min(LOOKED_AT, generator.classes)
     each = max(GRID_COLUMNS, SAMPLE // classes)
-    labels = torch.arange(classes, device=device).repeat_interleave(each)
+    asked = torch.arange(classes, device=device) * generator.classes // classes
+    labels = asked.repeat_interleave(each)
     latents = draw_latents(Shard(device), len(labels), generator.latent, "look")
     with eval_mode(generator), autocast_of(accelerator)():
         images = generator(latents, labels).float()
-        agreement = {}
+        seen: dict[str, Tensor] = {}
         for teacher in zoo:
             with tap_features(teacher) as features:
                 logits = teacher(images)
-            guesses = logits.argmax(1)
-            agreement[f"class_agreement_{teacher.name}"] = (guesses == labels).float().mean() * 100
-            share = guesses.bincount(minlength=generator.classes) / len(guesses)
-            balance = torch.special.entr(share).sum() / math.log(classes)
-            agreement[f"predicted_balance_{teacher.name}"] = balance.clamp_max(1)
-    figures = diversity(images, features[-1] if features else logits, labels, classes=classes) | agreement
+            seen |= _seen(teacher.name, logits.argmax(1), labels, classes)
+    figures = diversity(images, features[-1] if features else logits, labels, classes=generator.classes) | seen
     shown = torch.arange(min(classes, GRID_ROWS), device=device).unsqueeze(1) * each
     grid = images[(shown + torch.arange(GRID_COLUMNS, device=device)).flatten()]
     return {name: float(value) for name, value in figures.items()}, grid
+
+
+def _seen(name: str, guesses: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
+    """Class agreement and predicted balance of a teacher's guesses for images of so many classes, of these labels."""
+    share = guesses.bincount() / len(guesses)
+    balance = torch.special.entr(share).sum() / math.log(classes)
+    return {
+        f"class_agreement_{name}": (guesses == labels).float().mean() * 100,
+        f"predicted_balance_{name}": balance.clamp_max(1),
+    }
+
+
+@torch.no_grad()
+def look_at_all(
+    generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator, each: int
+) -> dict[str, float]:
+    """Class agreement and predicted balance as `look` has them, of `each` images of every class."""
+    device, figures = accelerator.device, dict[str, Tensor]()
+    labels = torch.arange(generator.classes, device=device).repeat(each)
+    latents = draw_latents(Shard(device), len(labels), generator.latent, "look at all")
+    guesses: dict[str, list[Tensor]] = {teacher.name: [] for teacher in zoo}
+    with eval_mode(generator), autocast_of(accelerator)():
+        for z, y in zip(latents.split(SAMPLE), labels.split(SAMPLE)):
+            images = generator(z, y).float()
+            for teacher in zoo:
+                guesses[teacher.name].append(teacher(images).argmax(1))
+    for name, found in guesses.items():
+        figures |= _seen(name, torch.cat(found), labels, generator.classes)
+    return {name: float(value) for name, value in figures.items()}

@@ -148,18 +148,20 @@ def verdict(
     """Whether a run looks sound at its end: notes on its generator, and what its results say of tasks and student;
     beside them, as `warnings`, what looked wrong on the way. learned names the teachers that the student learned from
     (none: all)."""
-    found = list(notes.values())
-    for name, task in results["tasks"].items():
-        exported = task.get("export") or {}
+    found, student = list(notes.values()), results["student"]
+    made = {f"task {name}": task for name, task in results["tasks"].items()} | {"the student": student or {}}
+    for title, each in made.items():
+        exported = each.get("export") or {}
         if error := exported.get("error"):
-            found.append(f"task {name} is not exported: {error}")
-        if error := task.get("not_loaded"):
-            found.append(f"task {name} cannot be loaded again: {error}; report this as a bug")
+            found.append(f"{title} is not exported: {error}")
         agree = exported.get("agreement")
         if agree is not None and agree < 99.5:
             found.append(
-                f"the file of task {name} agrees with torch on {agree:.1f} % of images: look at it before deploying"
+                f"the file of {title} agrees with torch on {agree:.1f} % of images: look at it before deploying"
             )
+    for name, task in results["tasks"].items():
+        if error := task.get("not_loaded"):
+            found.append(f"task {name} cannot be loaded again: {error}; report this as a bug")
         agreement = task.get("agreement") or {}
         naive, repaired, after = (agreement.get(which) for which in ("naive", "repaired", "after"))
         made_for = task.get("source") in (None, "generator", "no data")  # not for other images, as a control is
@@ -178,7 +180,11 @@ def verdict(
             found.append(
                 f"task {name} lost {task['before'] - task['after']:.0f} points: compress less, or train longer after it"
             )
-    student = results["student"]
+        elif made_for and task["before"] is None and after and after["percent"] < DISAGREES:
+            found.append(
+                f"task {name} agrees with the network before on {after['percent']:.0f} % of synthetic images: compress "
+                "less, or train longer after it"
+            )
     for name, trained in {**results["tasks"], "distill": student or {}}.items():
         if any(entry["split"] == "test" for entry in trained.get("opened", [])):
             found.append(f"{name} or its input was trained on the test images: set data.train_root for a fair control")

@@ -110,6 +110,8 @@ def load_generator(folder: str | os.PathLike[str]) -> ImageGenerator:
             f"no generator in {folder}: {Path(str(error.filename or folder / 'model.safetensors')).name} is missing; "
             "give a folder with model.safetensors and generator.json, such as runs/NAME/generator"
         ) from None
+    except OSError as error:
+        raise GeneratorError(f"the generator in {folder} cannot be read: {error}; give another folder") from None
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise GeneratorError(f"the generator in {folder} is torn ({error}); train it again or copy it anew") from None
     if not isinstance(description, dict):

@@ -158,6 +158,10 @@ def test_image_folder_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     assert "not an image folder" in error("imagefolder", root=str(tmp_path / "empty"), classes=2)
     save_folder(tmp_path / "test", {"a/deep.png": np.full((8, 8), 40000, np.uint16)})
     assert "a/deep.png has more than 8 bits" in error("imagefolder", root=root, classes=2)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "test" / "a" / "deep.png")
+    assert "a/deep.png cannot be read as an image: Image size (200000000 pixels)" in error(
+        "imagefolder", root=root, classes=2
+    )
     (tmp_path / "test" / "a" / "deep.png").write_bytes(b"no image")
     assert "a/deep.png cannot be read as an image" in error("imagefolder", root=root, classes=2)
 

@@ -376,6 +376,7 @@ def spoil(folder: Path) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no description": (lambda f: (f / "generator.json").unlink(), "generator.json is missing"),
+    "a folder instead": (lambda f: ((f / "generator.json").unlink(), (f / "generator.json").mkdir()), "cannot be read"),
     "no folder": (shutil.rmtree, "generator.json is missing"),
     "torn weights": (lambda f: (f / "model.safetensors").write_bytes(b"\x09torn"), "torn"),
     "empty weights": (lambda f: (f / "model.safetensors").write_bytes(b""), "torn"),

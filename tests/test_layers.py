@@ -47,7 +47,7 @@ CORE: dict[str, set[str]] = {
         *("classifier", "collectives", "cuda_graphs", "errors", "losses", "models", "norms", "renewal", "runtime"),
         *("stream", "teachers"),
     },
-    "export": {"classifier", "compress", "errors"},
+    "export": {"classifier", "compress", "errors", "whole"},
     "quality": {"draws", "errors", "evaluate", "losses", "norms", "runtime", "teachers"},
     "verify": {"classifier", "compress", "errors", "export", "runtime"},
     "verdict": {"evaluate", "generators"},

@@ -387,14 +387,16 @@ def leaves(value: object, prefix: str = "") -> list[str]:
 
 
 def test_print_config_lists_every_key_with_its_source(folder: Path) -> None:
-    loaded = load("student.kwargs={width: 8}", "description=a: b # c", "distill.lr=1e-7")
+    given = ("student.kwargs={width: 8}", "description=a: b # c", "distill.lr=1e-7", "qat.overrides={'*conv1': [8, 8]}")
+    loaded = load(*given)
     text = print_config(loaded)
     keys = leaves(dataclasses.asdict(loaded.recipe))
     assert set(keys) == set(loaded.sources)
     values = [line for line in text.splitlines() if "  # " in line]
     assert len(values) == len(keys)
     for key, line in zip(keys, values, strict=True):
-        assert line.lstrip().startswith(key.rpartition(".")[2] + ": ")
+        name = key.rpartition(".")[2]
+        assert line.lstrip().startswith(f'"{name}": ' if name.startswith("*") else f"{name}: ")
         assert line.endswith("  # " + loaded.sources[key])
     assert OmegaConf.to_container(OmegaConf.create(text)) == dataclasses.asdict(loaded.recipe)
 

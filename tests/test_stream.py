@@ -362,6 +362,24 @@ def test_noise_is_clamped_normal_with_balanced_labels() -> None:
     assert not torch.equal(images, stream.batch(1)[0])
 
 
+def test_an_iteration_with_replay_comes_back(make_stream: MakeStream) -> None:
+    stream = make_stream(replay=3, num_batches=6, seed=4)
+    first = list(stream)
+    assert alike(first, list(stream))
+    assert not same(first[5], make_stream(replay=1, num_batches=6, seed=4).batch(5))  # older batches are in it
+
+
+def test_given_images_may_be_of_any_float_and_are_tensors(make_teacher: Callable[..., Teacher]) -> None:
+    labels = torch.arange(6) % 3
+    for dtype in (torch.float64, torch.float16):
+        stream = SyntheticStream(
+            from_images(torch.rand(6, 1, 8, 8).to(dtype), labels), batch_size=4, teacher=make_teacher(), shard=CPU
+        )
+        assert [x.dtype for x in stream.batch(0)] == [torch.float32] * 2
+    with pytest.raises(UserError, match=r"takes tensors, got a list and a Tensor; torch\.as_tensor makes one"):
+        from_images([[0.5]], labels)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_given_images_come_with_their_own_labels(dtype: torch.dtype) -> None:
     images, labels = numbered(20), torch.arange(20) % 7

@@ -115,11 +115,27 @@ def test_training_that_made_a_pruned_network_worse_is_told() -> None:
     assert noted(98.0, accuracy=97.0) == noted(95.0, source="noise") == []
 
 
-def test_a_task_that_is_not_exported_is_told() -> None:
+def test_without_test_images_a_ruined_network_is_told_by_its_agreement() -> None:
+    def noted(percent: float, source: str = "generator") -> list[str]:
+        of = {"percent": percent, "interval": [percent - 1, percent + 1]}
+        agreement = {"naive": of, "repaired": None, "after": of}
+        task = {"before": None, "after": None, "agreement": agreement, "source": source}
+        return verdict({"tasks": {"ptq": task}, "student": None}, {}, [])["notes"]
+
+    (note,) = noted(14.7)
+    assert note.startswith("task ptq agrees with the network before on 15 % of synthetic images: compress less")
+    assert noted(90.0) == noted(14.7, "noise") == []
+
+
+def test_what_is_not_exported_is_told() -> None:
     task = {"before": 90.0, "after": 89.0, "export": {"error": "no operator for it"}}
     assert verdict({"tasks": {"ptq": task}, "student": None}, {}, [])["notes"] == [
         "task ptq is not exported: no operator for it"
     ]
+    (note,) = verdict(results(export={"error": "no operator for it"}), {}, [])["notes"]
+    assert note == "the student is not exported: no operator for it"
+    (note,) = verdict(results(export={"agreement": 61.3}), {}, [])["notes"]
+    assert note.startswith("the file of the student agrees with torch on 61.3 % of images")
 
 
 def test_the_last_quarter_of_few_or_no_evaluations() -> None:
