@@ -85,6 +85,8 @@ def _has_training_images(recipe: Recipe) -> bool:
 def train_zoo(parts: Parts, say: Say, deadline: Deadline | None = None) -> None:
     """Put the zoo that is used, its teachers trained where they must be, in the place of the one that was checked.
     Raises Paused where the deadline comes first."""
+    if all(spec.weights for spec in parts.recipe.zoo_specs.values()):  # it is the one that was checked
+        return
     parts.zoo = []  # the two must not be in memory side by side
     parts.zoo = load_recipe_zoo(parts.recipe, parts.shard.device, say, deadline=deadline)
 

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from itertools import chain
 from numbers import Real
 
 import torch
@@ -99,8 +100,9 @@ class Classifier(nn.Module):
             if type(module) is nn.Conv2d and module.groups == module.in_channels > 1 and max(module.stride) > 1
         ]
         self.normalisation = ([float(each) for each in mean], [float(each) for each in std])
-        self.register_buffer("mean", torch.tensor(self.normalisation[0] or [0.0]).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(self.normalisation[1] or [1.0]).view(1, -1, 1, 1))
+        device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
+        self.register_buffer("mean", torch.tensor(self.normalisation[0] or [0.0], device=device).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(self.normalisation[1] or [1.0], device=device).view(1, -1, 1, 1))
 
     def resized(self, images: Tensor) -> Tensor:
         """Images [B, C, H, W] in the size that the network takes."""

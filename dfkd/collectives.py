@@ -58,14 +58,12 @@ def global_moments(moments: list[Moments]) -> list[Moments]:
     """The moments of the global batch from those of each process (equal batch sizes), in one message for all layers."""
     if world_size() == 1:
         return moments
-    # In float64, where a variance survives as the difference of two squares.
-    wide = [(mean.double(), var.double()) for mean, var in moments]
-    message = torch.cat([torch.cat([mean, var + mean.square()]) for mean, var in wide])
-    halves = [piece.chunk(2) for piece in all_reduce_mean(message).split([2 * len(mean) for mean, _ in moments])]
-    return [
-        (mean.to(own.dtype), (second - mean.square()).to(own.dtype))
-        for (mean, second), (own, _) in zip(halves, moments)
-    ]
+    # In float64, where a variance survives as the difference of two squares; joined, since few kernels then serve all.
+    mean, var = (torch.cat([each[k] for each in moments]) for k in (0, 1))
+    dtype, mean, var = mean.dtype, mean.double(), var.double()
+    mean, second = all_reduce_mean(torch.cat([mean, var + mean.square()])).chunk(2)
+    lengths = [len(each) for each, _ in moments]
+    return list(zip(mean.to(dtype).split(lengths), (second - mean.square()).to(dtype).split(lengths)))
 
 
 class SyncBatchNorm(_BatchNorm):

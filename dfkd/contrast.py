@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from dfkd.collectives import all_gather
 from dfkd.losses import info_nce
+from dfkd.norms import frozen_norms
 from dfkd.runtime import Shard, drawn_at, rng
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, batch_norms
 
 NEGATIVES = 4096  # rows of the bank that an update is contrasted with, as in CMI
 SMALLEST = 0.25  # share of the area of a crop, as in CMI's code (RandomResizedCrop)
@@ -58,7 +59,7 @@ class Contrast(nn.Module):
     def forward(self, teacher: Teacher, images: Tensor, means: Sequence[Tensor], *position: int | str) -> Tensor:
         """The term, nats per image; images [B, C, H, W] in [0, 1], means what Teacher.tap_means saw of them."""
         keys = self.head(torch.cat(list(means), 1))
-        with teacher.tap_means() as seen:
+        with frozen_norms(batch_norms(teacher.model).values()), teacher.tap_means() as seen:
             teacher(self._view(images, *position))
         queries = self.head(torch.cat(seen, 1))
         with torch.no_grad():  # as in CMI's code, keys are not pulled towards their queries

@@ -54,13 +54,22 @@ def _pieces(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(device)
 
 
+@cache
+def _shares(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """What each element counts in the mean over pieces of their means."""
+    return (1 / (len(lengths) * torch.tensor(lengths, dtype=torch.float64))).to(device)[_pieces(lengths, device)]
+
+
+def _joined(batch: Sequence[Moments], stored: Sequence[Moments]) -> list[Tensor]:
+    """Means and variances of the batch, then those stored, of all layers one behind the other: few kernels serve."""
+    return [torch.cat([moments[k] for moments in each]) for each in (batch, stored) for k in (0, 1)]
+
+
 def bn_kl(batch: Sequence[Moments], stored: Sequence[Moments], eps: float = 1e-5) -> Tensor:
     """Sum over layers and channels of KL(N(mu^, var^) || N(mu, var)), nats. The Knowledge Within, section 3.2."""
-    terms = []
-    for (mean, var), (mu, sigma2) in zip(batch, stored):
-        var, sigma2 = var + eps, sigma2 + eps
-        terms.append((0.5 * (torch.log(sigma2 / var) + (var + (mu - mean).square()) / sigma2 - 1)).sum())
-    return torch.stack(terms).sum()
+    mean, var, mu, sigma2 = _joined(batch, stored)
+    var, sigma2 = var + eps, sigma2 + eps
+    return (0.5 * (torch.log(sigma2 / var) + (var + (mu - mean).square()) / sigma2 - 1)).sum()
 
 
 def bn_square(batch: Sequence[Moments], stored: Sequence[Moments], eps: float = 1e-6) -> Tensor:
@@ -69,20 +78,16 @@ def bn_square(batch: Sequence[Moments], stored: Sequence[Moments], eps: float = 
     ZeroQ (Cai et al. 2020) eq. 3, eps as in its code: the slope of sqrt stays finite where a channel is dead. The
     moments are the batch's, where that code takes each image's own.
     """
-    terms = []
-    for (mean, var), (mu, sigma2) in zip(batch, stored):
-        deviation, wanted = (var + eps).sqrt(), (sigma2 + eps).sqrt()
-        terms.append((mean - mu).square().sum() + (deviation - wanted).square().sum())
-    return torch.stack(terms).sum()
+    mean, var, mu, sigma2 = _joined(batch, stored)
+    return (mean - mu).square().sum() + ((var + eps).sqrt() - (sigma2 + eps).sqrt()).square().sum()
 
 
 def bn_mse(batch: Sequence[Moments], stored: Sequence[Moments]) -> Tensor:
     """Mean over layers of mean (mu - mu^)^2 + mean (var - var^)^2; moments [C] per layer. GDFQ (Xu et al. 2020), as in
     its code, where eq. 3 sums."""
-    errors = [
-        (mean - mu).square().mean() + (var - sigma2).square().mean() for (mean, var), (mu, sigma2) in zip(batch, stored)
-    ]
-    return torch.stack(errors).mean()
+    mean, var, mu, sigma2 = _joined(batch, stored)
+    errors = (mean - mu).square() + (var - sigma2).square()
+    return errors @ _shares(tuple(len(mean) for mean, _ in batch), errors.device).to(errors)
 
 
 BN_DISTANCES = {"l2": bn_l2, "kl": bn_kl, "square": bn_square, "mse": bn_mse}

@@ -52,6 +52,25 @@ class Shard:
         return x[self.rank * size : (self.rank + 1) * size]
 
 
+def default_shard(device: torch.device | None = None) -> Shard:
+    """This process's part of torch's process group, where there is one, on a device, else on that which torch or
+    Accelerate has chosen. Raises UserError where several processes have no group yet."""
+    rank, world = 0, 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    elif (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(
+            f"this is one of {launched} processes without a process group, so that each would draw the same images; "
+            "make an Accelerator, or call torch.distributed.init_process_group, before; or give shard="
+        )
+    if device is not None:
+        return Shard(device, rank, world)
+    if PartialState._shared_state:
+        return Shard(PartialState().device, rank, world)
+    chosen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return Shard(chosen or torch.device("cpu"), rank, world)
+
+
 @dataclass
 class Deadline:
     """When a run has to stop: `minutes` after `begun` (time.perf_counter; 0 minutes: never), or now, by a signal."""
@@ -147,6 +166,10 @@ def autocast_of(accelerator: Accelerator | None) -> Autocast:
     """
     if accelerator is None:
         return nullcontext
+    if accelerator.mixed_precision == "fp16":
+        raise UserError(
+            "mixed_precision=fp16 would need its gradients scaled, which nothing here does; give bf16 or no"
+        )
     context = get_mixed_precision_context_manager(accelerator.native_amp, accelerator.autocast_handler)
     return partial(copy.copy, context)
 

@@ -1,7 +1,6 @@
 """Batches of synthetic images with their targets, ready on the device, deterministic in (seed, rank, epoch, batch)."""
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 from torchvision.utils import save_image
@@ -20,7 +18,7 @@ from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import Moves, draw_labels, draw_latents, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.mixing import draw_mix, make_mix, partners, paste
-from dfkd.runtime import Autocast, Shard, full_precision, rng, to_bytes, to_device, to_float
+from dfkd.runtime import Autocast, Shard, default_shard, full_precision, rng, to_bytes, to_device, to_float
 from dfkd.teachers import Teacher, check_channels, logits_and_features, zoo_logits
 from generators import ImageGenerator
 
@@ -203,7 +201,7 @@ class SyntheticStream(IterableDataset):
             raise UserError(f"a stream needs shift, a share of the side, and mix from 0 to 1, got {shift} and {mix}")
         if not 0 < fresh <= 1:
             raise UserError(f"a stream needs fresh above 0 and at most 1, the share of a batch drawn anew, got {fresh}")
-        self.shard = shard or default_shard(source)
+        self.shard = shard or default_shard(source.device if isinstance(source, ImageGenerator) else None)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
@@ -316,25 +314,6 @@ def feature_widths(networks: Sequence[nn.Module]) -> list[int]:
             "do not; give features=False"
         )
     return [last.in_features for last in heads if last is not None]
-
-
-def default_shard(source: object) -> Shard:
-    """This process's part of torch's process group, where there is one, on the device of a generator, else on that
-    which torch or Accelerate has chosen. Raises UserError where several processes have no group yet."""
-    rank, world = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    elif (launched := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(
-            f"this is one of {launched} processes without a process group, so that each would stream the same images; "
-            "make an Accelerator, or call torch.distributed.init_process_group, before the stream; or give it shard="
-        )
-    if isinstance(source, ImageGenerator):
-        return Shard(source.device, rank, world)
-    if PartialState._shared_state:
-        return Shard(PartialState().device, rank, world)
-    chosen = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return Shard(chosen or torch.device("cpu"), rank, world)
 
 
 def as_dataloader(stream: SyntheticStream) -> DataLoader:

@@ -25,9 +25,9 @@ from dfkd.models.checkpoints import not_finite
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
 from dfkd.renewal import RENEWED, draw_anew, redraw_steps
-from dfkd.runtime import Shard, autocast_of, eval_mode, frozen, full_precision, prepare, to_bytes
+from dfkd.runtime import Shard, autocast_of, default_shard, eval_mode, frozen, full_precision, prepare, to_bytes
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
-from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, check_losses, image_terms, teacher_terms
+from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, bn_loss, check_losses, image_terms, teacher_terms
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
 
 # Larger than torch's 1e-8: the first steps divide each gradient by its own size, and one that is rounding noise would
@@ -107,7 +107,11 @@ class Synthesizer:
         for name, number in (("steps", steps), ("sample", sample)):
             if not isinstance(number, Integral) or number < 1:
                 raise UserError(f"{name} is a whole number from 1, got {number}")
-        self.shard = shard or Shard(generator.device)
+        if pool is None and (inner != 1 or coarse or latent_lr or renew != "none"):
+            raise UserError(
+                "inner, coarse, latent_lr and renew are about rounds, whose images a pool takes; give pool="
+            )
+        self.shard = shard or default_shard(accelerator.device if accelerator is not None else generator.device)
         self.graphs = graphs
         self.generator = generator.train()
         sync_batchnorm(generator)
@@ -157,6 +161,8 @@ class Synthesizer:
     def step(self, step: int) -> dict[str, Tensor]:
         """One generator update, or with a pool one round of them. Returns the unweighted terms of the last update,
         detached scalars on the device (no host sync)."""
+        if not self.generator.training:  # whoever looked at its images between two steps may have left it so
+            self.generator.train()
         self._renew(step)
         labels, latents = self._draw(step)
         optimizers = [self.optimizer] if self.optimizer is not None else []
@@ -165,7 +171,8 @@ class Synthesizer:
             self._project(latents)
             optimizers.append(self._adam([latents], self.latent_lr))
         if self.equalise and "bn" in self.weights and not self.bn_start:
-            self.bn_start = self._bn_losses(self._images(latents, labels))
+            with torch.no_grad():
+                self.bn_start = self._bn_losses(self._images(latents, labels))
         for k in range(self.inner):
             self._schedule(optimizers, (k, self.inner) if self.pool is not None else (step, self.steps))
             for optimizer in optimizers:
@@ -356,7 +363,7 @@ class Synthesizer:
             # Twice in a run: not worth compiling, where the teachers are compiled.
             with torch.compiler.set_stance("force_eager"), teacher.tap() as statistics, self.autocast():
                 teacher(augment(images, self.shard, self._moves(teacher), self.seed, "statistics"))
-            losses[teacher.name] = L.BN_DISTANCES[self.manner.bn_distance](statistics.gather(), statistics.stored)
+            losses[teacher.name] = bn_loss(teacher, statistics, self.manner.bn_distance)
         return losses
 
     def _renew(self, step: int) -> None:

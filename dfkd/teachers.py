@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from dfkd.classifier import Classifier, check_trainable, head
 from dfkd.collectives import all_reduce_mean, global_moments
@@ -35,11 +36,13 @@ class BatchNormStatistics:
 
 
 def batch_norms(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with running statistics by name: torch's and timm's batch norms, synchronised or frozen too."""
+    """The layers with running statistics by name: torch's and timm's batch norms, synchronised or frozen too. Those of
+    an instance norm are of single images."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(getattr(module, "running_mean", None), Tensor)
+        if not isinstance(module, _InstanceNorm)
+        and isinstance(getattr(module, "running_mean", None), Tensor)
         and isinstance(getattr(module, "running_var", None), Tensor)
     }
 
@@ -74,7 +77,16 @@ class Teacher(Classifier):
     ) -> None:
         super().__init__(model, name=f"teacher {name}", mean=mean, std=std, input_size=input_size)
         self.name, self.moves, self.weight = name, moves, weight
-        self.eval().requires_grad_(False)
+        program = isinstance(model, torch.jit.ScriptModule)
+        try:
+            self.eval().requires_grad_(False)
+        except NotImplementedError:  # of torch.export
+            program = True
+        if program:
+            raise UserError(
+                f"teacher {name} is a compiled or exported program, into whose layers nothing can look; give the "
+                "Python module that it was made of"
+            )
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stay in eval mode: a teacher is frozen, its batch norms included."""
@@ -324,6 +336,10 @@ def zoo_logits(zoo: Sequence[Teacher], images: Tensor) -> Tensor:
 def shares_of(zoo: Sequence[Teacher]) -> list[float]:
     """Each teacher's share in the zoo's means, by weight; a single one's is 1 whatever its weight."""
     total = sum(teacher.weight for teacher in zoo)
+    if len(zoo) > 1 and total <= 0:
+        raise UserError(
+            f"the weights of {', '.join(each.name for each in zoo)} sum to {total:g}; give one a weight above 0"
+        )
     return [teacher.weight / total for teacher in zoo] if len(zoo) > 1 else [1.0]
 
 

@@ -14,8 +14,13 @@ from dfkd.errors import UserError
 from dfkd.mixing import Mixed
 from dfkd.norms import frozen_norms
 from dfkd.runtime import Autocast
-from dfkd.teachers import Teacher, batch_norms, check_channels, tap_features
+from dfkd.teachers import BatchNormStatistics, Teacher, batch_norms, check_channels, tap_features
 from generators import ImageGenerator, PixelGenerator
+
+UNUSED = (
+    "the forward of teacher {} calls none of its batch norms; set synthesis.losses.{}=0 (synthesis.losses.ce and "
+    ".adversary need none), or give another teacher"
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ TEACHER_TERMS: dict[str, Callable[[Answer], Tensor | None]] = {
     "one_hot": lambda a: L.one_hot(a.logits),
     "activation": lambda a: L.activation(a.features[-1]),
     "information": lambda a: L.information(all_reduce_mean(_probabilities(a).mean(0))),
-    "likeness": lambda a: torch.stack(a.likeness).mean() if a.likeness else None,
+    "likeness": lambda a: torch.stack(a.likeness).mean(),
     "spread": lambda a: L.spread(a.mixed.images, _probabilities(a)),
     "contrastive": lambda a: a.contrastive,
 }
@@ -89,6 +94,10 @@ def ask(
         means = stack.enter_context(teacher.tap_means()) if contrast is not None else []
         stack.enter_context(autocast())
         logits = teacher(mixed.images)
+    if contrast is not None and not means:
+        raise UserError(UNUSED.format(teacher.name, "contrastive"))
+    if "likeness" in wanted and not likeness:
+        raise UserError(f"teacher {teacher.name} has no feature maps; set synthesis.losses.likeness=0")
     if "activation" in wanted and not features:
         raise UserError(
             f"teacher {teacher.name} does not use its last linear layer, so there are no features to read; set "
@@ -96,11 +105,19 @@ def ask(
         )
     answer = Answer(mixed, manner, logits, features=features, likeness=likeness)
     if statistics is not None:
-        answer.bn = L.BN_DISTANCES[manner.bn_distance](statistics.gather(), statistics.stored)
+        answer.bn = bn_loss(teacher, statistics, manner.bn_distance)
     if contrast is not None:
         with autocast():
             answer.contrastive = contrast(teacher, mixed.images, means, *position)
     return answer
+
+
+def bn_loss(teacher: Teacher, statistics: BatchNormStatistics, distance: str) -> Tensor:
+    """The distance, by its name in BN_DISTANCES, of what a teacher's batch norms saw from what they have stored. Raises
+    UserError where they saw nothing: a norm may stand in a network and serve its training alone."""
+    if not statistics.batch:
+        raise UserError(UNUSED.format(teacher.name, "bn"))
+    return L.BN_DISTANCES[distance](statistics.gather(), statistics.stored)
 
 
 def teacher_terms(answer: Answer, wanted: Mapping[str, float]) -> dict[str, Tensor]:
@@ -159,6 +176,13 @@ def check_losses(
         raise UserError(
             "synthesis.losses.diversity asks what latents make of images, and with generator.arch=pixels they are the "
             "images; set its weight to 0"
+        )
+    labelled = [name for name in ("ce", "diversity", "likeness") if losses.get(name)]
+    unlabelled = generator is not None and not generator.conditional and not isinstance(generator, PixelGenerator)
+    if labelled and unlabelled:
+        raise UserError(
+            f"the generator draws no class on request (conditional=False), which {', '.join(labelled)} would need; set "
+            "their weights to 0, and give one_hot and information some (DAFL)"
         )
     if len({teacher.name for teacher in zoo}) < len(zoo):
         raise UserError(f"teachers need names of their own, got {[teacher.name for teacher in zoo]}")

@@ -119,7 +119,7 @@ def training(shard: Shard, accelerator: Any) -> dict[str, Any]:
         lr=1e-2,
         betas=(0.5, 0.9),
         accelerator=accelerator,
-        shard=shard,
+        shard=None if accelerator else shard,  # the accelerator knows it
     )
     terms = []
     for step in range(STEPS):

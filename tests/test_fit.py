@@ -109,6 +109,23 @@ def test_a_single_teacher_counts_whole_whatever_its_weight(
     assert losses[0] == losses[1] > 3
 
 
+@pytest.mark.parametrize("hold_norms", [False, True])
+def test_measuring_the_student_between_two_updates_changes_nothing(
+    make_stream: Callable[..., SyntheticStream], hold_norms: bool
+) -> None:
+    def trained(measure: bool) -> dict[str, Tensor]:
+        student = network(seed=4)
+        fit = Fit(student, make_stream(), steps=3, hold_norms=hold_norms)
+        for step in range(3):
+            fit.step(step)
+            if measure:
+                student.train(hold_norms)
+        return student.state_dict()
+
+    alone, measured = trained(False), trained(True)
+    assert all(torch.equal(alone[name], measured[name]) for name in alone)
+
+
 def test_without_weight_features_change_nothing(make_stream: Callable[..., SyntheticStream]) -> None:
     ends = [
         fit(network(), make_stream(features=given), steps=3, features=0.0).state_dict().values() for given in (0, 1)

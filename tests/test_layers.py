@@ -35,7 +35,7 @@ CORE: dict[str, set[str]] = {
     "draws": {"runtime"},
     "renewal": {"generators", "runtime"},
     "teachers": {"classifier", "collectives", "draws", "errors", "models", "norms", "paging", "runtime"},
-    "contrast": {"collectives", "losses", "runtime", "teachers"},
+    "contrast": {"collectives", "losses", "norms", "runtime", "teachers"},
     "terms": {"collectives", "contrast", "errors", "generators", "losses", "mixing", "norms", "runtime", "teachers"},
     "synthesis": {
         *("collectives", "contrast", "cuda_graphs", "draws", "errors", "generators", "losses", "mixing", "models"),

@@ -577,6 +577,13 @@ REFUSED: dict[str, tuple[dict[str, float], dict[str, Any], list[str]]] = {
         {"generator": PIXELS},
         ["synthesis.losses.diversity", "generator.arch=pixels", "set its weight to 0"],
     ),
+    "classes of a generator without": (
+        {"ce": 1.0, "likeness": 0.5},
+        {"generator": ConvGenerator(latent=4, classes=3, channels=1, size=8, width=4, conditional=False)},
+        ["conditional=False", "ce, likeness", "set their weights to 0"],
+    ),
+    "half size without rounds": ({"ce": 1.0}, {"coarse": 0.5}, ["coarse", "give pool="]),
+    "several updates without rounds": ({"ce": 1.0}, {"inner": 2}, ["inner", "give pool="]),
     "adversary without a student": ({"adversary": 1.0}, {}, ["synthesis.losses.adversary", "set student.model"]),
 }
 
@@ -592,6 +599,51 @@ def test_losses_that_do_not_fit_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
     for word in words:
         assert word in str(caught.value)
+
+
+class TrainsWithNorm(nn.Module):
+    """A network whose batch norm serves its training alone, and whose layers have no maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(64), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.linear(self.norm(x) if self.training else x)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("bn", {}, "teacher t calls none of its batch norms; set synthesis.losses.bn=0"),
+        ("bn", {"equalise": True}, "teacher t calls none of its batch norms; set synthesis.losses.bn=0"),
+        ("likeness", {}, "teacher t has no feature maps; set synthesis.losses.likeness=0"),
+    ],
+)
+def test_a_term_that_a_teachers_forward_does_not_serve_is_refused(
+    make_generator: MakeGenerator, name: str, options: dict[str, Any], words: str
+) -> None:
+    teacher = Teacher(TrainsWithNorm(), name="t")
+    synthesizer = build(make_generator(), [teacher], {"ce": 1.0, name: 1.0}, **options)
+    with pytest.raises(UserError, match=words):
+        synthesizer.step(0)
+
+
+def test_looking_at_the_images_between_two_updates_changes_nothing(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    def trained(look: bool) -> dict[str, Tensor]:
+        generator = make_generator()
+        synthesizer = build(generator, zoo, MIXMIX)
+        for step in range(3):
+            synthesizer.step(step)
+            if look:
+                generator.eval()
+        return generator.state_dict()
+
+    alone, watched = trained(False), trained(True)
+    assert all(torch.equal(alone[name], watched[name]) for name in alone)
 
 
 def test_a_zoo_that_does_not_fit_its_generator_is_refused(

@@ -262,6 +262,31 @@ def test_a_network_in_half_precision_is_refused(dtype: torch.dtype) -> None:
         Teacher(network, name="digits")
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_programs_without_layers_to_look_into_are_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(72, 3)).eval()
+    example = torch.rand(2, 1, 8, 8)
+    for program in (
+        torch.jit.trace(network, example),
+        torch.jit.script(network),
+        torch.export.export(network, (example,)).module(),
+    ):
+        with pytest.raises(UserError, match=r"digits is a compiled or exported program, .* give the Python module"):
+            Teacher(program, name="digits")
+
+
+def test_the_normalisation_is_where_the_network_is() -> None:
+    teacher = Teacher(nn.Conv2d(1, 2, 3).to("meta"), mean=[0.5], std=[0.2])
+    assert teacher.mean.device == teacher.std.device == torch.device("meta")
+    assert teacher(torch.rand(2, 1, 8, 8, device="meta")).shape == (2, 2, 6, 6)
+
+
+def test_teachers_without_any_weight_are_refused(make_teacher: Callable[..., Teacher]) -> None:
+    zoo = [make_teacher(name, weight=0.0) for name in ("a", "b")]
+    with pytest.raises(UserError, match="the weights of a, b sum to 0; give one a weight above 0"):
+        zoo_logits(zoo, torch.rand(2, 1, 8, 8))
+
+
 def test_a_mean_of_images_in_0_to_255_is_refused() -> None:
     with pytest.raises(UserError, match=r"teacher digits: mean \[123\.7\] is none .* divide mean and std by 255"):
         Teacher(nn.Identity(), name="digits", mean=[123.7], std=[58.4])
@@ -269,7 +294,8 @@ def test_a_mean_of_images_in_0_to_255_is_refused() -> None:
 
 def test_batch_norms_are_found_by_their_statistics() -> None:
     model = nn.Sequential(
-        nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.BatchNorm2d(2, track_running_stats=False), nn.GroupNorm(1, 2)
+        *(nn.BatchNorm1d(2), nn.SyncBatchNorm(2), nn.BatchNorm2d(2, track_running_stats=False), nn.GroupNorm(1, 2)),
+        nn.InstanceNorm2d(2, track_running_stats=True),  # its variance is that within an image
     )
     assert list(batch_norms(model)) == ["0", "1"]
 

@@ -122,7 +122,7 @@ class Fit:
             )
         # In eval mode batch norms keep their statistics, the teacher's: a synthetic batch's would spoil them.
         self.student, self.stream, self.steps, self.hints = student.train(not hold_norms), stream, steps, hints
-        self.clip = clip
+        self.clip, self.hold_norms = clip, hold_norms
         self.graphs = graphs
         self.prepared = prepare(accelerator, student)
         self.warmup, self.temperature = warmup, temperature
@@ -158,6 +158,8 @@ class Fit:
 
     def step(self, step: int) -> dict[str, Tensor]:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
+        if self.student.training == self.hold_norms:  # whoever measured it between two steps may have left it so
+            self.student.train(not self.hold_norms)
         given = self.stream.watched_batch(step, watch=self.hints.watch_teacher if self.hints is not None else None)
         images = given[0]
         reseed(images.device, self.stream.seed, "student", self.stream.shard.rank, step)  # the same after a resume
