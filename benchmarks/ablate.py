@@ -1,6 +1,6 @@
 """What each default is worth: one key changed at a time, at equal training time; for docs/ablations.md.
 
-python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,no adversary"] [KEY=VALUE ...]
+python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,synthesis.lr=1e-3"] [KEY=VALUE ...]
 
 - Equal time, teachers, folders and resuming are those of equal_time.py: the seconds of an update are measured per
   variant, and its steps follow; all seeds have the same teachers.
@@ -20,10 +20,12 @@ from typing import Any
 from bookkeeping import (
     OWN,
     Keys,
+    asked,
     count,
     exit_code,
     given_keys,
     keep_settings,
+    machine,
     numbers,
     positive,
     with_deviation,
@@ -100,12 +102,13 @@ GRADED = ("warmup", "fade", "replay", "bn", "ce", "diversity", "adversary", "map
 
 def make_variant(name: str, given: Keys) -> Method:
     """A variant of the recipe and keys given, as a row of the table."""
-    if name not in VARIANTS:
-        raise UserError(f"unknown variant {name!r}; choose from {', '.join(VARIANTS)}")
-    keys = {**given, **VARIANTS[name]}
+    if name not in VARIANTS and "=" not in name:
+        raise UserError(f"unknown variant {name!r}; give KEY=VALUE, or choose from {', '.join(VARIANTS)}")
+    changed = VARIANTS[name] if name in VARIANTS else dict([name.split("=", 1)])
+    keys = {**given, **changed}
     folder = "".join(letter if letter.isalnum() else "-" for letter in name)
     base, recipe = (load_recipe(written(each)).recipe for each in (given, keys))
-    costs = [key for key in VARIANTS[name] if key.rpartition(".")[2] not in FREE]
+    costs = [key for key in changed if key.rpartition(".")[2] not in FREE]
     free = all(key.rpartition(".")[2] in GRADED and attrgetter(key)(base) and attrgetter(key)(recipe) for key in costs)
     return Method(name, folder, keys, recipe, DEFAULTS if free else "")
 
@@ -123,15 +126,16 @@ def gains(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
     """Markdown: a row per variant, the largest gain first."""
     rows = [
-        "| variant | gain, points | student % (seeds) | generator updates | student updates | class agreement % |",
-        "|---" * 6 + "|",
+        "| variant | gain, points | student % (seeds) | seconds | generator updates | student updates "
+        "| class agreement % | note |",
+        "|---" * 8 + "|",
     ]
     found = gains(lines)
     for name in sorted(found, key=lambda name: -statistics.fmean(found[name])):
         own = [line for line in lines if line["method"] == name]
-        accuracy, _, _, generator, student, agreement, _ = cells(own, budget)
+        accuracy, seconds, _, generator, student, agreement, note = cells(own, budget)
         gain = "" if name == DEFAULTS else with_deviation(found[name], "+.2f")
-        rows.append(f"| {name} | {gain} | {accuracy} | {generator} | {student} | {agreement} |")
+        rows.append(f"| {name} | {gain} | {accuracy} | {seconds} | {generator} | {student} | {agreement} | {note} |")
     return "\n".join(rows)
 
 
@@ -140,7 +144,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablate"))
     parser.add_argument(
-        "--variants", help=f"names, with commas between; all that the recipe allows: {', '.join(VARIANTS)}"
+        "--variants", help=f"names or KEY=VALUE, with commas between; all that the recipe allows: {', '.join(VARIANTS)}"
     )
     parser.add_argument("--seeds", type=numbers, default="0,1")
     parser.add_argument("--seconds", type=positive, default=30.0, help="of training")
@@ -157,7 +161,11 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     names.pop(DEFAULTS, None)  # always there
     for name in names:
         try:
-            variants.append(make_variant(name, keys))
+            variant = make_variant(name, keys)
+            if variant.recipe == variants[0].recipe:  # it would be measured against itself
+                print(f"left out: {name}: this recipe has that already", flush=True)
+            else:
+                variants.append(variant)
         except UserError as error:  # three teachers of a zoo of two, say
             if options.variants:
                 raise
@@ -165,9 +173,12 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     check_judged(variants)
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
+    settings["machine"] = machine()
     keep_settings(options.out / "settings.json", settings)
     complete = compare(variants, options.seeds, options.out, settings)
-    if lines := whole_lines(options.out / "figures.jsonl"):
+    if lines := asked(
+        whole_lines(options.out / "figures.jsonl"), [variant.name for variant in variants], options.seeds
+    ):
         print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}")
     return complete
 

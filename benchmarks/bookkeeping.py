@@ -3,12 +3,17 @@
 import dataclasses
 import json
 import math
+import platform
+import signal
 import statistics
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
@@ -41,12 +46,35 @@ def trained_keys(recipe: Recipe) -> Keys:
 
 
 def exit_code(work: Callable[[], bool | None]) -> int:
-    """0 where all work is done, 1 where some is left (it gives False), 2 where it cannot be done, which is said."""
+    """0 where all work is done, 1 where some is left (it gives False), 2 where it cannot be done, which is said.
+
+    SIGTERM ends the processes of the runs too: one that went on would disturb what is measured next.
+    """
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         return 1 if work() is False else 0
     except (UserError, GeneratorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end(number: int, frame: object) -> None:
+    for child in psutil.Process().children():
+        child.terminate()
+    sys.exit(128 + number)
+
+
+def machine() -> str:
+    """The device and the torch that figures are of, as far as rows of others must not stand beside them."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.processor() or 'unknown'}"
+    return f"{device}, torch {torch.__version__}"
+
+
+def asked(lines: Sequence[dict[str, Any]], methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The lines of these methods and seeds: a mean over others beside them would be no comparison."""
+    return [line for line in lines if line["method"] in methods and line["seed"] in seeds]
 
 
 def add(path: Path, line: Mapping[str, Any]) -> None:

@@ -22,7 +22,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from bookkeeping import Keys, count, exit_code, given_keys, keep_settings, numbers, positive, with_deviation, written
+from bookkeeping import (
+    Keys,
+    asked,
+    count,
+    exit_code,
+    given_keys,
+    keep_settings,
+    machine,
+    numbers,
+    positive,
+    with_deviation,
+    written,
+)
 from equal_time import Method, check_judged, compare
 
 from dfkd.curves import whole_lines
@@ -155,6 +167,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
         raise UserError(f"no method in {FOLDER / 'methods'}; give --methods path/x.yaml")
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
+    settings["machine"] = machine()
     methods = [make_method(name, keys, options.teacher) for name in names]
     called = [method.name for method in methods]
     if twice := [name for name in called if called.count(name) > 1]:
@@ -163,7 +176,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     check_judged(methods)
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})
     complete = compare(methods, options.seeds, options.out, settings)
-    if lines := whole_lines(options.out / "figures.jsonl"):
+    if lines := asked(whole_lines(options.out / "figures.jsonl"), called, options.seeds):
         print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}\n\n{against_time(lines)}")
     return complete
 

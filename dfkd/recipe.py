@@ -258,11 +258,18 @@ def _layers(path: Path, trail: tuple[Path, ...] = (), base: str | None = None) -
     if not isinstance(bases, list) or not all(isinstance(name, str) for name in bases):
         raise UserError(f"{_label(path)}: base={shown(bases)} is not allowed; it takes one or a list of recipes")
     found = [_find(name, path.parent, f"{_label(path)}: base") for name in bases]
-    if base is not None and all(file.parent != FOLDER / "methods" for file in found):
+    methods, given = FOLDER / "methods", base
+    if base is not None and all(file.parent != methods for file in found):
         found, base = [_find(base, Path(), f"{COMMAND_LINE}: base")], None
     layers: dict[Path, dict[Any, Any]] = {}
     for file in found:
         layers |= _layers(file, (*trail, path), base)  # a file that is there already keeps its place
+    others = [file for file in layers if file.parent == methods]
+    if base != given and path.parent == methods and others:
+        raise UserError(
+            f"{COMMAND_LINE}: base={given} builds on {_label(others[-1])}, whose terms {_label(path)} would have "
+            "besides its own; give a base that is no method, such as digits_pair"
+        )
     return {**layers, path: layer}
 
 

@@ -3,10 +3,12 @@
 import json
 import math
 import platform
+import subprocess
 import time
 from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from dfkd.teachers import Teacher, zoo_logits
 from dfkd.training import Plan, look, look_at_all
 from dfkd.verdict import generator_notes, last_quarter, teacher_notes, verdict
 from dfkd.whole import whole
-from dfkd.zoo import made_from, training_images
+from dfkd.zoo import made_from, teacher_folder, training_images
 
 JUDGED = 1000  # images of the finished generator, or a few more, whose classes the teachers are asked for
 
@@ -119,6 +121,7 @@ def _teacher_results(parts: Parts, teacher: Teacher, named: Tensor | None) -> di
         "parameters": assemble.parameters(teacher),
         **_measured(named, parts),
         "trained_here": not spec.weights,
+        "folder": spec.weights or str(teacher_folder(parts.recipe, teacher.name, spec)),
     }
 
 
@@ -158,4 +161,19 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:  # it must not cost the run that ends here
             found[name] = "not installed"
-    return found
+    return found | ({"commit": at} if (at := commit()) else {})
+
+
+def commit() -> str:
+    """The commit of the checkout that this code runs from, with `+` where files differ from it; empty elsewhere."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        found = [
+            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.CalledProcessError):  # no git here, or another user's checkout
+        return ""
+    return found[0] + "+" * bool(found[1])

@@ -95,6 +95,11 @@ class Synthesizer:
         shard: Shard | None = None,
         graphs: Calls = DIRECT,
     ) -> None:
+        if not isinstance(generator, ImageGenerator):
+            raise UserError(
+                f"the generator is a {type(generator).__name__}; give one of build_generator(), or a class of your own "
+                "of generators.ImageGenerator (docs/methods.md)"
+            )
         check_losses(losses, zoo, student, generator, bank)
         if batch_size < FEWEST:
             raise UserError(f"the generator learns from {FEWEST} or more images an update, got batch_size={batch_size}")

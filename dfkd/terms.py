@@ -123,14 +123,25 @@ def bn_loss(teacher: Teacher, statistics: BatchNormStatistics, distance: str) ->
 def teacher_terms(answer: Answer, wanted: Mapping[str, float]) -> dict[str, Tensor]:
     """The wanted terms of one teacher, unweighted float32 scalars; what does not apply is left out."""
     found = {name: term(answer) for name, term in TEACHER_TERMS.items() if name in wanted}
-    return {name: value for name, value in found.items() if value is not None}
+    return _scalars({name: value for name, value in found.items() if value is not None})
 
 
 def image_terms(
     images: Tensor, latents: Tensor, labels: Tensor, teacher: Teacher, wanted: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """The wanted terms of images [B, C, H, W] themselves; the teacher gives the normalisation."""
-    return {name: term(images, latents, labels, teacher) for name, term in IMAGE_TERMS.items() if name in wanted}
+    return _scalars(
+        {name: term(images, latents, labels, teacher) for name, term in IMAGE_TERMS.items() if name in wanted}
+    )
+
+
+def _scalars(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms. Raises UserError where one of a user's own is no scalar."""
+    for name, value in terms.items():
+        if not isinstance(value, Tensor) or value.dim():
+            given = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise UserError(f"the term {name} gives {given}; a term is a tensor of one number: take the mean")
+    return terms
 
 
 def check_losses(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from runs_fixture import ROOT, Runs
 
+from dfkd.errors import UserError
 from dfkd.recipe import Loaded, load_recipe
 from generators import PixelGenerator, PoolGenerator, load_generator
 
@@ -73,6 +74,16 @@ def test_what_a_method_says_survives_another_base(base: str, method: str) -> Non
     assert (alone.recipe.name, other.recipe.name) == (method, f"{method}-one")
     assert other.recipe.image.size == 8
     assert list(other.recipe.zoo_specs) == ["plain"]
+
+
+def test_a_method_is_no_base_of_another(runs: Runs) -> None:
+    (runs.folder / "own.yaml").write_text("base: methods/dfq\n")
+    for base in ("methods/dfq", f"{runs.folder}/own.yaml"):
+        with pytest.raises(
+            UserError, match=r"builds on recipes/methods/dfq\.yaml, whose terms recipes/methods/zskt\.yaml"
+        ):
+            load_recipe(["recipe=methods/zskt", f"base={base}"])
+    assert load_recipe([f"recipe={runs.folder}/own.yaml", "base=digits"]).recipe.synthesis.losses.information == 20
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,13 +1,18 @@
 """The benchmarks of pairs and of variants: what they run, that they go on where they stopped, their tables."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
-from runs_fixture import Runs, reset_accelerate
+from runs_fixture import ROOT, Runs, reset_accelerate
 
 from dfkd.recipe import load_recipe
 
@@ -15,6 +20,11 @@ from dfkd.recipe import load_recipe
 @pytest.fixture
 def ablate(benchmark: Callable[[str], ModuleType]) -> ModuleType:
     return benchmark("ablate")
+
+
+@pytest.fixture
+def bookkeeping(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("bookkeeping")
 
 
 @pytest.fixture
@@ -106,6 +116,37 @@ def test_every_variant_is_a_recipe_of_its_own_and_measured_where_its_updates_cos
         assert not ablate.make_variant(name, without).priced
 
 
+def test_a_variant_may_be_any_key_and_is_left_out_where_it_changes_nothing(
+    ablate: ModuleType, monkeypatch: pytest.MonkeyPatch, runs: Runs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[Any] = []
+    monkeypatch.setattr(ablate, "compare", lambda variants, *rest: measured.extend(variants) or True)
+    given = ["--out", "out", "--variants", "synthesis.losses.bn=7,distill.replay=0,no replay"]
+    assert ablate.main([*given, f"recipe={runs.recipe}", "distill.replay=0"]) == 0
+    assert [variant.name for variant in measured] == ["defaults", "synthesis.losses.bn=7"]
+    assert measured[1].recipe.synthesis.losses.bn == 7
+    said = capfd.readouterr().out.splitlines()
+    assert said == [f"left out: {name}: this recipe has that already" for name in ("distill.replay=0", "no replay")]
+
+
+def test_a_table_is_of_the_methods_and_seeds_that_were_asked_for(bookkeeping: ModuleType) -> None:
+    lines = [{"method": name, "seed": seed} for name in ("a", "b") for seed in (0, 1, 5)]
+    assert bookkeeping.asked(lines, ["b"], [5, 0, 7]) == [{"method": "b", "seed": 0}, {"method": "b", "seed": 5}]
+
+
+def test_a_benchmark_that_is_terminated_ends_its_runs(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "methods.py"
+    given = ["--seconds", "600", "--methods", "dafl", "--out", str(tmp_path / "out"), "data.dataset=digits"]
+    started = subprocess.Popen([sys.executable, str(script), *given], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process, deadline = psutil.Process(started.pid), time.monotonic() + 60
+    while not (children := process.children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    started.terminate()
+    assert started.wait(60) == 128 + signal.SIGTERM
+    assert psutil.wait_procs(children, timeout=30)[1] == []
+
+
 def test_gains_are_paired_by_seed(ablate: ModuleType) -> None:
     accuracy = {("defaults", 0): 90.0, ("defaults", 1): 94.0, ("a", 0): 91.0, ("a", 1): 97.0, ("b", 2): 99.0}
     lines = [{"method": name, "seed": seed, "accuracy": value} for (name, seed), value in accuracy.items()]
@@ -113,3 +154,5 @@ def test_gains_are_paired_by_seed(ablate: ModuleType) -> None:
     usual = {"seconds": 60.0, "peak_mb": 1.0, "generator_updates": 9, "student_updates": 9, "note": ""}
     table = ablate.table([{**usual, "class_agreement": {"t": 80.0}, **line} for line in lines], 60.0)
     assert [row[:2] for row in rows(table)[2:]] == [["a", "+2.00 ± 1.41"], ["defaults", ""]]
+    late = ablate.table([{**usual, "class_agreement": {"t": 80.0}, **lines[0], "seconds": 130.0}], 60.0)
+    assert rows(late)[2][3:] == ["130.0", "9", "9", "80.0", "took 130.0 s, not 60"]

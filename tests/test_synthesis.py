@@ -601,6 +601,21 @@ def test_losses_that_do_not_fit_are_refused_in_one_line(
         assert word in str(caught.value)
 
 
+def test_a_term_of_ones_own_is_one_number(
+    zoo: list[Teacher], make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TEACHER_TERMS, "margin", lambda answer: answer.logits.amax(1))
+    monkeypatch.setitem(IMAGE_TERMS, "contrast", lambda images, *rest: 3.0)
+    for name, given in (("margin", rf"\[{BATCH}\]"), ("contrast", "a float")):
+        with pytest.raises(UserError, match=f"the term {name} gives {given}; a term is a tensor of one number"):
+            build(make_generator(), zoo, {"ce": 1.0, name: 1.0}).step(0)
+
+
+def test_a_generator_is_one_of_ours_or_of_its_class(zoo: list[Teacher]) -> None:
+    with pytest.raises(UserError, match=r"the generator is a Linear; give one of build_generator\(\)"):
+        build(nn.Linear(2, 2), zoo, {"ce": 1.0})  # type: ignore[arg-type]
+
+
 class TrainsWithNorm(nn.Module):
     """A network whose batch norm serves its training alone, and whose layers have no maps."""
 
