@@ -4,6 +4,7 @@ python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,
 
 - Equal time, teachers, folders and resuming are those of equal_time.py: the seconds of an update are measured per
   variant, and its steps follow; all seeds have the same teachers.
+- --updates instead: steps are the recipe's own, whatever time they take.
 - Variants that change nothing of what an update does (a rate, a temperature) take the defaults' measured cost.
 - `gain` is the mean over seeds of a variant's accuracy minus the defaults' on the same seed, with its sample standard
   deviation: what a variant changes, less what the seed alone does.
@@ -27,11 +28,10 @@ from bookkeeping import (
     keep_settings,
     machine,
     numbers,
-    positive,
     with_deviation,
     written,
 )
-from equal_time import Method, check_judged, compare
+from equal_time import Method, add_length, check_judged, compare
 from methods import cells, describe
 
 from dfkd.curves import whole_lines
@@ -147,7 +147,7 @@ def main(given: Sequence[str] | None = None) -> int:
         "--variants", help=f"names or KEY=VALUE, with commas between; all that the recipe allows: {', '.join(VARIANTS)}"
     )
     parser.add_argument("--seeds", type=numbers, default="0,1")
-    parser.add_argument("--seconds", type=positive, default=30.0, help="of training")
+    add_length(parser, 30.0)
     parser.add_argument("--lanes", type=count, default=2, help="runs at once, each with its share of the cores")
     options, arguments = parser.parse_known_args(given)
     return exit_code(lambda: tabulate(options, arguments))

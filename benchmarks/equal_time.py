@@ -6,6 +6,7 @@ distill.steps are scaled by one factor such that training takes what it may. Eac
 OUT/figures.jsonl, and OUT/NAME-SEED/ its folder.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bookkeeping import Keys, add, keep_recipes, written
+from bookkeeping import Keys, add, keep_recipes, positive, written
 
 from dfkd.curves import entries, whole_lines
 from dfkd.errors import UserError
@@ -203,7 +204,9 @@ def compare(methods: Sequence[Method], seeds: Sequence[int], out: Path, settings
         ready = {method.name: method for method in with_teachers(methods, out, settings["threads"] * settings["lanes"])}
         lanes = ThreadPoolExecutor(settings["lanes"])
         try:
-            costs = price([ready[name] for name in {method.name: 0 for method, _ in missing}], out, settings, lanes)
+            wanted = [ready[name] for name in {method.name: 0 for method, _ in missing}]
+            costs: Mapping[str, Cost | None] = dict.fromkeys(ready)  # of no use where updates are not to be scaled
+            costs = price(wanted, out, settings, lanes) if settings["seconds"] else costs
             runs = [(ready[method.name], seed) for method, seed in missing if method.name in costs]
             for line in carry_through(runs, costs, out, settings, lanes):
                 add(path, line)
@@ -238,9 +241,23 @@ def price(
     return {name: costs[priced] for name, priced in names.items() if priced in costs}
 
 
+def add_length(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """Give a benchmark the options of how long its runs train; with --updates `seconds` is 0."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--seconds", type=positive, default=seconds, help="of training")
+    group.add_argument(
+        "--updates", dest="seconds", action="store_const", const=0.0, help="as the recipes say, not equal"
+    )
+
+
+def length(settings: Mapping[str, Any]) -> str:
+    """How long the runs train, in words."""
+    return f"{settings['seconds']:g} s of training" if settings["seconds"] else "the recipes' own updates"
+
+
 def carry_through(
     runs: Sequence[tuple[Method, int]],
-    costs: Mapping[str, Cost],
+    costs: Mapping[str, Cost | None],
     out: Path,
     settings: Mapping[str, Any],
     lanes: ThreadPoolExecutor,
@@ -250,10 +267,11 @@ def carry_through(
     names = {}
     for method, seed in runs:
         own, name = work_of(method.recipe), f"{method.folder}-{seed}"
-        work, note = scale(own, costs[method.name], settings["seconds"])
+        cost = costs[method.name]
+        work, note = (own, "") if cost is None else scale(own, cost, settings["seconds"])
         keys = {**method.keys, **changes(own, work), "seed": str(seed), "output": str(out / name)}
         future = lanes.submit(piece, keys, out / "logs" / f"{name}.txt", settings["threads"])
         begun[future], names[future] = partial(figures, method, seed, work, note, out / name), name
-    print(f"{len(runs)} runs of {settings['seconds']:g} s each; logs are in {out / 'logs'}", flush=True)
+    print(f"{len(runs)} runs of {length(settings)} each; logs are in {out / 'logs'}", flush=True)
     for future, memory in finished(names):
         yield begun[future](memory)

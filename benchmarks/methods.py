@@ -8,6 +8,7 @@ python benchmarks/methods.py [--seconds 60] [--seeds 0,1,2] [--methods dafl,cmi]
 - Equal time: the seconds of an update of generator and student are measured first, then synthesis.steps and
   distill.steps are scaled by one factor such that training takes --seconds. Start-up, training of teachers and
   evaluation do not count. Where one round (synthesis.inner) is too long, it is shortened, and the row says so.
+- --updates instead: steps are the recipes' own, whatever time they take; KEY=VALUE sets a paper's schedule.
 - Memory: the peak of the process, or on a GPU that of its tensors. Every run is a process of its own, --lanes at once.
 
 Goes on where it stopped: each finished run is a line of OUT/figures.jsonl, and OUT/NAME-SEED/ its folder.
@@ -31,11 +32,10 @@ from bookkeeping import (
     keep_settings,
     machine,
     numbers,
-    positive,
     with_deviation,
     written,
 )
-from equal_time import Method, check_judged, compare
+from equal_time import Method, add_length, check_judged, compare, length
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
@@ -119,7 +119,7 @@ def cells(lines: Sequence[Mapping[str, Any]], budget: float) -> list[str]:
     seconds = statistics.fmean(line["seconds"] for line in lines)
     updates = [statistics.fmean(line[f"{who}_updates"] for line in lines) for who in ("generator", "student")]
     agreements = [statistics.fmean(line["class_agreement"].values()) for line in lines if line["class_agreement"]]
-    off = [f"{line['seconds']:.1f}" for line in lines if abs(line["seconds"] / budget - 1) > TOLERATED]
+    off = [f"{line['seconds']:.1f}" for line in lines if budget and abs(line["seconds"] / budget - 1) > TOLERATED]
     notes = [f"took {', '.join(off)} s, not {budget:g}"] if off else []
     notes += list(dict.fromkeys(line["note"] for line in lines if line["note"]))
     return [
@@ -137,7 +137,7 @@ def describe(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) ->
     first = lines[0]
     seeds = sorted({line["seed"] for line in lines})
     return (
-        f"{settings['seconds']:g} s of training each, {settings['lanes']} at once with {settings['threads']} thread(s) "
+        f"{length(settings)} each, {settings['lanes']} at once with {settings['threads']} thread(s) "
         f"each; {first['device']}, {first['precision']}, torch {first['versions']['torch']}; "
         f"student {first['student']}; {first['n']} test images; seeds {', '.join(map(str, seeds))}: "
         f"mean ± sample standard deviation (seeds); peak memory: {first['memory']}"
@@ -150,7 +150,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--methods", default=",".join(default_methods()), help="names or files, with commas between")
     parser.add_argument("--seeds", type=numbers, default="0,1,2")
-    parser.add_argument("--seconds", type=positive, default=60.0, help="of training")
+    add_length(parser, 60.0)
     parser.add_argument("--lanes", type=count, default=1, help="runs at once, each with its share of the cores")
     parser.add_argument("--teacher", help="the one that is left; otherwise zoo.main, or residual, or the first")
     options, arguments = parser.parse_known_args(given)

@@ -279,6 +279,21 @@ def test_methods_run_for_the_seconds_given_and_go_on_where_they_stopped(
     assert "(seconds: 0.3 there, 9.0 here)" in capfd.readouterr().err  # nothing else has changed
 
 
+def test_steps_may_be_the_recipes_own(
+    bench: ModuleType, here: list[tuple[str, dict[str, str]]], runs: Runs, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--methods", "./frozen.yaml", "--seeds", "3", "--out", "out", f"training.cache={runs.cache}"]
+    assert bench.main(["--updates", *given, "synthesis.steps=3", "distill.steps=7"]) == 0
+    assert [name for name, _ in here] == ["teachers", "run"]  # nothing is measured
+    (found,) = (json.loads(text) for text in Path("out/figures.jsonl").read_text().splitlines())
+    assert (found["generator_updates"], found["student_updates"], found["note"]) == (3, 7, "")
+    out = capfd.readouterr().out
+    assert "the recipes' own updates each" in out
+    assert "took" not in out
+    with pytest.raises(SystemExit):
+        bench.main(["--updates", "--seconds", "3", *given])
+
+
 def test_what_fails_is_reported_and_the_rest_runs(
     bench: ModuleType,
     equal: ModuleType,
