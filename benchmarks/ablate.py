@@ -11,6 +11,7 @@ python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,
 """
 
 import argparse
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,6 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
-    machine,
     numbers,
     with_deviation,
     written,
@@ -104,7 +104,7 @@ def make_variant(name: str, given: Keys) -> Method:
     """A variant of the recipe and keys given, as a row of the table."""
     if name not in VARIANTS and "=" not in name:
         raise UserError(f"unknown variant {name!r}; give KEY=VALUE, or choose from {', '.join(VARIANTS)}")
-    changed = VARIANTS[name] if name in VARIANTS else dict([name.split("=", 1)])
+    changed = VARIANTS[name] if name in VARIANTS else given_keys([name], "variants")
     keys = {**given, **changed}
     folder = "".join(letter if letter.isalnum() else "-" for letter in name)
     base, recipe = (load_recipe(written(each)).recipe for each in (given, keys))
@@ -157,7 +157,8 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
     keys = {"recipe": "digits", **given_keys(arguments, "all variants", own=set(OWN) - {"recipe"})}
     variants = [make_variant(DEFAULTS, keys)]
-    names = dict.fromkeys(options.variants.split(",") if options.variants else VARIANTS)
+    # Commas between them, not within the brackets of a list.
+    names = dict.fromkeys(re.split(r",(?![^\[{]*[\]}])", options.variants) if options.variants else VARIANTS)
     names.pop(DEFAULTS, None)  # always there
     for name in names:
         try:
@@ -173,7 +174,6 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     check_judged(variants)
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
-    settings["machine"] = machine()
     keep_settings(options.out / "settings.json", settings)
     complete = compare(variants, options.seeds, options.out, settings)
     if lines := asked(

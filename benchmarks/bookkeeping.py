@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import platform
 import signal
 import statistics
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
@@ -61,15 +59,11 @@ def exit_code(work: Callable[[], bool | None]) -> int:
 
 
 def _end(number: int, frame: object) -> None:
-    for child in psutil.Process().children():
+    children = psutil.Process().children()
+    for child in children:
         child.terminate()
+    psutil.wait_procs(children)  # a run writes a checkpoint first
     sys.exit(128 + number)
-
-
-def machine() -> str:
-    """The device and the torch that figures are of, as far as rows of others must not stand beside them."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {platform.processor() or 'unknown'}"
-    return f"{device}, torch {torch.__version__}"
 
 
 def asked(lines: Sequence[dict[str, Any]], methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -30,7 +30,6 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
-    machine,
     numbers,
     with_deviation,
     written,
@@ -135,10 +134,11 @@ def cells(lines: Sequence[Mapping[str, Any]], budget: float) -> list[str]:
 def describe(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """What the table says of all rows, in one line."""
     first = lines[0]
+    machines = {f"{line['device']}, {line['precision']}, torch {line['versions']['torch']}": 0 for line in lines}
     seeds = sorted({line["seed"] for line in lines})
     return (
         f"{length(settings)} each, {settings['lanes']} at once with {settings['threads']} thread(s) "
-        f"each; {first['device']}, {first['precision']}, torch {first['versions']['torch']}; "
+        f"each; {', '.join(machines)}; "
         f"student {first['student']}; {first['n']} test images; seeds {', '.join(map(str, seeds))}: "
         f"mean ± sample standard deviation (seeds); peak memory: {first['memory']}"
     )
@@ -167,7 +167,6 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
         raise UserError(f"no method in {FOLDER / 'methods'}; give --methods path/x.yaml")
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
-    settings["machine"] = machine()
     methods = [make_method(name, keys, options.teacher) for name in names]
     called = [method.name for method in methods]
     if twice := [name for name in called if called.count(name) > 1]:

@@ -57,7 +57,7 @@ def _pieces(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 @cache
 def _shares(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """What each element counts in the mean over pieces of their means."""
-    return (1 / (len(lengths) * torch.tensor(lengths, dtype=torch.float64))).to(device)[_pieces(lengths, device)]
+    return (1 / (len(lengths) * torch.tensor(lengths))).repeat_interleave(torch.tensor(lengths)).to(device)
 
 
 def _joined(batch: Sequence[Moments], stored: Sequence[Moments]) -> list[Tensor]:
@@ -87,7 +87,7 @@ def bn_mse(batch: Sequence[Moments], stored: Sequence[Moments]) -> Tensor:
     its code, where eq. 3 sums."""
     mean, var, mu, sigma2 = _joined(batch, stored)
     errors = (mean - mu).square() + (var - sigma2).square()
-    return errors @ _shares(tuple(len(mean) for mean, _ in batch), errors.device).to(errors)
+    return (errors * _shares(tuple(len(mean) for mean, _ in batch), errors.device)).sum()
 
 
 BN_DISTANCES = {"l2": bn_l2, "kl": bn_kl, "square": bn_square, "mse": bn_mse}

@@ -94,13 +94,20 @@ def print_config(loaded: Loaded) -> str:
     """Every key and value as YAML, with its source as a trailing comment."""
     lines: dict[Keys, str] = {}
     for keys, value, _, _ in _leaves(loaded.recipe):
-        # A layer's name may be a pattern such as *.conv1, which YAML takes for an alias.
-        names = [key if re.fullmatch(r"[A-Za-z_][\w.-]*", key) else json.dumps(key) for key in keys]
+        names = [_quoted(key) for key in keys]
         for depth, name in enumerate(names[:-1]):
             lines.setdefault(keys[: depth + 1], f"{'  ' * depth}{name}:")
         line = f"{'  ' * (len(keys) - 1)}{names[-1]}: {shown(value)}"
         lines[keys] = f"{line:<56}  # {loaded.sources['.'.join(keys)]}"
     return "\n".join(lines.values()) + "\n"
+
+
+def _quoted(key: str) -> str:
+    """A key as YAML reads it back: a pattern of layers may look like an alias, a name like a truth value."""
+    try:
+        return key if yaml.safe_load(key) == key else json.dumps(key)
+    except yaml.YAMLError:
+        return json.dumps(key)
 
 
 def help_text() -> str:

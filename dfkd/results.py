@@ -32,9 +32,11 @@ from dfkd.zoo import made_from, teacher_folder, training_images
 JUDGED = 1000  # images of the finished generator, or a few more, whose classes the teachers are asked for
 
 
-def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], command: str) -> None:
+def finish(
+    parts: Parts, phases: Sequence[Plan], spent: dict[str, float], command: str, used: dict[str, str | None]
+) -> None:
     """Measure, and on the main process write results.json and report.html. Every process measures the same: the zoo's
-    mean logits are a collective."""
+    mean logits are a collective. used are the versions() of when the run began."""
     begun = time.perf_counter()
     recipe, folder, accelerator, shard = parts.recipe, parts.folder, parts.accelerator, parts.shard
     figures, _ = look(parts.generator, parts.zoo, accelerator)
@@ -49,7 +51,7 @@ def finish(parts: Parts, phases: Sequence[Plan], spent: dict[str, float], comman
         "device": describe_device(shard),
         "processes": shard.world,
         "precision": accelerator.mixed_precision,
-        "versions": versions(),
+        "versions": used,
         "teachers": {t.name: _teacher_results(parts, t, named[t.name]) for t in parts.zoo},
         "student": _student_results(parts) if "distill" in recipe.tasks else None,
         "generator": {
@@ -121,7 +123,7 @@ def _teacher_results(parts: Parts, teacher: Teacher, named: Tensor | None) -> di
         "parameters": assemble.parameters(teacher),
         **_measured(named, parts),
         "trained_here": not spec.weights,
-        "folder": spec.weights or str(teacher_folder(parts.recipe, teacher.name, spec)),
+        "weights": spec.weights or str(teacher_folder(parts.recipe, teacher.name, spec)),
     }
 
 
@@ -153,27 +155,26 @@ def describe_device(shard: Shard) -> str:
     return f"{shard.device.type}, {torch.get_num_threads()} threads"
 
 
-def versions() -> dict[str, str]:
+def versions() -> dict[str, str | None]:
     """Versions of what the figures depend on; `not installed` where one runs from its folder."""
-    found = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "commit": commit(Path(__file__).parents[1])}
     for name in ("dfkd", "torch", "torchvision", "timm", "accelerate", "kornia"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # it must not cost the run that ends here
             found[name] = "not installed"
-    return found | ({"commit": at} if (at := commit()) else {})
+    return found
 
 
-def commit() -> str:
-    """The commit of the checkout that this code runs from, with `+` where files differ from it; empty elsewhere."""
-    root = Path(__file__).parents[1]
+def commit(root: Path) -> str | None:
+    """The commit of a checkout, with `+` where files differ from it; None where the folder is none."""
     if not (root / ".git").exists():
-        return ""
+        return None
     try:
         found = [
             subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
             for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         ]
     except (OSError, subprocess.CalledProcessError):  # no git here, or another user's checkout
-        return ""
+        return None
     return found[0] + "+" * bool(found[1])

@@ -28,7 +28,7 @@ from dfkd.norms import check_triton, triton_norms
 from dfkd.phases import make_fit, make_hints, make_loop, make_synthesizer, notes_on_teachers, plans
 from dfkd.recipe import Loaded
 from dfkd.report import closing_table
-from dfkd.results import finish
+from dfkd.results import finish, versions
 from dfkd.runtime import Deadline, Shard, check_compile, compiled, make_accelerator, resolve_precision, say, shut_down
 from dfkd.schema import SELECTED, Recipe
 from dfkd.stream import FRESH, drawn_anew
@@ -114,6 +114,7 @@ def run(loaded: Loaded, command: str) -> int:
     folder = Path(recipe.folder)
     same = "the same command" + (" without overwrite=true" if recipe.overwrite else "")
     accelerator, shard = make_accelerator(recipe.runtime.precision)
+    used = versions()  # before the files of the code may change
     if may_run(loaded, folder):
         phases = plans(recipe)
         parts = build(recipe, accelerator, shard)  # whatever is wrong shows before anything is written or trained
@@ -127,7 +128,7 @@ def run(loaded: Loaded, command: str) -> int:
                     spent = {"teachers": time.perf_counter() - begun}
                     carry_out(parts, phases, spent, deadline)
                 spent["before"] = begun - started
-                finish(parts, phases, spent, command)
+                finish(parts, phases, spent, command, used)
         except OSError as error:
             # Of a full disk torch gives no number.
             remedy = "free some space and " if error.errno in (None, errno.ENOSPC, errno.EDQUOT) else ""

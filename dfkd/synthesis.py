@@ -27,7 +27,17 @@ from dfkd.paging import in_turn
 from dfkd.renewal import RENEWED, draw_anew, redraw_steps
 from dfkd.runtime import Shard, autocast_of, default_shard, eval_mode, frozen, full_precision, prepare, to_bytes
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
-from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask, bn_loss, check_losses, image_terms, teacher_terms
+from dfkd.terms import (
+    IMAGE_TERMS,
+    TEACHER_TERMS,
+    UNUSED,
+    Manner,
+    ask,
+    bn_loss,
+    check_losses,
+    image_terms,
+    teacher_terms,
+)
 from generators import ImageGenerator, PixelGenerator, PoolGenerator
 
 # Larger than torch's 1e-8: the first steps divide each gradient by its own size, and one that is rounding noise would
@@ -117,6 +127,11 @@ class Synthesizer:
                 "inner, coarse, latent_lr and renew are about rounds, whose images a pool takes; give pool="
             )
         self.shard = shard or default_shard(accelerator.device if accelerator is not None else generator.device)
+        if shard is None and accelerator is None and self.shard.world > 1:
+            raise UserError(
+                f"{self.shard.world} processes train one generator by the mean of their gradients, which is an "
+                "accelerator's to take; give accelerator="
+            )
         self.graphs = graphs
         self.generator = generator.train()
         sync_batchnorm(generator)
@@ -161,6 +176,8 @@ class Synthesizer:
         labels = draw_labels(self.shard, 2, self.generator.classes, *position)
         with torch.no_grad(), eval_mode(self.generator), self.zoo[0].tap_means() as means:
             self.zoo[0](self.generator(latents, labels))
+        if not means:
+            raise UserError(UNUSED.format(self.zoo[0].name, "contrastive"))
         return Contrast(sum(each.shape[1] for each in means), self.shard, size=bank, seed=self.seed)
 
     def step(self, step: int) -> dict[str, Tensor]:
@@ -176,7 +193,8 @@ class Synthesizer:
             self._project(latents)
             optimizers.append(self._adam([latents], self.latent_lr))
         if self.equalise and "bn" in self.weights and not self.bn_start:
-            with torch.no_grad():
+            # Once in a run: not worth compiling, where the generator is compiled.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 self.bn_start = self._bn_losses(self._images(latents, labels))
         for k in range(self.inner):
             self._schedule(optimizers, (k, self.inner) if self.pool is not None else (step, self.steps))

@@ -94,8 +94,6 @@ def ask(
         means = stack.enter_context(teacher.tap_means()) if contrast is not None else []
         stack.enter_context(autocast())
         logits = teacher(mixed.images)
-    if contrast is not None and not means:
-        raise UserError(UNUSED.format(teacher.name, "contrastive"))
     if "likeness" in wanted and not likeness:
         raise UserError(f"teacher {teacher.name} has no feature maps; set synthesis.losses.likeness=0")
     if "activation" in wanted and not features:

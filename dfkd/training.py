@@ -19,7 +19,8 @@ from dfkd.errors import Paused, UserError
 from dfkd.evaluate import diversity
 from dfkd.metrics import Metrics, learning_rates
 from dfkd.models.checkpoints import not_finite
-from dfkd.runtime import Deadline, Shard, autocast_of, eval_mode
+from dfkd.paging import in_turn
+from dfkd.runtime import Deadline, Shard, autocast_of, eval_mode, to_bytes, to_float
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, tap_features
 from dfkd.verdict import generator_notes, moving_mean, student_notes
@@ -264,7 +265,8 @@ def look(
             with tap_features(teacher) as features:
                 logits = teacher(images)
             seen |= _seen(teacher.name, logits.argmax(1), labels, classes)
-    figures = diversity(images, features[-1] if features else logits, labels, classes=generator.classes) | seen
+    group = torch.arange(classes, device=device).repeat_interleave(each)  # its means are few, however many classes
+    figures = diversity(images, features[-1] if features else logits, group, classes=classes) | seen
     shown = torch.arange(min(classes, GRID_ROWS), device=device).unsqueeze(1) * each
     grid = images[(shown + torch.arange(GRID_COLUMNS, device=device)).flatten()]
     return {name: float(value) for name, value in figures.items()}, grid
@@ -287,13 +289,12 @@ def look_at_all(
     """Class agreement and predicted balance as `look` has them, of `each` images of every class."""
     device, figures = accelerator.device, dict[str, Tensor]()
     labels = torch.arange(generator.classes, device=device).repeat(each)
-    latents = draw_latents(Shard(device), len(labels), generator.latent, "look at all")
-    guesses: dict[str, list[Tensor]] = {teacher.name: [] for teacher in zoo}
     with eval_mode(generator), autocast_of(accelerator)():
-        for z, y in zip(latents.split(SAMPLE), labels.split(SAMPLE)):
-            images = generator(z, y).float()
-            for teacher in zoo:
-                guesses[teacher.name].append(teacher(images).argmax(1))
-    for name, found in guesses.items():
-        figures |= _seen(name, torch.cat(found), labels, generator.classes)
+        batches = [
+            to_bytes(generator(draw_latents(Shard(device), len(y), generator.latent, "look at all", k), y))
+            for k, y in enumerate(labels.split(SAMPLE))
+        ]
+        for teacher in in_turn(zoo):
+            guesses = torch.cat([teacher(to_float(images)).argmax(1) for images in batches])
+            figures |= _seen(teacher.name, guesses, labels, generator.classes)
     return {name: float(value) for name, value in figures.items()}

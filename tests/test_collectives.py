@@ -21,6 +21,7 @@ from dfkd.collectives import (
     sync_batchnorm,
 )
 from dfkd.draws import Moves
+from dfkd.errors import UserError
 from dfkd.losses import information, kd_l1
 from dfkd.mixing import make_mix
 from dfkd.norms import batch_moments
@@ -132,6 +133,16 @@ def training(shard: Shard, accelerator: Any) -> dict[str, Any]:
     }
 
 
+def refused() -> str:
+    """What is said where the processes of a group would each train a generator of their own."""
+    generator = ConvGenerator(latent=4, classes=3, channels=1, size=8, width=4)
+    try:
+        Synthesizer(generator, zoo(), losses={"ce": 1.0}, steps=STEPS)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def rank_streams(shard: Shard) -> SyntheticStream:
     torch.manual_seed(3)
     generator = ConvGenerator(latent=4, classes=3, channels=1, size=8, width=4).eval()
@@ -158,6 +169,7 @@ def process(rank: int, folder: str, port: int) -> None:
         "means": tensors,
         "zoo": logits,
         "loader": list(loader),
+        "alone": refused(),
         "training": training(shard, accelerator),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
@@ -222,6 +234,10 @@ def test_buffers_to_average_are_the_running_statistics() -> None:
 
 def test_a_process_knows_its_part(ranks: list[dict[str, Any]]) -> None:
     assert [found["shard"] for found in ranks] == [(0, 2), (1, 2)]
+
+
+def test_processes_without_an_accelerator_train_no_generator(ranks: list[dict[str, Any]]) -> None:
+    assert [found["alone"].partition("; ")[2] for found in ranks] == ["give accelerator="] * 2
 
 
 def test_global_moments_and_ddp_gradients_are_those_of_the_global_batch(ranks: list[dict[str, Any]]) -> None:

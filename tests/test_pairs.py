@@ -1,16 +1,15 @@
 """The benchmarks of pairs and of variants: what they run, that they go on where they stopped, their tables."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import psutil
 import pytest
 from runs_fixture import ROOT, Runs, reset_accelerate
 
@@ -96,7 +95,11 @@ def test_a_mistake_is_one_line(pairs: ModuleType, ablate: ModuleType, capfd: pyt
     for given, said in ((["tiny", "seed=1"], "'seed=1'"), (["tiny", "--nonsense"], "'--nonsense'")):
         assert pairs.main([*given, "--out", "out"]) == 2
         assert said in capfd.readouterr().err
-    for given, said in ((["output=x"], "'output=x'"), (["--variants", "none"], "unknown variant 'none'")):
+    for given, said in (
+        (["output=x"], "'output=x'"),
+        (["--variants", "none"], "unknown variant 'none'"),
+        (["--variants", "seed=7"], "'seed=7' is not for variants"),
+    ):
         assert ablate.main([*given, "--out", "out"]) == 2
         (error,) = capfd.readouterr().err.splitlines()
         assert said in error
@@ -121,10 +124,10 @@ def test_a_variant_may_be_any_key_and_is_left_out_where_it_changes_nothing(
 ) -> None:
     measured: list[Any] = []
     monkeypatch.setattr(ablate, "compare", lambda variants, *rest: measured.extend(variants) or True)
-    given = ["--out", "out", "--variants", "synthesis.losses.bn=7,distill.replay=0,no replay"]
+    given = ["--out", "out", "--variants", "synthesis.betas=[0.5,0.9],synthesis.losses.bn=7,distill.replay=0,no replay"]
     assert ablate.main([*given, f"recipe={runs.recipe}", "distill.replay=0"]) == 0
-    assert [variant.name for variant in measured] == ["defaults", "synthesis.losses.bn=7"]
-    assert measured[1].recipe.synthesis.losses.bn == 7
+    assert [each.name for each in measured] == ["defaults", "synthesis.betas=[0.5,0.9]", "synthesis.losses.bn=7"]
+    assert (measured[1].recipe.synthesis.betas, measured[2].recipe.synthesis.losses.bn) == ([0.5, 0.9], 7)
     said = capfd.readouterr().out.splitlines()
     assert said == [f"left out: {name}: this recipe has that already" for name in ("distill.replay=0", "no replay")]
 
@@ -134,17 +137,35 @@ def test_a_table_is_of_the_methods_and_seeds_that_were_asked_for(bookkeeping: Mo
     assert bookkeeping.asked(lines, ["b"], [5, 0, 7]) == [{"method": "b", "seed": 0}, {"method": "b", "seed": 5}]
 
 
-def test_a_benchmark_that_is_terminated_ends_its_runs(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "methods.py"
-    given = ["--seconds", "600", "--methods", "dafl", "--out", str(tmp_path / "out"), "data.dataset=digits"]
-    started = subprocess.Popen([sys.executable, str(script), *given], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    process, deadline = psutil.Process(started.pid), time.monotonic() + 60
-    while not (children := process.children()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+RUN = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print("saved"), exit()))
+print("listens", flush=True)
+time.sleep(600)
+"""
+LANES = f"""
+import subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from bookkeeping import exit_code
+work = lambda: subprocess.run([sys.executable, "-c", {RUN!r}])
+exit_code(lambda: ThreadPoolExecutor(1).submit(work).result())
+"""
+
+
+def test_a_benchmark_that_is_terminated_ends_its_runs_which_may_save_first() -> None:
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
+    command = [sys.executable, "-c", LANES]
+    started = subprocess.Popen(command, env={**os.environ, **path}, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    assert started.stdout.readline() == "listens\n"
     started.terminate()
-    assert started.wait(60) == 128 + signal.SIGTERM
-    assert psutil.wait_procs(children, timeout=30)[1] == []
+    assert started.communicate(timeout=60)[0] == "saved\n"
+    assert started.returncode == 128 + signal.SIGTERM
+
+
+def test_a_pair_that_was_not_measured_on_the_way_has_no_last_quarter(pairs: ModuleType) -> None:
+    line = {"method": "p", "teacher": 90.0, "accuracy": 88.0, "seconds": 60.0, "images_per_second": 5.0, "peak_mb": 9.0}
+    assert rows(pairs.table([{**line, "n": 100, "last_quarter": None}]))[2][4] == "-"
 
 
 def test_gains_are_paired_by_seed(ablate: ModuleType) -> None:

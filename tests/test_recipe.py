@@ -387,7 +387,12 @@ def leaves(value: object, prefix: str = "") -> list[str]:
 
 
 def test_print_config_lists_every_key_with_its_source(folder: Path) -> None:
-    given = ("student.kwargs={width: 8}", "description=a: b # c", "distill.lr=1e-7", "qat.overrides={'*conv1': [8, 8]}")
+    given = (
+        "student.kwargs={width: 8}",
+        "description=a: b # c",
+        "distill.lr=1e-7",
+        "qat.overrides={'*conv1': [8, 8], 'on': [8, 8], layer1: [8, 8]}",
+    )
     loaded = load(*given)
     text = print_config(loaded)
     keys = leaves(dataclasses.asdict(loaded.recipe))
@@ -396,7 +401,7 @@ def test_print_config_lists_every_key_with_its_source(folder: Path) -> None:
     assert len(values) == len(keys)
     for key, line in zip(keys, values, strict=True):
         name = key.rpartition(".")[2]
-        assert line.lstrip().startswith(f'"{name}": ' if name.startswith("*") else f"{name}: ")
+        assert line.lstrip().startswith(f'"{name}": ' if name in ("*conv1", "on") else f"{name}: ")
         assert line.endswith("  # " + loaded.sources[key])
     assert OmegaConf.to_container(OmegaConf.create(text)) == dataclasses.asdict(loaded.recipe)
 

@@ -126,6 +126,14 @@ def test_report_shows_every_part_and_needs_nothing_else(tmp_path: Path) -> None:
     assert "http" not in (tmp_path / "digits & co" / "report.html").read_text()
 
 
+def test_report_shows_the_students_file(tmp_path: Path) -> None:
+    student = RESULTS["student"] | {"export": {"file": "model.onnx", "latency_ms": 0.125}}
+    (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"student": student}))
+    text = Page(write_report(tmp_path).read_text()).text
+    assert "Student: file to deploy" in text
+    assert "0.125" in text
+
+
 def test_report_escapes_what_it_is_given(tmp_path: Path) -> None:
     write_run(tmp_path)
     page = shown(tmp_path)

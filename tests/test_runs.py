@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import signal
+import subprocess
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -23,7 +24,7 @@ from dfkd.compress.files import load_compressed
 from dfkd.data import opened
 from dfkd.models import build_model, save_model
 from dfkd.recipe import load_recipe
-from dfkd.results import versions
+from dfkd.results import commit, versions
 from dfkd.run import say_groups
 from generators import load_generator
 
@@ -110,6 +111,18 @@ def test_what_is_not_installed_has_no_version_and_costs_no_run(monkeypatch: pyte
     monkeypatch.setattr("dfkd.results.version", version)
     found = versions()
     assert (found["dfkd"], found["torch"]) == ("not installed", "torch 1")
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_where_files_differ(tmp_path: Path) -> None:
+    assert commit(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "code.py").write_text("1")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "log", "-1", "--format=%H"], capture_output=True, text=True, check=True).stdout
+    assert commit(tmp_path) == head[:12]
+    (tmp_path / "code.py").write_text("2")
+    assert commit(tmp_path) == head[:12] + "+"
 
 
 def test_results_hold_every_figure_of_the_contract(runs: Runs) -> None:

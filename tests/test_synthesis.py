@@ -633,6 +633,7 @@ class TrainsWithNorm(nn.Module):
     [
         ("bn", {}, "teacher t calls none of its batch norms; set synthesis.losses.bn=0"),
         ("bn", {"equalise": True}, "teacher t calls none of its batch norms; set synthesis.losses.bn=0"),
+        ("contrastive", {"bank": 8}, "teacher t calls none of its batch norms; set synthesis.losses.contrastive=0"),
         ("likeness", {}, "teacher t has no feature maps; set synthesis.losses.likeness=0"),
     ],
 )
@@ -640,9 +641,8 @@ def test_a_term_that_a_teachers_forward_does_not_serve_is_refused(
     make_generator: MakeGenerator, name: str, options: dict[str, Any], words: str
 ) -> None:
     teacher = Teacher(TrainsWithNorm(), name="t")
-    synthesizer = build(make_generator(), [teacher], {"ce": 1.0, name: 1.0}, **options)
     with pytest.raises(UserError, match=words):
-        synthesizer.step(0)
+        build(make_generator(), [teacher], {"ce": 1.0, name: 1.0}, **options).step(0)
 
 
 def test_looking_at_the_images_between_two_updates_changes_nothing(
