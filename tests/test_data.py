@@ -213,6 +213,43 @@ def test_torchvision_data_sets_come_out_alike(tmp_path: Path, monkeypatch: pytes
     assert np.abs(load("cifar10", size=32).images[:, 0].numpy() - luma).max() <= 0.5 + 1e-4
 
 
+class Split:
+    """What torchvision gives of a split: white images of the training split, dark ones of the test split."""
+
+    def __init__(self, root: str, download: bool, train: bool | None = None, split: str = "") -> None:
+        pixels = np.full(self.shape, 200 if train or split == "train" else 30, np.uint8)
+        self.data = torch.from_numpy(pixels) if len(self.shape) == 3 else pixels
+        self.targets = self.labels = np.arange(5)
+
+
+SPLITS = {
+    "mnist": ("MNIST", (5, 28, 28), 10),
+    "fashionmnist": ("FashionMNIST", (5, 28, 28), 10),
+    "svhn": ("SVHN", (5, 3, 32, 32), 10),
+    "cifar10": ("CIFAR10", (5, 32, 32, 3), 10),
+    "cifar100": ("CIFAR100", (5, 32, 32, 3), 100),
+}
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("dataset", SPLITS)
+def test_a_split_is_the_one_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, dataset: str, train: bool) -> None:
+    name, shape, classes = SPLITS[dataset]
+    kind = type(name, (Split,), {"shape": shape, "classes": [str(k) for k in range(classes)]})
+    monkeypatch.setattr(f"torchvision.datasets.{name}", kind)
+    assert load(dataset, train, size=28, classes=classes).images.unique().tolist() == [200 if train else 30]
+
+
+def test_a_downloaded_image_is_made_smaller_as_pillow_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    kind = type("Random", (Split,), {"shape": pixels.shape, "data": pixels, "classes": list("0123456789")})
+    monkeypatch.setattr(kind, "__init__", lambda self, root, download, train: setattr(self, "targets", np.arange(4)))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", kind)
+    found = load("cifar10", size=16, channels=3).images.permute(0, 2, 3, 1).int()
+    exact = np.stack([Image.fromarray(each).resize((16, 16), Image.Resampling.BILINEAR) for each in pixels])
+    assert (found - torch.from_numpy(exact).int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("dataset", ["mnist", "fashionmnist", "svhn", "cifar10", "cifar100"])
 def test_failed_download_names_root_and_the_alternative(dataset: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()

@@ -20,7 +20,7 @@ from dfkd.errors import UserError
 from dfkd.export import export_onnx, stored_type
 from dfkd.stream import SyntheticStream, from_noise
 from dfkd.teachers import Teacher
-from dfkd.verify import verify
+from dfkd.verify import _session, verify
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -174,6 +174,17 @@ def test_a_float_file_of_another_size_is_timed_on_its_own(tmp_path: Path) -> Non
     small, large = (Classifier(nn.Sequential(nn.Flatten(), nn.Linear(n * n, 3)), input_size=n) for n in (8, 12))
     paths = [export_onnx(model, images(2), tmp_path / f"{k}.onnx") for k, model in enumerate((small, large))]
     assert verify(paths[0], small, images(4), float_path=paths[1], repeats=1)["float_latency_ms"] > 0
+
+
+def test_times_are_those_of_the_file_the_batch_and_the_threads(tmp_path: Path) -> None:
+    quick = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)))
+    slow = Classifier(nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(9216, 3)))
+    shown = torch.rand(32, 1, 16, 16)
+    paths = [export_onnx(model, shown, tmp_path / f"{k}.onnx") for k, model in enumerate((quick, slow))]
+    found = verify(paths[0], quick, shown, float_path=paths[1], repeats=5)
+    assert found["float_latency_ms"] > 3 * found["latency_ms"]
+    assert found["float_latency_32_ms"] > 4 * found["float_latency_ms"]
+    assert _session(paths[0], 3).get_session_options().intra_op_num_threads == 3
 
 
 class Named(nn.Module):

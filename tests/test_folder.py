@@ -86,6 +86,17 @@ def test_what_a_run_needs_is_not_removed(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked(folder, "overwrite=true", "teachers.plain.weights=run/net.pt")  # no run's, so it stays
 
 
+@pytest.mark.parametrize("key", ["data.root", "data.train_root", "training.cache", "prune.input"])
+def test_data_and_models_in_a_runs_folder_are_not_removed(tmp_path: Path, key: str) -> None:
+    folder = tmp_path / "run"
+    given = folder / "images" / "mine"
+    given.mkdir(parents=True)
+    recipe = ["recipe=digits", f"output={folder}", "tasks=[generator,prune]"]
+    (folder / "config.yaml").write_text(load_recipe(recipe).yaml())
+    with pytest.raises(UserError, match=f"overwrite=true would remove {given}"):
+        may_run(load_recipe([*recipe, "overwrite=true", f"{key}={given}"]), folder)
+
+
 def test_a_run_does_not_go_on_where_auto_is_another_precision(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = (*SHORT, "runtime.precision=auto", "runtime.minutes=0.0001")
     assert runs.run("teachers", *pieces[:-1]).code == 0  # in this precision, so that the run's time is not theirs

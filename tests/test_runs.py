@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from runs_fixture import STEPS, Runs
+from runs_fixture import STEPS, Runs, reset_accelerate
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,10 +22,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dfkd.cli import main
 from dfkd.compress.files import load_compressed
 from dfkd.data import opened
+from dfkd.losses import STUDENT_LOSSES
 from dfkd.models import build_model, save_model
+from dfkd.phases import make_fit, make_synthesizer, plans
 from dfkd.recipe import load_recipe
 from dfkd.results import commit, versions
-from dfkd.run import say_groups
+from dfkd.run import build, say_groups
+from dfkd.runtime import make_accelerator
+from dfkd.terms import Manner
 from generators import load_generator
 
 SHORT = ("synthesis.steps=3", "distill.steps=2", "runtime.log_every=1")
@@ -123,6 +127,41 @@ def test_the_commit_is_that_of_the_checkout_and_says_where_files_differ(tmp_path
     assert commit(tmp_path) == head[:12]
     (tmp_path / "code.py").write_text("2")
     assert commit(tmp_path) == head[:12] + "+"
+
+
+def test_what_a_recipe_says_of_training_is_what_trains(runs: Runs) -> None:
+    given = (
+        *("distill.lr=0.03", "distill.weight_decay=0.007", "distill.warmup=3", "distill.loss=mae"),
+        *(
+            "distill.temperature=7",
+            "distill.clip=1.5",
+            "distill.batch_size=12",
+            "distill.replay=5",
+            "distill.fresh=0.25",
+        ),
+        *("distill.shift=0.25", "distill.flip=true", "distill.features=2"),
+        *("synthesis.lr=0.004", "synthesis.betas=[0.4,0.9]", "synthesis.clip=2", "synthesis.bn_distance=kl"),
+        *("synthesis.equalise=false", "synthesis.adversary_loss=js", "synthesis.adversary_mask=false"),
+        *("synthesis.cosine=true", "synthesis.as_trained=false", "synthesis.jitter=3", "synthesis.flip=true"),
+        *("synthesis.penalise=true", "synthesis.learn_weights=false", "synthesis.warmup=0.2", "synthesis.fade=0.1"),
+    )
+    recipe = load_recipe(runs.arguments("x", *given)).recipe
+    try:
+        parts = build(recipe, *make_accelerator("fp32"))
+        fit, synthesizer = make_fit(parts, plans(recipe)[0]), make_synthesizer(parts)
+    finally:
+        reset_accelerate()
+    decay = fit.optimizer.param_groups[0]["weight_decay"]
+    assert (fit.rates[0], decay, fit.warmup, fit.temperature, fit.clip) == (0.03, 0.007, 3, 7, 1.5)
+    assert fit.loss is STUDENT_LOSSES["mae"]
+    assert float(fit.weights.sum()) == pytest.approx(2)
+    stream = fit.stream
+    assert (stream.batch_size, stream.replay.slots, stream.fresh, stream.shift, stream.flip) == (12, 5, 3, 0.25, True)
+    assert synthesizer.manner == Manner("kl", "js", False)
+    assert (synthesizer.lr, synthesizer.betas, synthesizer.clip) == (0.004, (0.4, 0.9), 2)
+    assert (synthesizer.equalise, synthesizer.penalise, synthesizer.log_variance) == (False, True, {})
+    assert (synthesizer.cosine, synthesizer.as_trained, synthesizer.jitter, synthesizer.flip) == (True, False, 3, True)
+    assert (synthesizer.rise, synthesizer.fall) == (0.2 * synthesizer.steps, 0.1 * synthesizer.steps)
 
 
 def test_results_hold_every_figure_of_the_contract(runs: Runs) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from runs_fixture import Runs, reset_accelerate, start, wait_for
@@ -25,7 +26,7 @@ from dfkd.models.checkpoints import read_description
 from dfkd.recipe import load_recipe
 from dfkd.run import build
 from dfkd.runtime import make_accelerator
-from dfkd.stream import from_images
+from dfkd.stream import from_generator, from_images
 from dfkd.tasks import TASKS, TRAINED
 from dfkd.teachers import Teacher
 
@@ -83,6 +84,11 @@ def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs)
         assert task["after"] == pytest.approx(accuracy_of(folder), abs=1e-9)
         assert (folder / "model.onnx").stat().st_size == task["export"]["size_bytes"]
         assert task["export"]["agreement"] == 100
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+        images = torch.rand(20, 1, 8, 8)
+        given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        expected = load_compressed(folder)(images).detach()
+        assert (given - expected).norm() < 0.02 * expected.norm()
     assert found["qat"]["before"] == found["prune"]["after"]
     assert found["qat"]["cost"]["before"] == found["prune"]["cost"]["after"]
     assert found["ptq"]["before"] == results(runs.folder / "all")["student"]["accuracy"]
@@ -97,6 +103,54 @@ def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs)
     page = (runs.folder / "all" / "report.html").read_text()
     assert "Compression" in page
     assert "sqnr_db" in page
+
+
+def test_the_main_teacher_alone_is_learned_compressed_and_compared_with(runs: Runs) -> None:
+    short = [*(key for key in SHORT if not key.startswith("prune.steps")), "prune.steps=0"]
+    assert runs.run("made", "tasks=[generator]", *short).code == 0
+    given = (f"generator.checkpoint={runs.folder / 'made' / 'generator'}", "tasks=[distill,prune]", *short)
+    assert runs.run("both", "zoo.main=residual", "export.input=student", *given).code == 0
+    assert runs.run("alone", "teachers.plain.enabled=false", "export.input=none", *given).code == 0
+    both, alone = (runs.folder / name for name in ("both", "alone"))
+    for name in ("student", "prune"):
+        weights = [(folder / name / "model.safetensors").read_bytes() for folder in (both, alone)]
+        assert weights[0] == weights[1]
+    found, teacher = results(both), results(both)["teachers"]["residual"]
+    assert read_description(both / "prune")["model"] == "dfkd:tiny_residual"
+    assert found["tasks"]["prune"]["before"] == pytest.approx(teacher["accuracy"])
+    student = found["student"]
+    assert student["agreement"] == results(alone)["student"]["agreement"]
+    assert student["ratio"] == pytest.approx(student["parameters"] / teacher["parameters"])
+    session = onnxruntime.InferenceSession(str(both / "student" / "model.onnx"), providers=["CPUExecutionProvider"])
+    images = torch.rand(20, 1, 8, 8)
+    logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    torch.testing.assert_close(logits, load_compressed(both / "student")(images).detach(), rtol=1e-3, atol=1e-3)
+    assert student["export"]["agreement"] == 100
+
+
+def test_images_to_train_on_to_calibrate_by_and_to_judge_by_are_others(runs: Runs) -> None:
+    recipe = load_recipe(runs.arguments("x", "tasks=[generator]", *SHORT)).recipe
+    try:
+        parts = build(recipe, *make_accelerator("fp32"))
+        seen: list[set[tuple[float, ...]]] = []
+
+        def latents(draw: Callable[[], object]) -> set[tuple[float, ...]]:
+            rows: set[tuple[float, ...]] = set()
+            hook = parts.generator.register_forward_pre_hook(
+                lambda module, given: rows.update(map(tuple, given[0].tolist()))
+            )
+            draw()
+            hook.remove()
+            return rows
+
+        training = tasks.training_stream(parts, parts.generator, parts.zoo, 16)
+        seen.append(latents(lambda: [training.batch(k) for k in range(20)]))
+        seen.append(latents(lambda: list(tasks.held_out(parts))))
+        seen.append(latents(lambda: tasks.calibration(parts, from_generator(parts.generator)).batch(0)))
+    finally:
+        reset_accelerate()
+    assert [len(rows) for rows in seen] == [320, tasks.HELD_OUT, tasks.CALIBRATION_BATCH]
+    assert len(set.union(*seen)) == sum(map(len, seen))
 
 
 def test_prune_then_distil_then_quantise(runs: Runs) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -279,6 +280,24 @@ def test_the_normalisation_is_where_the_network_is() -> None:
     teacher = Teacher(nn.Conv2d(1, 2, 3).to("meta"), mean=[0.5], std=[0.2])
     assert teacher.mean.device == teacher.std.device == torch.device("meta")
     assert teacher(torch.rand(2, 1, 8, 8, device="meta")).shape == (2, 2, 6, 6)
+
+
+def test_a_teacher_is_trained_as_torchs_sgd_trains_it() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    twin = copy.deepcopy(network).double()
+    images, labels = torch.randint(256, (32, 1, 8, 8), dtype=torch.uint8), torch.arange(32) % 3
+    classifier = Classifier(network, mean=[0.4], std=[0.3])
+    assert train_teacher(classifier, images, labels, epochs=5, batch_size=32, lr=0.1, weight_decay=0.01)
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.01)
+    for progress in (0.0, 0.2, 0.4, 0.6, 0.8):  # up over the first fifth, then a cosine
+        rate = progress / 0.2 if progress < 0.2 else (1 + math.cos(math.pi * (progress - 0.2) / 0.8)) / 2
+        sgd.param_groups[0]["lr"] = 0.1 * rate
+        sgd.zero_grad()
+        F.cross_entropy(twin((images.double() / 255 - 0.4) / 0.3), labels).backward()
+        sgd.step()
+    for ours, exact in zip(network.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_teachers_without_any_weight_are_refused(make_teacher: Callable[..., Teacher]) -> None:

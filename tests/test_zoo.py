@@ -112,6 +112,23 @@ def test_a_generator_begins_with_the_mean_pixel_of_the_teachers_that_know_one() 
     assert pixel_statistics(networks[2:], 3) == ([0.5] * 3, [0.25] * 3)
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("seed=1", "training.epochs=7", "training.lr=0.2", "training.batch_size=64", "training.weight_decay=0"),
+        *("training.shift=0.2", "training.flip=true", "image.size=20", "data.root=x", "runtime.channels_last=false"),
+        *("teachers.plain.kwargs={width: 9}", "teachers.plain.mean=[0.4]", "teachers.plain.model=dfkd:tiny_residual"),
+    ],
+)
+def test_a_teacher_is_kept_by_all_that_it_was_trained_by_and_nothing_else(key: str) -> None:
+    def folder(*keys: str) -> Path:
+        recipe = load_recipe(["recipe=digits", *keys]).recipe
+        return teacher_folder(recipe, "plain", recipe.zoo_specs["plain"])
+
+    assert folder(key) != folder()
+    assert folder("distill.lr=0.3") == folder("teachers.plain.weight=2") == folder()
+
+
 def test_teachers_trained_otherwise_are_not_found_for_each_other() -> None:
     keys = ("teachers.plain.pad=2", "teachers.plain.flip=true", "runtime.precision=fp32", "runtime.precision=bf16")
     recipes = [load(key) for key in keys]
