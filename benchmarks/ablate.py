@@ -11,7 +11,6 @@ python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,
 """
 
 import argparse
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
+    machine,
     numbers,
     with_deviation,
     written,
@@ -113,6 +113,18 @@ def make_variant(name: str, given: Keys) -> Method:
     return Method(name, folder, keys, recipe, DEFAULTS if free else "")
 
 
+def parted(text: str) -> list[str]:
+    """Variants with commas between; those within brackets are a value's own."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
 def gains(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Per variant what it has over the defaults, in points, seed by seed where both are there."""
     of = {(line["method"], line["seed"]): line["accuracy"] for line in lines}
@@ -157,8 +169,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
     keys = {"recipe": "digits", **given_keys(arguments, "all variants", own=set(OWN) - {"recipe"})}
     variants = [make_variant(DEFAULTS, keys)]
-    # Commas between them, not within the brackets of a list.
-    names = dict.fromkeys(re.split(r",(?![^\[{]*[\]}])", options.variants) if options.variants else VARIANTS)
+    names = dict.fromkeys(parted(options.variants) if options.variants else VARIANTS)
     names.pop(DEFAULTS, None)  # always there
     for name in names:
         try:
@@ -174,6 +185,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     check_judged(variants)
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
+    settings["machine"] = machine() if options.seconds else "any"
     keep_settings(options.out / "settings.json", settings)
     complete = compare(variants, options.seeds, options.out, settings)
     if lines := asked(

@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import math
+import platform
 import signal
 import statistics
 import sys
+import threading
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
+from accelerate.utils import parse_flag_from_env
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
@@ -23,6 +27,7 @@ from generators import GeneratorError
 
 OWN = ("recipe", "output", "seed", "overwrite")  # keys that are not for the command line here
 Keys = dict[str, str]
+ENDING = threading.Event()  # SIGTERM came: no process is begun any more
 
 
 def given_keys(arguments: Sequence[str], what: str, own: Collection[str] = OWN) -> Keys:
@@ -46,7 +51,8 @@ def trained_keys(recipe: Recipe) -> Keys:
 def exit_code(work: Callable[[], bool | None]) -> int:
     """0 where all work is done, 1 where some is left (it gives False), 2 where it cannot be done, which is said.
 
-    SIGTERM ends the processes of the runs too: one that went on would disturb what is measured next.
+    SIGTERM ends the processes of the runs too, which write their checkpoints first: one that went on would disturb what
+    is measured next.
     """
     before = signal.signal(signal.SIGTERM, _end)
     try:
@@ -59,11 +65,20 @@ def exit_code(work: Callable[[], bool | None]) -> int:
 
 
 def _end(number: int, frame: object) -> None:
-    children = psutil.Process().children()
-    for child in children:
+    ENDING.set()
+    for child in psutil.Process().children():
         child.terminate()
-    psutil.wait_procs(children)  # a run writes a checkpoint first
     sys.exit(128 + number)
+
+
+def machine() -> str:
+    """The device and the torch by which updates are priced, and figures at equal time are alike."""
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, torch {torch.__version__}"
 
 
 def asked(lines: Sequence[dict[str, Any]], methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 pairs.py.
 
 The seconds of an update of generator and student are measured first (OUT/costs.jsonl); then synthesis.steps and
-distill.steps are scaled by one factor such that training takes what it may. Each finished run is a line of
-OUT/figures.jsonl, and OUT/NAME-SEED/ its folder.
+distill.steps are scaled by one factor such that training takes what it may; with --updates neither. Each finished run
+is a line of OUT/figures.jsonl, and OUT/NAME-SEED/ its folder.
 """
 
 import argparse
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any, NamedTuple
 
-from bookkeeping import Keys, add, keep_recipes, positive, written
+from bookkeeping import ENDING, Keys, add, keep_recipes, positive, written
 
 from dfkd.curves import entries, whole_lines
 from dfkd.errors import UserError
@@ -108,13 +109,17 @@ def launch(child: str, keys: Keys, seconds: float, log: Path, threads: int) -> d
     """One of child.py's CHILDREN in a process of its own. Raises UserError with its last words where it fails."""
     command = [sys.executable, str(CHILD), child, str(seconds), *written(keys)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if ENDING.is_set():
+        raise UserError(f"{log}: not begun, since SIGTERM came")
+    # Not subprocess.run, which kills the process where SIGTERM comes: this waits for its checkpoint.
+    with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=environment) as process:
+        out, errors = process.communicate()
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text(done.stdout + done.stderr)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise UserError(f"{log} ends in: {said[-1] if said else f'exit code {done.returncode}'}")
-    return json.loads(done.stdout.splitlines()[-1])
+    log.write_text(out + errors)
+    if process.returncode:
+        said = (errors or out).strip().splitlines()
+        raise UserError(f"{log} ends in: {said[-1] if said else f'exit code {process.returncode}'}")
+    return json.loads(out.splitlines()[-1])
 
 
 def piece(keys: Keys, log: Path, threads: int) -> dict[str, Any]:

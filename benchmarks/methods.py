@@ -30,6 +30,7 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
+    machine,
     numbers,
     with_deviation,
     written,
@@ -167,6 +168,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
         raise UserError(f"no method in {FOLDER / 'methods'}; give --methods path/x.yaml")
     threads = max(1, cores() // options.lanes)
     settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
+    settings["machine"] = machine() if options.seconds else "any"  # the recipes' own updates are alike on all
     methods = [make_method(name, keys, options.teacher) for name in names]
     called = [method.name for method in methods]
     if twice := [name for name in called if called.count(name) > 1]:

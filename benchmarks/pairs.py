@@ -26,6 +26,7 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
+    machine,
     numbers,
     positive,
     trained_keys,
@@ -111,7 +112,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
     """Do what is left of a pair; raises Paused where the deadline comes first."""
     keys: Keys = {"recipe": PAIRS[options.pair], **given_keys(arguments, "all seeds")}
     folder = options.out / options.pair
-    settings = {"budget": options.budget, "keys": keys}
+    settings = {"budget": options.budget, "keys": keys, "machine": machine()}
     keep_settings(folder / "settings.json", settings)
     keys |= trained(keys, deadline)
     method = Method(options.pair, options.pair, keys, load_recipe(written(keys)).recipe)

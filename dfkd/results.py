@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import platform
 import subprocess
 import time
@@ -170,9 +171,11 @@ def commit(root: Path) -> str | None:
     """The commit of a checkout, with `+` where files differ from it; None where the folder is none."""
     if not (root / ".git").exists():
         return None
+    git = ["git", "--no-optional-locks", "-C", str(root)]
+    own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # a hook's are its checkout's
     try:
         found = [
-            subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+            subprocess.run([*git, *words], env=own, capture_output=True, text=True, check=True).stdout.strip()
             for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         ]
     except (OSError, subprocess.CalledProcessError):  # no git here, or another user's checkout

@@ -1,6 +1,7 @@
 """Training of the generator against the zoo: one update, or one round of them, is one `Synthesizer.step`."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import groupby
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd import losses as L
-from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm
+from dfkd.collectives import all_gather, all_reduce_mean, mean_over_processes, sync_batchnorm, world_size
 from dfkd.contrast import Contrast
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import STILL, Moves, augment, draw_labels, draw_latents, jitter
@@ -127,9 +128,10 @@ class Synthesizer:
                 "inner, coarse, latent_lr and renew are about rounds, whose images a pool takes; give pool="
             )
         self.shard = shard or default_shard(accelerator.device if accelerator is not None else generator.device)
-        if shard is None and accelerator is None and self.shard.world > 1:
+        world = max(world_size(), int(os.environ.get("WORLD_SIZE", "1")))
+        if accelerator is None and world > 1:
             raise UserError(
-                f"{self.shard.world} processes train one generator by the mean of their gradients, which is an "
+                f"{world} processes train one generator by the mean of their gradients, which is an "
                 "accelerator's to take; give accelerator="
             )
         self.graphs = graphs

@@ -286,7 +286,7 @@ def _seen(name: str, guesses: Tensor, labels: Tensor, classes: int) -> dict[str,
 def look_at_all(
     generator: ImageGenerator, zoo: Sequence[Teacher], accelerator: Accelerator, each: int
 ) -> dict[str, float]:
-    """Class agreement and predicted balance as `look` has them, of `each` images of every class."""
+    """Class agreement and predicted balance as `look` has them, of `each` images of every class, in 8 bits."""
     device, figures = accelerator.device, dict[str, Tensor]()
     labels = torch.arange(generator.classes, device=device).repeat(each)
     with eval_mode(generator), autocast_of(accelerator)():

@@ -37,8 +37,8 @@ def generator_notes(
     bn: Mapping[str, tuple[float, float]],
     progress: float = 1.0,
 ) -> dict[str, str]:
-    """By name what looks wrong with a generator: figures are those of training.look, bn the batch-norm loss of each
-    teacher at the start and now, progress the share of its steps that are done."""
+    """By name what looks wrong with a generator: figures are those of training.look (or look_at_all), bn the
+    batch-norm loss of each teacher at the start and now, progress the share of its steps that are done."""
     notes = dict[str, str]()
     if isinstance(generator, PixelGenerator):  # noise, which nothing trained
         return notes

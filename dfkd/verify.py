@@ -116,7 +116,7 @@ def verify(
     mine, theirs, last = [], [], torch.empty(0)
     with eval_mode(model):
         for batch in batches:
-            batch = to_float(batch)
+            batch = to_float(batch).float()
             last = batch.cpu().float()
             last = model.resized(last) if isinstance(model, Classifier) else last
             if (shape := list(last.shape[1:])) != (own := session.get_inputs()[0].shape[1:]):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dfkd import verify as verification
 from dfkd.classifier import Classifier
 from dfkd.compress.graph import with_network
 from dfkd.compress.prepare import prepare, round_biases
@@ -20,7 +21,7 @@ from dfkd.errors import UserError
 from dfkd.export import export_onnx, stored_type
 from dfkd.stream import SyntheticStream, from_noise
 from dfkd.teachers import Teacher
-from dfkd.verify import _session, verify
+from dfkd.verify import verify
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -176,15 +177,33 @@ def test_a_float_file_of_another_size_is_timed_on_its_own(tmp_path: Path) -> Non
     assert verify(paths[0], small, images(4), float_path=paths[1], repeats=1)["float_latency_ms"] > 0
 
 
-def test_times_are_those_of_the_file_the_batch_and_the_threads(tmp_path: Path) -> None:
-    quick = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(256, 3)))
-    slow = Classifier(nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3), nn.Flatten(), nn.Linear(9216, 3)))
-    shown = torch.rand(32, 1, 16, 16)
-    paths = [export_onnx(model, shown, tmp_path / f"{k}.onnx") for k, model in enumerate((quick, slow))]
-    found = verify(paths[0], quick, shown, float_path=paths[1], repeats=5)
-    assert found["float_latency_ms"] > 3 * found["latency_ms"]
-    assert found["float_latency_32_ms"] > 4 * found["float_latency_ms"]
-    assert _session(paths[0], 3).get_session_options().intra_op_num_threads == 3
+def test_images_in_double_precision_are_verified_as_float32_ones(tmp_path: Path) -> None:
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    path = export_onnx(model, images(2), tmp_path / "m.onnx")
+    assert verify(path, model, [images(9).double()], repeats=1)["agreement"] == 100
+
+
+def test_times_are_those_of_the_file_the_batch_and_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that an image of the float file moves on by 10 ms, one of the other by 1."""
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)))
+    own, other = (export_onnx(model, images(2), tmp_path / f"{k}.onnx") for k in range(2))
+    now, opened, sessions, logits = [0.0], [], verification._session, verification._logits
+
+    def session(path: Path, threads: int, *rest: str) -> Any:
+        opened.append((path, sessions(path, threads, *rest), threads))
+        return opened[-1][1]
+
+    def timed(session: Any, shown: torch.Tensor) -> torch.Tensor:
+        now[0] += len(shown) * (0.01 if any(path == other and each is session for path, each, _ in opened) else 0.001)
+        return logits(session, shown)
+
+    monkeypatch.setattr(verification, "_session", session)
+    monkeypatch.setattr(verification, "_logits", timed)
+    monkeypatch.setattr(verification.time, "perf_counter", lambda: now[0])
+    found = verify(own, model, images(40), float_path=other, repeats=3, threads=3)
+    assert [found[name] for name in ("latency_ms", "float_latency_ms")] == pytest.approx([1, 10])
+    assert [found[name] for name in ("latency_32_ms", "float_latency_32_ms")] == pytest.approx([32, 320])
+    assert {threads for *_, threads in opened} == {3} == {found["threads"]}
 
 
 class Named(nn.Module):

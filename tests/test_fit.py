@@ -325,6 +325,12 @@ def test_any_iterable_of_images_is_gone_through_again_and_again() -> None:
         assert not logits.requires_grad
 
 
+def test_images_in_double_precision_are_given_as_float32_ones() -> None:
+    stream = Batches([torch.rand(4, 1, 8, 8).double()])
+    stream.teachers = [Teacher(network())]
+    assert [x.dtype for x in stream.watched_batch(0)] == [torch.float32] * 2
+
+
 @pytest.mark.parametrize("images", [[], iter([torch.zeros(1, 1, 8, 8)])])
 def test_an_iterable_that_ends_for_good_is_refused(images: Any) -> None:
     stream = Batches(images)

@@ -14,6 +14,7 @@ from dfkd.classifier import Classifier
 from dfkd.compress.graph import (
     CARRIERS,
     Chain,
+    calibration_inputs,
     chains,
     fold,
     images_of,
@@ -313,3 +314,11 @@ def test_what_carries_values_on_commutes_with_rounding() -> None:
         assert type_ in CARRIERS
         assert torch.equal(layer(x).round(), layer(x.round()))
     assert isinstance(trace(nn.Sequential(nn.Conv2d(1, 1, 1))), fx.GraphModule)
+
+
+@pytest.mark.parametrize("given", [torch.float64, torch.float16])
+def test_a_network_calibrates_in_its_own_precision(given: torch.dtype) -> None:
+    stream = [torch.rand(4, 3, 8, 8).to(given)]
+    for wanted in (torch.float32, torch.float64):
+        network = nn.Sequential(nn.Conv2d(3, 2, 3)).to(wanted)
+        assert [x.dtype for x in calibration_inputs(network, stream, 4)] == [wanted]

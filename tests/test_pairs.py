@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +120,10 @@ def test_every_variant_is_a_recipe_of_its_own_and_measured_where_its_updates_cos
         assert not ablate.make_variant(name, without).priced
 
 
+def test_commas_in_brackets_part_no_variants(ablate: ModuleType) -> None:
+    assert ablate.parted("a=[1,2],no replay,b={x: [3, 4], y: 5}") == ["a=[1,2]", "no replay", "b={x: [3, 4], y: 5}"]
+
+
 def test_a_variant_may_be_any_key_and_is_left_out_where_it_changes_nothing(
     ablate: ModuleType, monkeypatch: pytest.MonkeyPatch, runs: Runs, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,29 +143,46 @@ def test_a_table_is_of_the_methods_and_seeds_that_were_asked_for(bookkeeping: Mo
 
 
 RUN = """
-import signal, time
-signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print("saved"), exit()))
-print("listens", flush=True)
+import signal, sys, time
+path = sys.argv[3].partition("=")[2]
+def tell(word):
+    with open(path, "a") as file:
+        print(word, file=file)
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), tell("saved"), sys.exit()))
+tell("listens")
 time.sleep(600)
 """
-LANES = f"""
-import subprocess, sys
+BENCHMARK = """
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import equal_time
 from bookkeeping import exit_code
-work = lambda: subprocess.run([sys.executable, "-c", {RUN!r}])
-exit_code(lambda: ThreadPoolExecutor(1).submit(work).result())
+equal_time.CHILD = Path("run.py")
+def launch():
+    return equal_time.launch("run", {"file": "said"}, 0, Path("log"), 1)
+def in_lanes():
+    lanes = ThreadPoolExecutor(1)
+    try:
+        [each.result() for each in [lanes.submit(launch) for _ in range(3)]]
+    finally:
+        lanes.shutdown(cancel_futures=True)
+exit_code(launch if sys.argv[1] == "alone" else in_lanes)
 """
 
 
-def test_a_benchmark_that_is_terminated_ends_its_runs_which_may_save_first() -> None:
+@pytest.mark.parametrize("where", ["alone", "lanes"])
+def test_a_benchmark_that_is_terminated_ends_its_runs_which_save_first(tmp_path: Path, where: str) -> None:
+    (tmp_path / "run.py").write_text(RUN)
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
-    command = [sys.executable, "-c", LANES]
-    started = subprocess.Popen(command, env={**os.environ, **path}, stdout=subprocess.PIPE, text=True)
-    assert started.stdout is not None
-    assert started.stdout.readline() == "listens\n"
+    started = subprocess.Popen([sys.executable, "-c", BENCHMARK, where], cwd=tmp_path, env={**os.environ, **path})
+    said, deadline = tmp_path / "said", time.monotonic() + 60
+    while not (said.exists() and said.read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     started.terminate()
-    assert started.communicate(timeout=60)[0] == "saved\n"
-    assert started.returncode == 128 + signal.SIGTERM
+    assert started.wait(60) == 128 + signal.SIGTERM
+    assert said.read_text().split() == ["listens", "saved"]
 
 
 def test_a_pair_that_was_not_measured_on_the_way_has_no_last_quarter(pairs: ModuleType) -> None:
