@@ -316,9 +316,9 @@ def test_what_carries_values_on_commutes_with_rounding() -> None:
     assert isinstance(trace(nn.Sequential(nn.Conv2d(1, 1, 1))), fx.GraphModule)
 
 
-@pytest.mark.parametrize("given", [torch.float64, torch.float16])
-def test_a_network_calibrates_in_its_own_precision(given: torch.dtype) -> None:
-    stream = [torch.rand(4, 3, 8, 8).to(given)]
-    for wanted in (torch.float32, torch.float64):
-        network = nn.Sequential(nn.Conv2d(3, 2, 3)).to(wanted)
-        assert [x.dtype for x in calibration_inputs(network, stream, 4)] == [wanted]
+def test_images_in_double_precision_are_for_networks_in_it_alone() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 3))
+    for given in (torch.float64, torch.float16):
+        assert [x.dtype for x in calibration_inputs(network, [torch.rand(4, 3, 8, 8).to(given)], 4)] == [torch.float32]
+    (x,) = calibration_inputs(network.double(), [torch.rand(4, 3, 8, 8).double()], 4)
+    assert x.dtype == torch.float64

@@ -54,7 +54,18 @@ CORE: dict[str, set[str]] = {
     "checkpoints": {"errors", "runtime", "whole"},
     "metrics": {"collectives", "errors", "runtime", "whole"},
     "training": {
-        *("checkpoints", "collectives", "compress", "draws", "errors", "evaluate", "generators", "metrics", "models"),
+        *(
+            "checkpoints",
+            "collectives",
+            "compress",
+            "draws",
+            "errors",
+            "evaluate",
+            "generators",
+            "metrics",
+            "models",
+            "paging",
+        ),
         *("runtime", "stream", "synthesis", "teachers", "verdict"),
     },
 }

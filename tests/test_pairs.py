@@ -171,18 +171,22 @@ exit_code(launch if sys.argv[1] == "alone" else in_lanes)
 """
 
 
-@pytest.mark.parametrize("where", ["alone", "lanes"])
-def test_a_benchmark_that_is_terminated_ends_its_runs_which_save_first(tmp_path: Path, where: str) -> None:
-    (tmp_path / "run.py").write_text(RUN)
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
-    started = subprocess.Popen([sys.executable, "-c", BENCHMARK, where], cwd=tmp_path, env={**os.environ, **path})
-    said, deadline = tmp_path / "said", time.monotonic() + 60
-    while not (said.exists() and said.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    started.terminate()
-    assert started.wait(60) == 128 + signal.SIGTERM
-    assert said.read_text().split() == ["listens", "saved"]
+def test_a_benchmark_that_is_terminated_ends_its_runs_which_save_first(tmp_path: Path) -> None:
+    path, begun = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}, []
+    for where in ("alone", "lanes"):
+        (tmp_path / where).mkdir()
+        (tmp_path / where / "run.py").write_text(RUN)
+        command = [sys.executable, "-c", BENCHMARK, where]
+        begun.append((subprocess.Popen(command, cwd=tmp_path / where, env={**os.environ, **path}), tmp_path / where))
+    for started, folder in begun:
+        said, deadline = folder / "said", time.monotonic() + 60
+        while not (said.exists() and said.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        started.terminate()
+    for started, folder in begun:
+        assert started.wait(60) == 128 + signal.SIGTERM
+        assert (folder / "said").read_text().split() == ["listens", "saved"]
 
 
 def test_a_pair_that_was_not_measured_on_the_way_has_no_last_quarter(pairs: ModuleType) -> None:

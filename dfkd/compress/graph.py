@@ -87,11 +87,12 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
     check_can_change()
     check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
-    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    double = any(each.dtype == torch.float64 for each in model.parameters())
     inputs = []
     for batch in images_of(stream, images):  # one by one: it may give the same memory filled anew
         _check_range(model, batch)
-        inputs.append(network_input(model, to_float(batch.to(device)).to(dtype)))
+        given = to_float(batch.to(device))
+        inputs.append(network_input(model, given if double else given.float()))
     inputs = [batch.clone() if batch.is_inference() else batch for batch in inputs]
     if not all(torch.isfinite(batch).all() for batch in inputs):
         raise UserError("the stream gave images that hold NaN or infinity; look at where it takes them from")
