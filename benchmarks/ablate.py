@@ -26,18 +26,16 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
-    machine,
     numbers,
     with_deviation,
     written,
 )
-from equal_time import Method, add_length, check_judged, compare
+from equal_time import Method, add_length, check_judged, compare, settings_of
 from methods import cells, describe
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.recipe import load_recipe
-from dfkd.runtime import cores
 
 DEFAULTS = "defaults"
 VARIANTS: dict[str, Keys] = {
@@ -183,9 +181,7 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
                 raise
             print(f"left out: {name}: {error}", flush=True)
     check_judged(variants)
-    threads = max(1, cores() // options.lanes)
-    settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
-    settings["machine"] = machine() if options.seconds else "any"
+    settings = settings_of(options, keys)
     keep_settings(options.out / "settings.json", settings)
     complete = compare(variants, options.seeds, options.out, settings)
     if lines := asked(

@@ -71,9 +71,14 @@ def _end(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
+def on_gpu() -> bool:
+    """Whether runs take a GPU here."""
+    return torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
 def machine() -> str:
     """The device and the torch by which updates are priced, and figures at equal time are alike."""
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if on_gpu():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     about = Path("/proc/cpuinfo")
     lines = about.read_text().splitlines() if about.exists() else []

@@ -18,11 +18,12 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any, NamedTuple
 
-from bookkeeping import ENDING, Keys, add, keep_recipes, positive, written
+from bookkeeping import ENDING, Keys, add, keep_recipes, machine, positive, written
 
 from dfkd.curves import entries, whole_lines
 from dfkd.errors import UserError
 from dfkd.phases import plans
+from dfkd.runtime import cores
 from dfkd.schema import Recipe
 
 CHILD = Path(__file__).parent / "child.py"
@@ -210,8 +211,9 @@ def compare(methods: Sequence[Method], seeds: Sequence[int], out: Path, settings
         lanes = ThreadPoolExecutor(settings["lanes"])
         try:
             wanted = [ready[name] for name in {method.name: 0 for method, _ in missing}]
-            costs: Mapping[str, Cost | None] = dict.fromkeys(ready)  # of no use where updates are not to be scaled
-            costs = price(wanted, out, settings, lanes) if settings["seconds"] else costs
+            costs: Mapping[str, Cost | None] = (
+                price(wanted, out, settings, lanes) if settings["seconds"] else dict.fromkeys(ready)
+            )
             runs = [(ready[method.name], seed) for method, seed in missing if method.name in costs]
             for line in carry_through(runs, costs, out, settings, lanes):
                 add(path, line)
@@ -253,6 +255,18 @@ def add_length(parser: argparse.ArgumentParser, seconds: float) -> None:
     group.add_argument(
         "--updates", dest="seconds", action="store_const", const=0.0, help="as the recipes say, not equal"
     )
+
+
+def settings_of(options: argparse.Namespace, keys: Keys) -> dict[str, Any]:
+    """What all rows of a table have in common: equal time is that of one machine, the recipes' own updates are alike on
+    all."""
+    return {
+        "seconds": options.seconds,
+        "lanes": options.lanes,
+        "threads": max(1, cores() // options.lanes),
+        "keys": keys,
+        "machine": machine() if options.seconds else "any",
+    }
 
 
 def length(settings: Mapping[str, Any]) -> str:

@@ -21,8 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import parse_flag_from_env
 from bookkeeping import (
     Keys,
     asked,
@@ -30,17 +28,16 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
-    machine,
     numbers,
+    on_gpu,
     with_deviation,
     written,
 )
-from equal_time import Method, add_length, check_judged, compare, length
+from equal_time import Method, add_length, check_judged, compare, length, settings_of
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.recipe import FOLDER, load_recipe
-from dfkd.runtime import cores
 
 # ResNet-56, the main one of that zoo, and its student ResNet-20, which begins at random with every method.
 ON_GPU = {"base": "cifar10_zoo", "student.weights": "", "distill.lr": "0.3"}
@@ -161,14 +158,12 @@ def main(given: Sequence[str] | None = None) -> int:
 def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     """All that main does for its options and the KEY=VALUE arguments; whether no run is missing."""
     keys = given_keys(arguments, "all methods")
-    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+    if on_gpu():
         keys = keys if "base" in keys else {**ON_GPU, **keys}
     names = [name for name in dict.fromkeys(options.methods.split(",")) if name]
     if not names:
         raise UserError(f"no method in {FOLDER / 'methods'}; give --methods path/x.yaml")
-    threads = max(1, cores() // options.lanes)
-    settings = {"seconds": options.seconds, "lanes": options.lanes, "threads": threads, "keys": keys}
-    settings["machine"] = machine() if options.seconds else "any"  # the recipes' own updates are alike on all
+    settings = settings_of(options, keys)
     methods = [make_method(name, keys, options.teacher) for name in names]
     called = [method.name for method in methods]
     if twice := [name for name in called if called.count(name) > 1]:

@@ -23,7 +23,7 @@ def _teacher_problems(recipe: Recipe) -> Iterator[str]:
         if not spec.model:  # also where a mistyped name made a new teacher
             yield f"teachers.{name}.model is empty{nearest(name, known)}; --list names the models"
     if not any(spec.weight for spec in zoo.values()):
-        yield ("teachers: none is enabled with a weight above 0; give teachers.NAME.model, or a base that has some")
+        yield "teachers: none is enabled with a weight above 0; give teachers.NAME.model, or a base that has some"
     for name, spec in zoo.items():
         for key, numbers in (("mean", spec.mean), ("std", spec.std)):
             if len(numbers) not in (0, channels):

@@ -101,7 +101,7 @@ def look(teacher: Teacher, images: Tensor, batch_size: int = 256) -> View:
     parts = math.ceil(len(images) / batch_size)  # even: one image alone may have no variance
     draws = draw_moves(Shard(teacher.mean.device), len(images), "quality").tensor_split(parts)
     for batch, u in zip(images.tensor_split(parts), draws):
-        shown = to_float(batch.to(teacher.mean.device)).float()
+        shown = to_float(batch.to(teacher.mean.device))
         with teacher.tap() as seen, tap_features(teacher) as tapped:
             logits.append(teacher(shown).cpu())
         features.append(tapped[-1].cpu() if tapped else logits[-1])

@@ -171,13 +171,10 @@ def commit(root: Path) -> str | None:
     """The commit of a checkout, with `+` where files differ from it; None where the folder is none."""
     if not (root / ".git").exists():
         return None
-    git = ["git", "--no-optional-locks", "-C", str(root)]
+    git = ["git", "--no-optional-locks", "-C", str(root), "describe", "--always", "--exclude=*"]
     own = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}  # a hook's are its checkout's
     try:
-        found = [
-            subprocess.run([*git, *words], env=own, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
+        words = [*git, "--abbrev=12", "--dirty=+"]
+        return subprocess.run(words, env=own, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git here, or another user's checkout
         return None
-    return found[0] + "+" * bool(found[1])

@@ -114,8 +114,8 @@ def run(loaded: Loaded, command: str) -> int:
     folder = Path(recipe.folder)
     same = "the same command" + (" without overwrite=true" if recipe.overwrite else "")
     accelerator, shard = make_accelerator(recipe.runtime.precision)
-    used = versions()  # before the files of the code may change
     if may_run(loaded, folder):
+        used = versions()  # before the files of the code may change
         phases = plans(recipe)
         parts = build(recipe, accelerator, shard)  # whatever is wrong shows before anything is written or trained
         try:

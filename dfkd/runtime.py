@@ -204,8 +204,8 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images in [0, 1] from uint8 or float ones."""
-    return images.float() / 255 if images.dtype == torch.uint8 else full_precision(images)
+    """Images in [0, 1], float32, from uint8 or float ones."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

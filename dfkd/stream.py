@@ -83,7 +83,7 @@ def _given(
 ) -> tuple[Tensor, Tensor]:
     generator = rng("cpu", *position, "images")
     rows = shard.take(torch.randint(len(images), (count * shard.world,), generator=generator))
-    return to_float(to_device(images[rows], shard.device)).float(), to_device(labels[rows], shard.device)
+    return to_float(to_device(images[rows], shard.device)), to_device(labels[rows], shard.device)
 
 
 def drawn_anew(batch_size: int, replay: int, fresh: float) -> int:

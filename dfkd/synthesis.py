@@ -127,13 +127,13 @@ class Synthesizer:
             raise UserError(
                 "inner, coarse, latent_lr and renew are about rounds, whose images a pool takes; give pool="
             )
-        self.shard = shard or default_shard(accelerator.device if accelerator is not None else generator.device)
         world = max(world_size(), int(os.environ.get("WORLD_SIZE", "1")))
         if accelerator is None and world > 1:
             raise UserError(
                 f"{world} processes train one generator by the mean of their gradients, which is an "
                 "accelerator's to take; give accelerator="
             )
+        self.shard = shard or default_shard(accelerator.device if accelerator is not None else generator.device)
         self.graphs = graphs
         self.generator = generator.train()
         sync_batchnorm(generator)

@@ -116,8 +116,8 @@ def verify(
     mine, theirs, last = [], [], torch.empty(0)
     with eval_mode(model):
         for batch in batches:
-            batch = to_float(batch).float()
-            last = batch.cpu().float()
+            batch = to_float(batch)
+            last = batch.cpu()
             last = model.resized(last) if isinstance(model, Classifier) else last
             if (shape := list(last.shape[1:])) != (own := session.get_inputs()[0].shape[1:]):
                 raise UserError(f"{path} takes images of {own}, not {shape}; give such, or export it with an example")

@@ -98,22 +98,18 @@ def test_a_study_of_five_sources(bench: ModuleType, drawn: ModuleType, runs: Run
     arguments = ["recipe=./families.yaml", f"training.cache={runs.cache}", "runtime.precision=fp32"]
     zoo = load_recipe_zoo(load_recipe(arguments).recipe, torch.device("cpu"), print)
     for source in ("generator m=2", "images m=2 unmixed", "real"):
-        made = (
-            None
-            if source == "real"
-            else load_generator(runs.folder / f"study/sources/{source.replace(' ', '-')}-0/generator")
-        )
-        if made is None:  # each once, evenly out of all
+        if source == "real":  # each once, evenly out of all
             real = load_images(
                 "digits", train=True, root="", train_root=None, channels=1, size=8, classes=10, purpose="control"
             )
             rows = [k * len(real.labels) // IMAGES for k in range(IMAGES)]
             images, labels = real.images[rows].float() / 255, real.labels[rows]
-        elif source.startswith("images"):  # all that it optimised, each once
-            images, labels = made.images.float() / 255, made.labels
         else:
+            made = load_generator(runs.folder / f"study/sources/{source.replace(' ', '-')}-0/generator")
             stream = SyntheticStream(made, batch_size=IMAGES, seed=0, shard=Shard(torch.device("cpu")))
             images, labels = stream.batch(0, HELD_OUT_EPOCH)
+            if source.startswith("images"):  # all that it optimised, each once
+                images, labels = made.images.float() / 255, made.labels
         for teacher in zoo:
             loss, _ = statistics_seen(teacher, augment(images, Shard(torch.device("cpu")), teacher.moves, "quality"))
             _, guesses = statistics_seen(teacher, images)

@@ -54,19 +54,8 @@ CORE: dict[str, set[str]] = {
     "checkpoints": {"errors", "runtime", "whole"},
     "metrics": {"collectives", "errors", "runtime", "whole"},
     "training": {
-        *(
-            "checkpoints",
-            "collectives",
-            "compress",
-            "draws",
-            "errors",
-            "evaluate",
-            "generators",
-            "metrics",
-            "models",
-            "paging",
-        ),
-        *("runtime", "stream", "synthesis", "teachers", "verdict"),
+        *("checkpoints", "collectives", "compress", "draws", "errors", "evaluate", "generators", "metrics", "models"),
+        *("paging", "runtime", "stream", "synthesis", "teachers", "verdict"),
     },
 }
 COMMAND_LINE = {"run", "phases", "dry_run", "assemble", "cli", "tasks", "results", "folder", "judge", "inputs", "zoo"}

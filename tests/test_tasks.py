@@ -70,6 +70,14 @@ def accuracy_of(folder: Path) -> float:
     return 100 * (guesses == test.labels).double().mean().item()
 
 
+def in_both(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of random images by a folder's ONNX file and by its weights."""
+    images = torch.rand(20, 1, 8, 8)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+    given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return given, load_compressed(folder)(images).detach()
+
+
 def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs) -> None:
     chosen = "tasks=[distill,prune,qat,ptq,udfc]"
     pipeline = ("qat.input=prune", "ptq.input=student", "udfc.bits=4")
@@ -84,10 +92,7 @@ def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs)
         assert task["after"] == pytest.approx(accuracy_of(folder), abs=1e-9)
         assert (folder / "model.onnx").stat().st_size == task["export"]["size_bytes"]
         assert task["export"]["agreement"] == 100
-        session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-        images = torch.rand(20, 1, 8, 8)
-        given = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        expected = load_compressed(folder)(images).detach()
+        given, expected = in_both(folder)
         assert (given - expected).norm() < 0.02 * expected.norm()
     assert found["qat"]["before"] == found["prune"]["after"]
     assert found["qat"]["cost"]["before"] == found["prune"]["cost"]["after"]
@@ -121,10 +126,7 @@ def test_the_main_teacher_alone_is_learned_compressed_and_compared_with(runs: Ru
     student = found["student"]
     assert student["agreement"] == results(alone)["student"]["agreement"]
     assert student["ratio"] == pytest.approx(student["parameters"] / teacher["parameters"])
-    session = onnxruntime.InferenceSession(str(both / "student" / "model.onnx"), providers=["CPUExecutionProvider"])
-    images = torch.rand(20, 1, 8, 8)
-    logits = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    torch.testing.assert_close(logits, load_compressed(both / "student")(images).detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*in_both(both / "student"), rtol=1e-3, atol=1e-3)
     assert student["export"]["agreement"] == 100
 
 

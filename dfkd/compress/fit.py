@@ -65,7 +65,7 @@ class Batches:
             images = next(self.iterator, None)
         if images is None:
             raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
-        images = to_float(images.to(self.teachers[0].mean.device)).float()
+        images = to_float(images.to(self.teachers[0].mean.device))
         with watch() if watch else nullcontext([]) as seen:
             targets = self.teachers[0](images)
         return images, targets, *seen

@@ -91,8 +91,8 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
     inputs = []
     for batch in images_of(stream, images):  # one by one: it may give the same memory filled anew
         _check_range(model, batch)
-        given = to_float(batch.to(device))
-        inputs.append(network_input(model, given if double else given.float()))
+        batch = batch.to(device)
+        inputs.append(network_input(model, batch if double and batch.dtype == torch.float64 else to_float(batch)))
     inputs = [batch.clone() if batch.is_inference() else batch for batch in inputs]
     if not all(torch.isfinite(batch).all() for batch in inputs):
         raise UserError("the stream gave images that hold NaN or infinity; look at where it takes them from")
