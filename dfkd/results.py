@@ -39,10 +39,8 @@ def finish(
     """Measure, and on the main process write results.json and report.html. Every process measures the same: the zoo's
     mean logits are a collective. used are the versions() of when the run began."""
     begun = time.perf_counter()
-    recipe, folder, accelerator, shard = parts.recipe, parts.folder, parts.accelerator, parts.shard
-    figures, _ = look(parts.generator, parts.zoo, accelerator)
-    each = max(2, math.ceil(JUDGED / parts.generator.classes))
-    figures |= look_at_all(parts.generator, parts.zoo, accelerator, each)
+    recipe, folder, shard = parts.recipe, parts.folder, parts.shard
+    generator, figures = _generator_results(parts)
     named = {teacher.name: _guesses(teacher, parts) for teacher in parts.zoo}
     tasks = {name: task_results(recipe, name) for name in recipe.tasks if name in COMPRESSIONS}
     results: dict[str, Any] = {
@@ -51,48 +49,25 @@ def finish(
         "seed": recipe.seed,
         "device": describe_device(shard),
         "processes": shard.world,
-        "precision": accelerator.mixed_precision,
+        "precision": parts.accelerator.mixed_precision,
         "versions": used,
         "teachers": {t.name: _teacher_results(parts, t, named[t.name]) for t in parts.zoo},
         "student": _student_results(parts) if "distill" in recipe.tasks else None,
-        "generator": {
-            "arch": parts.generator.description["arch"],
-            "parameters": assemble.parameters(parts.generator),
-            "bn_loss": parts.bn or None,
-            "class_agreement": {t.name: figures[f"class_agreement_{t.name}"] for t in parts.zoo}
-            if parts.generator.conditional
-            else None,
-            "class_agreement_n": each * parts.generator.classes,
-        },
+        "generator": generator,
         "diversity": {name: value for name, value in figures.items() if not name.startswith("class_agreement")},
         "tasks": tasks,
     }
     along = entries(folder / "metrics.jsonl")
     if results["student"]:
-        at = [plan.name for plan in phases].index("distill")
-        begins = sum(plan.total for plan in phases[:at]) + phases[at].first_student
-        measured = [e for e in along if e.get("phase") == "evaluation"]
-        ends = sum(plan.total for plan in phases[: at + 1])
-        results["student"]["last_quarter"] = last_quarter(measured, ends, begins)
-    bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
+        results["student"]["last_quarter"] = _last_quarter(phases, along)
+        if recipe.export.input == "student" and shard.rank == 0:
+            teacher, student = (task_input(parts, name)[0] for name in ("main", "student"))
+            results["student"]["export"] = export(parts, folder / "student", teacher, student)
     warnings = [{key: e[key] for key in ("step", "text")} for e in along if e.get("phase") == "warning"]
-    notes = generator_notes(parts.generator, figures, bn)
-    if recipe.generator.checkpoint is not None:  # nothing here trains it
-        notes = {name: f"{text.partition(': ')[0]}; take another generator.checkpoint" for name, text in notes.items()}
-    for name, classes in named.items():
-        if parts.test is not None and classes is not None:
-            notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)
-    if results["student"] and recipe.export.input == "student" and shard.rank == 0:
-        teacher, student = (task_input(parts, name)[0] for name in ("main", "student"))
-        results["student"]["export"] = export(parts, folder / "student", teacher, student)
     learned = [teacher.name for teacher in assemble.main_teachers(recipe, parts.zoo)]
-    results["verdict"] = verdict(results, notes, warnings, learned)
-    judged_on = [e for e in opened() if e["purpose"] == "evaluate" and parts.test is not None]  # not by other runs here
-    results["data_free"] = training_images(recipe) + judged_on
+    results["verdict"] = verdict(results, _notes(parts, figures, named), warnings, learned)
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
-    for entry in (entry for each in trained for entry in each.pop("opened")):
-        if entry not in results["data_free"]:
-            results["data_free"].append(entry)
+    results["data_free"] = _data_free(parts, [entry for each in trained for entry in each.pop("opened")])
     # A task that trained in several calls: its loop counted all of them, its own clock the last one.
     spent |= {name: max(task["seconds"], spent.get(name, 0.0)) for name, task in tasks.items()}
     spent["evaluation"] = time.perf_counter() - begun
@@ -128,6 +103,22 @@ def _teacher_results(parts: Parts, teacher: Teacher, named: Tensor | None) -> di
     }
 
 
+def _generator_results(parts: Parts) -> tuple[dict[str, Any], dict[str, float]]:
+    """What results.json says of the generator, and the figures of its images: diversity, and by teacher."""
+    generator, each = parts.generator, max(2, math.ceil(JUDGED / parts.generator.classes))
+    figures, _ = look(generator, parts.zoo, parts.accelerator)
+    figures |= look_at_all(generator, parts.zoo, parts.accelerator, each)
+    agreed = {teacher.name: figures[f"class_agreement_{teacher.name}"] for teacher in parts.zoo}
+    about = {
+        "arch": generator.description["arch"],
+        "parameters": assemble.parameters(generator),
+        "bn_loss": parts.bn or None,
+        "class_agreement": agreed if generator.conditional else None,
+        "class_agreement_n": each * generator.classes,
+    }
+    return about, figures
+
+
 def _student_results(parts: Parts) -> dict[str, Any] | None:
     student = parts.student
     if student is None:
@@ -147,6 +138,36 @@ def _student_results(parts: Parts) -> dict[str, Any] | None:
             student, partial(zoo_logits, teachers), held_out(parts, autocast=autocast), autocast=autocast
         ),
     }
+
+
+def _last_quarter(phases: Sequence[Plan], along: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The student's accuracy over the last quarter of its updates, of the entries of metrics.jsonl."""
+    at = [plan.name for plan in phases].index("distill")
+    begins = sum(plan.total for plan in phases[:at]) + phases[at].first_student
+    ends = sum(plan.total for plan in phases[: at + 1])
+    return last_quarter([entry for entry in along if entry.get("phase") == "evaluation"], ends, begins)
+
+
+def _notes(parts: Parts, figures: dict[str, float], named: dict[str, Tensor | None]) -> dict[str, str]:
+    """What is wrong with the generator, by its images' figures, and with teachers, by what they name test images."""
+    bn = {name: (loss["start"], loss["end"]) for name, loss in parts.bn.items()}
+    notes = generator_notes(parts.generator, figures, bn)
+    if parts.recipe.generator.checkpoint is not None:  # nothing here trains it
+        notes = {name: f"{text.partition(': ')[0]}; take another generator.checkpoint" for name, text in notes.items()}
+    for name, classes in named.items():
+        if parts.test is not None and classes is not None:
+            notes |= teacher_notes(name, parts.test.labels, classes, parts.test.class_names)
+    return notes
+
+
+def _data_free(parts: Parts, of_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All real images that the run rests on: its teachers' training, measuring, and what its inputs say of theirs."""
+    judged_on = [e for e in opened() if e["purpose"] == "evaluate" and parts.test is not None]  # not by other runs here
+    found = training_images(parts.recipe) + judged_on
+    for entry in of_inputs:
+        if entry not in found:
+            found.append(entry)
+    return found
 
 
 def describe_device(shard: Shard) -> str:

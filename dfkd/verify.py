@@ -105,13 +105,40 @@ def verify(
     says that most layers of a quantised network run in float: small storage, no speed. Raises UserError where a
     package is missing, no image came or images have another size than the file's.
     """
-    runtime, onnx = package("onnxruntime"), package("onnx")
+    runtime, _ = package("onnxruntime"), package("onnx")  # what is missing is told before the work
     if getattr(images, "num_batches", 0) is None:
         raise UserError("the stream of images has no end; give it num_batches")
     if repeats < 1:
         raise UserError(f"repeats={repeats} is not allowed; a latency takes 1 or more")
-    batches = images.split(128) if isinstance(images, Tensor) else images_of(images)
     session = _session(path, threads)
+    expected, given, last = _both_logits(path, session, model, images)
+    error = given - expected
+    nodes = _kernels(path, threads)
+    result: dict[str, Any] = {
+        "agreement": round(100 * (given.argmax(1) == expected.argmax(1)).float().mean().item(), 2),
+        "n": len(expected),
+        "max_error": error.abs().max().item(),
+        "relative_error": (error.norm() / expected.norm()).item(),
+        "size_bytes": Path(path).stat().st_size,
+        "threads": threads,
+        "device": f"cpu (ONNX Runtime {runtime.__version__})",
+        "nodes": nodes,
+    }
+    sessions = {"": session}
+    if float_path is not None:
+        result["float_size_bytes"] = Path(float_path).stat().st_size
+        sessions["float_"] = _session(float_path, threads)
+    for count, name in ((1, "latency_ms"), (32, "latency_32_ms")):
+        shown = last[torch.arange(count) % len(last)]
+        result |= {f"{which}{name}": value for which, value in _latencies(sessions, shown, repeats).items()}
+    return result | _on_integers(path, nodes)
+
+
+def _both_logits(
+    path: str | Path, session: Any, model: nn.Module, images: Iterable[Any] | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, K] of the model and of its file, and the last batch as the file is given it. Raises UserError."""
+    batches = images.split(128) if isinstance(images, Tensor) else images_of(images)
     device = next(model.parameters(), torch.empty(0)).device
     mine, theirs, last = [], [], torch.empty(0)
     with eval_mode(model):
@@ -133,35 +160,18 @@ def verify(
     expected, given = torch.cat(mine), torch.cat(theirs)
     if not (expected.isfinite().all() and given.isfinite().all()):
         raise UserError(f"logits of the model or of {path} are NaN or infinite; there is nothing to compare")
-    error = given - expected
-    about = json.loads({entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}.get("dfkd", "{}"))
-    bits = about.get("bits", {})
-    low = any(min(pair) < 8 for pair in bits.values())
-    nodes = _kernels(path, threads)
-    result: dict[str, Any] = {
-        "agreement": round(100 * (given.argmax(1) == expected.argmax(1)).float().mean().item(), 2),
-        "n": len(expected),
-        "max_error": error.abs().max().item(),
-        "relative_error": (error.norm() / expected.norm()).item(),
-        "size_bytes": Path(path).stat().st_size,
-        "threads": threads,
-        "device": f"cpu (ONNX Runtime {runtime.__version__})",
-        "nodes": nodes,
-    }
-    sessions = {"": session}
-    if float_path is not None:
-        result["float_size_bytes"] = Path(float_path).stat().st_size
-        sessions["float_"] = _session(float_path, threads)
-    for count, name in ((1, "latency_ms"), (32, "latency_32_ms")):
-        shown = last[torch.arange(count) % len(last)]
-        result |= {f"{which}{name}": value for which, value in _latencies(sessions, shown, repeats).items()}
+    return expected, given, last
+
+
+def _on_integers(path: str | Path, nodes: dict[str, int]) -> dict[str, Any]:
+    """Whether a file is quantised but runs in float for the most part, and a note on which kernels it runs."""
+    about = {entry.key: entry.value for entry in package("onnx").load(str(path)).metadata_props}.get("dfkd", "{}")
+    bits = json.loads(about).get("bits", {})
     integer = nodes["integer_convolutions"] + nodes["integer_linear"]
     total = integer + nodes["float_convolutions"] + nodes["float_linear"]
-    result["simulated"] = bool(bits) and 2 * integer < total
-    few = (
-        "; fewer bits than 8 save storage" + (", and where they run in float no time" if integer < total else "")
-        if low
-        else ""
-    )
-    result["note"] = f"{integer} of {total} convolutions and linear layers run on 8-bit integer kernels{few}"
-    return result
+    note = f"{integer} of {total} convolutions and linear layers run on 8-bit integer kernels"
+    if any(min(pair) < 8 for pair in bits.values()):
+        note += "; fewer bits than 8 save storage" + (
+            ", and where they run in float no time" if integer < total else ""
+        )
+    return {"simulated": bool(bits) and 2 * integer < total, "note": note}
