@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Dataset = Literal["digits", "mnist", "fashionmnist", "svhn", "cifar10", "cifar100", "imagefolder", "none"]
@@ -195,7 +196,7 @@ class Distill:
     batch_size: int = key(128, "images per process and student update", 2)
     lr: float = key(0.1, "peak learning rate of SGD (momentum 0.9, cosine)", 0)
     weight_decay: float = key(5e-4, "weight decay", 0)
-    warmup: int = key(100, "steps of linear learning-rate warm-up", 0)
+    warmup: int = key(100, "updates of linear learning-rate warm-up, at most a tenth of all", 0)
     loss: Literal["kl", "l1", "mae"] = key(
         "kl", "kl: Hinton et al. 2015 at `temperature`; l1: on standardised logits; mae: on logits as they are"
     )
@@ -207,15 +208,15 @@ class Distill:
     )
     hints: float = key(
         100.0,
-        "weight of what the teacher's last block of each row of blocks gives, where the student began with its weights "
-        "(student.weights=teacher), has as many channels there, and attention has no weight",
+        "weight of what the last block of every stage of the teacher gives, where the student began with its weights "
+        "(student.weights=teacher) and has as many channels there; with attention none",
         0,
     )
     maps: float = key(
         3.0,
-        "weight, fading over the last quarter, of what the stages of a main teacher (of the largest weight) give, "
-        "which 1x1 convolutions are to find in the student's; where neither hints nor attention applies (0, or without "
-        "stages of one size: not learned)",
+        "weight of what the stages of a main teacher (of the largest weight) give, predicted from the student's "
+        "through 1x1 convolutions; fades over the last quarter of the updates; of no effect where hints or attention "
+        "apply, or no stage has one size in both",
         0,
     )
     attention: float = key(
@@ -340,7 +341,7 @@ class Export:
 
 @dataclass
 class Runtime:
-    """How it runs; of what it computes no more than the rounding, and which batch the student's norms see."""
+    """How it runs; all but sync_batchnorm (whose batch the student's norms see) change no more than rounding."""
 
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 where the device is fast at it")
     channels_last: bool = key(True, "memory format of images and convolutions")
@@ -381,7 +382,9 @@ class Recipe:
     name: str = key("", "name of the run; the recipe's file name unless given")
     description: str = key("", "one line for --list")
     seed: int = key(0, "every random number follows from it", 0, 2**31 - 1)
-    output: str | None = key(None, "folder of the run; null: runs/NAME")
+    output: str | None = key(
+        None, "folder of the run; null: runs/NAME, or runs/NAME-TASKS where generator.checkpoint is in runs/NAME"
+    )
     overwrite: bool = key(False, "start over where a run exists")
     trust_code: bool = key(False, "run other people's model code (hub: and python:); command line only")
     tasks: list[Task] = key(["distill"], "what to do, in order")
@@ -404,8 +407,12 @@ class Recipe:
 
     @property
     def folder(self) -> str:
-        """Where the run is written."""
-        return os.path.expanduser(self.output) if self.output else f"runs/{self.name}"
+        """Where the run is written: unless it says so, runs/NAME, or beside it where its generator is that run's."""
+        if self.output:
+            return os.path.expanduser(self.output)
+        own, given = f"runs/{self.name}", self.generator.checkpoint
+        theirs = given is not None and Path(given).expanduser().absolute().is_relative_to(Path(own).absolute())
+        return "-".join([own, *self.tasks]) if theirs else own
 
     @property
     def zoo_specs(self) -> Mapping[str, TeacherSpec]:

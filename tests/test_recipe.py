@@ -63,6 +63,23 @@ def test_minimal_recipe(folder: Path) -> None:
     assert loaded.sources["seed"] == "default"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "runs/tiny"),
+        (["generator.checkpoint=runs/tiny/generator", "tasks=[qat]"], "runs/tiny-qat"),
+        (["generator.checkpoint=./runs/tiny/generator", "tasks=[distill,ptq]"], "runs/tiny-distill-ptq"),
+        (["generator.checkpoint=runs/tiny2/generator", "tasks=[qat]"], "runs/tiny"),
+        (["generator.checkpoint=runs/tiny/generator", "tasks=[qat]", "output=runs/mine"], "runs/mine"),
+    ],
+)
+def test_a_run_on_the_generator_of_runs_name_is_written_beside_it(
+    folder: Path, given: list[str], expected: str
+) -> None:
+    """So that `recipe=NAME`, then `recipe=NAME tasks=[qat] generator.checkpoint=runs/NAME/generator` both run."""
+    assert load(*given).recipe.folder == expected
+
+
 def test_precedence_base_recipe_command_line(folder: Path) -> None:
     (folder / "child.yaml").write_text("base: tiny\nseed: 2\nclasses: 7\nteachers: {vgg: {weight: 0.5}}\n")
     (folder / "tiny.yaml").write_text(MINIMAL + "seed: 1\nclasses: 5\nimage: {size: 8}\n")
