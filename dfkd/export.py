@@ -301,6 +301,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, opset: i
     needed = max([OPSETS[stored_type(weight_bits)] for weight_bits, _ in about["bits"].values()], default=OPSET)
     if opset is not None and opset < needed:
         raise UserError(f"opset {opset} is too low for this model; give {needed} or more, or leave it out")
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; give the file to write, such as {Path(path) / 'model.onnx'}")
     if example.dim() != 4:
         raise UserError(f"the example has shape {list(example.shape)}; give images [B, C, H, W], such as images[:1]")
     images = example[:1].detach().cpu().float()

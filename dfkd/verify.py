@@ -99,11 +99,11 @@ def verify(
     """What a file gives in ONNX Runtime on the CPU beside the torch model it was exported from.
 
     images are [N, C, H, W] in [0, 1], or a finite iterable of such batches (or of `(images, ...)`). agreement is the
-    share of equal classes in %, max_error the largest difference of logits, relative_error that of all logits (root
-    mean square, over that of the model's). latency_ms is a median per image, latency_32_ms per batch of 32; with a
-    float_path the float file is timed in turns with it. nodes counts what runs on integers and in float. simulated
-    says that most layers of a quantised network run in float: small storage, no speed. Raises UserError where a
-    package is missing, no image came or images have another size than the file's.
+    share in % of equal classes (of one logit: signs), max_error the largest difference of logits, relative_error that
+    of all logits (root mean square, over that of the model's). latency_ms is a median per image, latency_32_ms per
+    batch of 32; with a float_path the float file is timed in turns with it. nodes counts what runs on integers and in
+    float. simulated says that most layers of a quantised network run in float: small storage, no speed. Raises
+    UserError where a package is missing, no image came, or images or logits have another size than the file's.
     """
     runtime, _ = package("onnxruntime"), package("onnx")  # what is missing is told before the work
     if getattr(images, "num_batches", 0) is None:
@@ -115,7 +115,7 @@ def verify(
     error = given - expected
     nodes = _kernels(path, threads)
     result: dict[str, Any] = {
-        "agreement": round(100 * (given.argmax(1) == expected.argmax(1)).float().mean().item(), 2),
+        "agreement": round(100 * (_classes(given) == _classes(expected)).float().mean().item(), 2),
         "n": len(expected),
         "max_error": error.abs().max().item(),
         "relative_error": (error.norm() / expected.norm()).item(),
@@ -126,12 +126,17 @@ def verify(
     }
     sessions = {"": session}
     if float_path is not None:
-        result["float_size_bytes"] = Path(float_path).stat().st_size
         sessions["float_"] = _session(float_path, threads)
+        result["float_size_bytes"] = Path(float_path).stat().st_size
     for count, name in ((1, "latency_ms"), (32, "latency_32_ms")):
         shown = last[torch.arange(count) % len(last)]
         result |= {f"{which}{name}": value for which, value in _latencies(sessions, shown, repeats).items()}
     return result | _on_integers(path, nodes)
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """The classes [N] that logits [N, K] name: of a single one, which of two its sign says."""
+    return logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0
 
 
 def _both_logits(
@@ -158,6 +163,11 @@ def _both_logits(
     if not len(last):
         raise UserError("no image to verify the file on; give at least one")
     expected, given = torch.cat(mine), torch.cat(theirs)
+    if given.shape != expected.shape:
+        raise UserError(
+            f"{path} gives logits {list(given.shape)} where the model gives {list(expected.shape)}; give the model "
+            "that was exported"
+        )
     if not (expected.isfinite().all() and given.isfinite().all()):
         raise UserError(f"logits of the model or of {path} are NaN or infinite; there is nothing to compare")
     return expected, given, last

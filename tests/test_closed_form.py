@@ -111,23 +111,48 @@ def chain_of_noise(stride: int, dilation: int) -> tuple[nn.Conv2d, nn.BatchNorm2
     return first, norm.eval(), second, norm(first(torch.randn(60, 2, 40 * stride, 40 * stride))).relu()
 
 
-@pytest.mark.parametrize(("intercept", "stride", "dilation"), [(True, 1, 1), (False, 1, 1), (True, 2, 1), (True, 1, 2)])
-def test_regression_is_numpys_on_many_samples_of_the_model(intercept: bool, stride: int, dilation: int) -> None:
+@pytest.mark.parametrize(
+    ("intercept", "stride", "dilation"), [("norm", 1, 1), ("bias", 1, 1), ("", 1, 1), ("norm", 2, 1), ("norm", 1, 2)]
+)
+def test_regression_is_numpys_on_many_samples_of_the_model(intercept: str, stride: int, dilation: int) -> None:
     first, norm, second, maps = chain_of_noise(stride, dilation)
+    before = None if second.bias is None else second.bias.double()
+    if intercept != "bias":
+        second.bias = None
     keep = torch.tensor([0, 2, 3])
     patches = F.unfold(maps, 2, dilation).transpose(1, 2).flatten(0, 1).double()  # [N, 5 * 4]
     kept = patches.view(-1, 5, 4)[:, keep].flatten(1)
     target = patches @ second.weight.double().flatten(1).T
     design = torch.cat([kept, torch.ones(len(kept), 1)], 1) if intercept else kept
     exact = torch.from_numpy(np.linalg.lstsq(design.numpy(), target.numpy(), rcond=None)[0])
-    after = nn.BatchNorm2d(4) if intercept else None
+    after = nn.BatchNorm2d(4) if intercept == "norm" else None
     regress(first, norm, second, after, first.weight.double(), keep, (2, 2))
     found = second.weight[:, keep].flatten(1).double()
     torch.testing.assert_close(found, exact[:12].T, atol=0.02, rtol=0.02)
+    if second.bias is not None and before is not None:
+        torch.testing.assert_close(second.bias.double() - before, exact[12], atol=0.02, rtol=0.02)
     if after is not None:
         torch.testing.assert_close(after.running_mean.double(), -exact[12], atol=0.02, rtol=0.02)
         variances = (kept @ exact[:12]).var(0) / target.var(0)
         torch.testing.assert_close(after.running_var.double(), variances, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize(("ratio", "bits"), [(0.3, None), (0.0, 3)])
+def test_channels_that_died_are_not_taken_for_live_ones(ratio: float, bits: int | None) -> None:
+    """Weight decay leaves filters whose outputs vary less than a batch norm's eps: |gamma| is not their deviation."""
+    torch.manual_seed(1)
+
+    def block(channels: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16, momentum=None), nn.ReLU()]
+
+    network = nn.Sequential(*block(3), *block(16), *block(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    network[3].weight[:6] *= 1e-4
+    images = torch.randn(128, 3, 14, 14)
+    network.train()(images)
+    expected = network.eval()(images)
+    result = closed_form(network, ratio, bits)
+    ours, naive = ((model(images) - expected).norm() for model in (result.model, result.naive))
+    assert ours < 0.7 * naive
 
 
 def heads() -> dict[str, nn.Module]:
@@ -346,10 +371,26 @@ def test_bad_values_are_named(options: dict[str, Any], message: str) -> None:
         closed_form(tiny(), **options)
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_a_layer_that_cannot_be_rounded_is_named_and_not_passed_over() -> None:
+    network = nn.Sequential(Standardised(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    with pytest.raises(UserError, match=r"^0 calls conv2d itself, is no nn\.Conv2d"):
+        closed_form(network, bits=4)
+    assert [line["layer"] for line in closed_form(network, bits=4, ignore=["0"]).layers] == ["4"]
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
         (nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), "0 has no batch norm"),
+        (
+            nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3)),
+            "no layer hands its channels through batch norm and ReLU alone to one ungrouped layer; give bits",
+        ),
         (nn.Sequential(nn.Flatten(), nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "1 has no ReLU"),
         (
             nn.Sequential(

@@ -226,10 +226,32 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         (path, network, images(2, size=8), 0, "repeats=0 is not allowed"),
         (path, broken, images(2, size=8), 1, "NaN or infinite"),
         (path, Named(), images(2, size=8), 1, "the model gives a dict; verify compares one that gives logits alone"),
+        (
+            path,
+            nn.Flatten(),
+            images(2, size=8),
+            1,
+            r"gives logits \[2, 3\] where the model gives \[2, 64\]; give the model",
+        ),
     ]
     for file, model, given, repeats, message in cases:
         with pytest.raises(UserError, match=message):
             verify(file, model, given, repeats=repeats)
+    with pytest.raises(UserError, match=r"ONNX Runtime cannot read .*gone.onnx"):
+        verify(path, network, images(2, size=8), float_path=tmp_path / "gone.onnx")
+
+
+def test_one_logit_agrees_by_its_sign_and_an_empty_batch_says_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 1))
+    path = export_onnx(network, images(2, size=8), tmp_path / "m.onnx")
+    x = torch.randn(40, 1, 8, 8)
+    with torch.no_grad():
+        other = copy.deepcopy(network)
+        other[1].weight.neg_()
+        other[1].bias.neg_()
+    found = [verify(path, model, [x, x[:0]], repeats=1) for model in (network, other)]
+    assert [(each["agreement"], each["n"]) for each in found] == [(100, 40), (0, 40)]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -341,6 +363,8 @@ def test_what_cannot_be_exported_says_why(tmp_path: Path) -> None:
         export_onnx(model, images(1), tmp_path / "m.onnx", opset=18)
     with pytest.raises(UserError, match=r"the example has shape \[1, 8, 8\]; give images \[B, C, H, W\]"):
         export_onnx(model, images(1)[0], tmp_path / "m.onnx")
+    with pytest.raises(UserError, match=r"is a folder; give the file to write, such as .*model\.onnx"):
+        export_onnx(model, images(1), tmp_path)
     with pytest.raises(UserError, match=r"takes images of \[1, 4, 4\], not \[1, 5, 5\]"):
         verify(export_onnx(nn.Flatten(), images(1, 4), tmp_path / "f.onnx"), nn.Flatten(), images(1, 5))
     with pytest.raises(UserError, match="no image"):

@@ -279,6 +279,9 @@ def test_as_many_images_are_taken_as_asked_for(count: int) -> None:
     for stream in ([whole[:4], whole[4:]], pairs):
         assert torch.equal(torch.cat(list(images_of(stream, count))), whole[:count])
     assert torch.equal(torch.cat(list(images_of(pairs))), whole)
+    with_empty_ones = list(images_of([whole[:0], whole[:4], whole[:0], whole[4:]], count))
+    assert all(len(batch) for batch in with_empty_ones)
+    assert torch.equal(torch.cat(with_empty_ones), whole[:count])
 
 
 def test_a_stream_too_short_is_refused() -> None:
@@ -293,6 +296,15 @@ def test_a_stream_too_short_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=rf"a stream's batch is a tensor of images .* got a {name}"):
             list(images_of([batch]))
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.3, 0.35), (0.5, 0.5), (0.45, 0.22)])
+def test_images_that_were_normalised_already_are_refused_by_what_normalises_them(mean: float, std: float) -> None:
+    given = [(torch.arange(256.0).view(4, 1, 8, 8) / 255 - mean) / std]
+    network = nn.Conv2d(1, 2, 3)
+    with pytest.raises(UserError, match=r"to a model that normalises them itself; give them in \[0, 1\]"):
+        calibration_inputs(Classifier(network, mean=[mean], std=[std]), given, 4)
+    assert torch.equal(calibration_inputs(network, given, 4)[0], given[0])
 
 
 def test_a_classifier_keeps_its_normalisation_around_another_network() -> None:

@@ -148,6 +148,7 @@ def without_torch_pruning(patch: pytest.MonkeyPatch) -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"ratio": 0.0}, "above 0 and below 1, not 0.0"),
+    ({"ratio": "0.4"}, "above 0 and below 1, not '0.4'"),
     ({"ratio": 1.0}, "above 0 and below 1, not 1.0"),
     ({"kind": "blocks"}, "unknown kind 'blocks'.*channels"),
     ({"repair": "magic"}, "unknown repair 'magic'.*batch_norm"),

@@ -236,10 +236,22 @@ def test_bits_may_be_one_number_or_a_pair() -> None:
         ({"bits": (), "method": "nearest"}, r"bits \(\) are not allowed"),
         ({"bits": [8, 4, 2], "method": "nearest"}, r"bits \[8, 4, 2\] are not allowed"),
         ({"ends": 1, "method": "nearest"}, r"features\.0: bits 1 are not allowed"),
-        ({"images": 0, "method": "nearest"}, "images=0 is not allowed; it takes 1 image"),
+        (
+            {"images": 0, "method": "nearest"},
+            "images=0 is not allowed; give a whole number of images of the stream, 1 or more",
+        ),
         ({"bits": 1, "method": "train"}, "bits 1 are not allowed"),
         ({"method": "nearest", "images": 97}, "ended after 96 images where 97 are needed"),
         ({"method": "train", "images": 97}, "ended after 96 images where 97 are needed"),
+        ({"method": "train", "steps": 0}, "steps=0 is not allowed; training takes a whole number of updates"),
+        (
+            {"method": "train", "lr": -1.0},
+            "training takes lr and weight_decay of 0 or more and a temperature above 0, got",
+        ),
+        ({"method": "train", "weight_decay": -1.0}, "got None, -1.0 and 3.0"),
+        ({"method": "train", "temperature": 0.0}, "got None, 0.0001 and 0.0"),
+        ({"method": "nearest", "images": 16.5}, "images=16.5 is not allowed; give a whole number"),
+        ({"method": "nearest", "overrides": [4, 4]}, r"overrides=\[4, 4\] is not allowed; give bits by name pattern"),
         ({"method": "nearest", "overrides": {"conv9": [4, 4]}}, "the override 'conv9' matches no layer"),
         ({"method": "train", "ignore": ["conv9"]}, "the ignore pattern 'conv9' matches no layer"),
         ({"ignore": "conv9"}, r"ignore='conv9' is one text; give a list of patterns, \['conv9'\]"),
@@ -278,6 +290,24 @@ def test_networks_that_do_not_take_the_images_or_are_quantised_already_are_refus
     ):
         with pytest.raises(UserError, match="the network is quantised already; give the float one"):
             again()
+
+
+@pytest.mark.parametrize("compress", [quantize, prune, closed_form])
+def test_a_network_that_holds_nan_is_refused(compress: Any) -> None:
+    broken = copy.deepcopy(network_of(model()))
+    next(p for p in broken.parameters() if p.dim() == 4).data[0] = math.nan
+    given = {quantize: (STREAM, 8), prune: (STREAM, 0.3), closed_form: (0.3,)}[compress]
+    with pytest.raises(
+        UserError, match=r"^features\.0\.weight of the network holds NaN or infinity; load its checkpoint"
+    ):
+        compress(broken, *given)
+
+
+def test_a_network_in_double_precision_is_trained_in_it() -> None:
+    torch.manual_seed(0)
+    double = [images.double() for images in STREAM]
+    done = quantize(network_of(model()).double(), double, 8, method="train", images=16, warm_start=1, steps=1)
+    assert done.model(double[0]).dtype == torch.float64
 
 
 def test_a_stream_that_cannot_be_begun_again_is_refused() -> None:

@@ -12,7 +12,15 @@ from torch import Tensor, fx, nn
 
 from dfkd.compress.prepare import prepare
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
-from dfkd.compress.reconstruct import SoftRounding, fisher_weights, float_copy, reconstruct, squared_error, undecided
+from dfkd.compress.reconstruct import (
+    Learner,
+    SoftRounding,
+    fisher_weights,
+    float_copy,
+    reconstruct,
+    squared_error,
+    undecided,
+)
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.runtime import rng
@@ -184,6 +192,22 @@ def test_output_comes_closer_on_images_not_seen(unit: str, model: str) -> None:
 def test_a_reconstruction_of_nothing_is_refused(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=r"steps=.* and batch_size=.* are not allowed"):
         reconstruct(prepared(network()), images(64), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 2.5}, "steps=2.5 and batch_size=32 are not allowed; reconstruction takes whole numbers"),
+        ({"warmup": 1.0}, "warmup from 0 to below 1, drop from 0 to 1, got 0.05, 0.001, 0.01, 1.0 and 0.5"),
+        ({"drop": 2}, "0.2 and 2$"),
+        ({"lr": -1}, "got -1, 0.001"),
+        ({"lr_scale": -1}, "got 0.05, -1"),
+        ({"beta": 20}, "beta=20 is not allowed; give two exponents"),
+    ],
+)
+def test_numbers_that_nothing_can_be_learned_with_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Learner(**options)
 
 
 def test_figures_are_errors_against_the_float_network() -> None:

@@ -29,6 +29,7 @@ from dfkd.compress.graph import (
     own_name,
     with_network,
 )
+from dfkd.compress.prepare import kept_float
 from dfkd.compress.quantizers import IN_CACHE, sqnr_db
 from dfkd.compress.rectified import regress, renew_norm
 from dfkd.compress.result import Compressed
@@ -106,7 +107,7 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
     nodes = {str(n.target): n for n in graph.graph.nodes if is_layer(graph, n, nn.Conv2d, nn.Linear)}
     if not nodes:
         raise UserError(f"{type(network).__name__} has no convolution or linear layer; give a model that has one")
-    ignored = ignored_layers(list(nodes), ignore)
+    ignored = ignored_layers([*nodes, *(kept_float(graph, ignore) if bits is not None else [])], ignore)
     plan = _Plan({}, {}, {}, {})
     for name in nodes:
         outer = name in (next(iter(nodes)), next(reversed(nodes)))
@@ -121,8 +122,9 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
             plan.chains[chain.first] = dataclasses.replace(chain, norm=own_name(network, str(chain.norm)))
     if ratio and not plan.chains:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
-        why = why or "no layer hands its channels to one ungrouped layer alone"
-        raise UserError(f"no filter can be taken out: {why}; ignore fewer, or give bits and ratio=0, or another model")
+        why = why or "no layer hands its channels through batch norm and ReLU alone to one ungrouped layer"
+        fewer = "ignore fewer, or " if ignored else ""
+        raise UserError(f"no filter can be taken out: {why}; {fewer}give bits and ratio=0, or another model")
     return plan
 
 

@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dfkd.compress.graph import images_of
+from dfkd.compress.graph import as_floats, images_of
 from dfkd.compress.hints import Hints, first_rows
 from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.errors import UserError
@@ -18,7 +19,7 @@ from dfkd.losses import STUDENT_LOSSES, unexplained
 from dfkd.models.checkpoints import not_finite
 from dfkd.norms import learning_norms
 from dfkd.renewal import draw_anew, every_layer
-from dfkd.runtime import Shard, autocast_of, forked, prepare, reseed, to_float
+from dfkd.runtime import Shard, autocast_of, forked, prepare, reseed
 from dfkd.stream import SyntheticStream, Watch, feature_widths
 from dfkd.teachers import Teacher, features_of, shares_of, tap_features
 
@@ -65,7 +66,7 @@ class Batches:
             images = next(self.iterator, None)
         if images is None:
             raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
-        images = to_float(images.to(self.teachers[0].mean.device))
+        images = as_floats(self.teachers[0], images.to(self.teachers[0].mean.device))
         with watch() if watch else nullcontext([]) as seen:
             targets = self.teachers[0](images)
         return images, targets, *seen
@@ -79,8 +80,15 @@ def hold_zeros(model: nn.Module) -> None:
             weight.register_hook(partial(torch.mul, kept))
 
 
-def check_length(stream: Any, steps: int) -> None:
-    """Raise UserError where a stream ends before so many updates are done."""
+def check_training(stream: Any, steps: int, *, lr: float | None, weight_decay: float, temperature: float) -> None:
+    """Raise UserError for numbers that nothing is trained with, and where a stream ends before so many updates."""
+    if not (isinstance(steps, Integral) and steps >= 1):
+        raise UserError(f"steps={steps!r} is not allowed; training takes a whole number of updates, 1 or more")
+    if (lr is not None and lr < 0) or weight_decay < 0 or temperature <= 0:
+        raise UserError(
+            f"training takes lr and weight_decay of 0 or more and a temperature above 0, got {lr}, {weight_decay} and "
+            f"{temperature}"
+        )
     if isinstance(stream, SyntheticStream) and stream.num_batches is not None and stream.num_batches < steps:
         raise UserError(
             f"{steps} updates need as many batches, the stream has num_batches={stream.num_batches}; give it more, or "
@@ -114,7 +122,7 @@ class Fit:
         accelerator: Accelerator | None = None,
         graphs: Calls = DIRECT,
     ) -> None:
-        check_length(stream, steps)
+        check_training(stream, steps, lr=lr, weight_decay=weight_decay, temperature=temperature)
         if not any(parameter.requires_grad for parameter in student.parameters()):
             raise UserError(
                 "the student has no parameter that learns; call student.requires_grad_(True) (a Teacher freezes the "
@@ -259,6 +267,4 @@ def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: A
             "fit() takes a SyntheticStream with a teacher, whose logits the student learns; give the stream itself, "
             "made with teacher="
         )
-    if steps < 1:
-        raise UserError(f"steps={steps} is not allowed; training takes 1 update or more")
     return Fit(student, stream, steps=steps, **options).run()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -42,7 +43,8 @@ POOLS: set[object] = {nn.AdaptiveAvgPool2d, F.adaptive_avg_pool2d}
 
 
 def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tensor]:
-    """The images of a stream, batch by batch: of `images` or of `(images, targets, ...)`; `count` images in all.
+    """The images of a stream, batch by batch: of `images` or of `(images, targets, ...)`; `count` images in all. Empty
+    batches are left out.
 
     Raises UserError where the stream is one tensor, gives something else, or ends before `count`.
     """
@@ -50,8 +52,8 @@ def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tenso
         raise UserError(
             f"a stream is an iterable of batches [B, C, H, W], got one tensor {list(stream.shape)}; put it in a list"
         )
-    if count is not None and count < 1:
-        raise UserError(f"images={count} is not allowed; it takes 1 image of the stream or more")
+    if count is not None and not (isinstance(count, Integral) and count >= 1):
+        raise UserError(f"images={count!r} is not allowed; give a whole number of images of the stream, 1 or more")
     seen = 0
     for batch in stream:
         images = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -62,7 +64,8 @@ def images_of(stream: Iterable[Any], count: int | None = None) -> Iterator[Tenso
             )
         images = images if count is None else images[: count - seen]
         seen += len(images)
-        yield images
+        if len(images):
+            yield images
         if seen == count:
             return
     if count is not None and seen < count:
@@ -79,6 +82,12 @@ def network_input(model: nn.Module, images: Tensor) -> Tensor:
     return model.network_input(images) if isinstance(model, Classifier) else images
 
 
+def as_floats(model: nn.Module, images: Tensor) -> Tensor:
+    """Images of a stream in float32 (uint8: 255ths), but those in float64 for a network in it."""
+    double = images.dtype == torch.float64 and any(each.dtype == torch.float64 for each in model.parameters())
+    return images if double else to_float(images)
+
+
 @torch.no_grad()
 def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> list[Tensor]:
     """The network's inputs for the first images of a stream (uint8: 255ths), in batches. Raises UserError where the
@@ -87,12 +96,10 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
     check_can_change()
     check_weights(network_of(model))
     device = next(model.parameters(), torch.empty(0)).device
-    double = any(each.dtype == torch.float64 for each in model.parameters())
     inputs = []
     for batch in images_of(stream, images):  # one by one: it may give the same memory filled anew
         _check_range(model, batch)
-        batch = batch.to(device)
-        inputs.append(network_input(model, batch if double and batch.dtype == torch.float64 else to_float(batch)))
+        inputs.append(network_input(model, as_floats(model, batch.to(device))))
     inputs = [batch.clone() if batch.is_inference() else batch for batch in inputs]
     if not all(torch.isfinite(batch).all() for batch in inputs):
         raise UserError("the stream gave images that hold NaN or infinity; look at where it takes them from")
@@ -101,12 +108,23 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
 
 
 def _check_range(model: nn.Module, images: Tensor) -> None:
-    # Twice the range is no image in 255ths: what sharpens or resizes may go a little beyond.
+    # Twice the range is one in 255ths, half of it below 0 one that was normalised: what sharpens or resizes may go a
+    # little beyond.
     normalises, whole = isinstance(model, Classifier) and model.normalisation[0], not images.is_floating_point()
-    if images.numel() and images.dtype != torch.uint8 and (whole or (normalises and 2 < images.max() < math.inf)):
-        given = f"{images.dtype} up to {images.max().item():g}"
+    if not images.numel() or images.dtype == torch.uint8:
+        return
+    least, most = (x.item() for x in torch.aminmax(images))
+    if whole or (normalises and 2 < most < math.inf and least > -0.5):
         wanted = "in [0, 1]" if isinstance(model, Classifier) else "what the network takes"
-        raise UserError(f"the stream gave images in {given}; give uint8 ones, or float ones {wanted}: divide by 255")
+        raise UserError(
+            f"the stream gave images in {images.dtype} up to {most:g}; give uint8 ones, or float ones {wanted}: divide "
+            "by 255"
+        )
+    if normalises and -math.inf < least < -0.5:
+        raise UserError(
+            f"the stream gave images from {least:g} to {most:g} to a model that normalises them itself; give them in "
+            "[0, 1], as they are before mean and std, or give the network without its normalisation"
+        )
 
 
 def joined(inputs: Sequence[Tensor]) -> Tensor:

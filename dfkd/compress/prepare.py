@@ -74,17 +74,9 @@ def layer_bits(
 ) -> dict[str, Bits]:
     """Bits of weights and input by layer: `bits`, the first and the last layer `ends`, then overrides by name pattern
     (the last that matches); what `ignore` names stays float. Raises UserError for bits outside 2..8."""
-    names = layer_names(graph)
-    for node in graph.graph.nodes:
-        weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
-        if node.target in (F.conv2d, F.linear) and isinstance(weight, fx.Node):
-            layer = _owner(weight) or node.name
-            if not any(fnmatchcase(layer, pattern) for pattern in ignore):
-                raise UserError(
-                    f"{layer} calls {node.target.__name__} itself, is no nn.Conv2d or nn.Linear, and cannot be "
-                    "quantised; replace it, or name it in ignore to keep it float"
-                )
-            names.append(layer)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        raise UserError(f"overrides={overrides!r} is not allowed; give bits by name pattern: {{'layer1.*': (8, 4)}}")
+    names = [*layer_names(graph), *kept_float(graph, ignore)]
     if not names:
         raise UserError("the network has no convolution or linear layer to quantise")
     chosen = {name: (ends if name in (names[0], names[-1]) else bits) for name in names}
@@ -95,6 +87,21 @@ def layer_bits(
     if not chosen:
         raise UserError(f"ignore={list(ignore)} leaves no layer to quantise; the layers are {', '.join(names)}")
     return {name: _pair(given, name) for name, given in chosen.items()}
+
+
+def kept_float(graph: fx.GraphModule, ignore: Sequence[str]) -> list[str]:
+    """Layers that are none of torch's and cannot be quantised. Raises UserError for one that `ignore` does not name."""
+    names = []
+    for node in graph.graph.nodes:
+        weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+        if node.target in (F.conv2d, F.linear) and isinstance(weight, fx.Node):
+            names.append(_owner(weight) or node.name)
+            if not any(fnmatchcase(names[-1], pattern) for pattern in ignore):
+                raise UserError(
+                    f"{names[-1]} calls {node.target.__name__} itself, is no nn.Conv2d or nn.Linear, and cannot be "
+                    "quantised; replace it, or name it in ignore to keep it float"
+                )
+    return names
 
 
 def _owner(node: fx.Node) -> str:

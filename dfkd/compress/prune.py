@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -124,8 +125,8 @@ def _check(ratio: float, kind: str, repair: str, images: int, ridge: float) -> N
         raise UserError(f"unknown kind {kind!r} of pruning; choose from {sorted(KINDS)}")
     if repair not in REPAIRS:
         raise UserError(f"unknown repair {repair!r}; choose from {sorted(REPAIRS)}")
-    if not 0 < ratio < 1:
-        raise UserError(f"ratio is the share removed, above 0 and below 1, not {ratio}")
+    if not isinstance(ratio, Real) or not 0 < ratio < 1:
+        raise UserError(f"ratio is the share removed, above 0 and below 1, not {ratio!r}")
     if images < PROBE or ridge <= 0:
         raise UserError(f"pruning needs images >= {PROBE} and ridge > 0, got {images} and {ridge}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.fit import Batches, Fit, check_length, hold_zeros
+from dfkd.compress.fit import Batches, Fit, check_training, hold_zeros
 from dfkd.compress.graph import (
     calibration_inputs,
     fold,
@@ -75,7 +75,8 @@ class Training:
         seed: int = 0,
         accelerator: Any = None,
     ) -> None:
-        check_length(stream, steps)  # before the warm start, which may take minutes
+        # Before the warm start, which may take minutes.
+        check_training(stream, steps, lr=lr, weight_decay=weight_decay, temperature=temperature)
         self.given = model
         self.inputs = calibration_inputs(model, stream if calibration is None else calibration, images)
         check_logits(network_of(model), self.inputs[0][:1])

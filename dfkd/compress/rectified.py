@@ -12,6 +12,7 @@ from torch import Tensor
 from dfkd.compress.quantizers import IN_CACHE
 
 RIDGE = 1e-6  # of the mean variance: two kept channels may be the same
+DEAD = 1e-3  # of it: a variance below counts as this much, lest weights grow beside which the others are rounded away
 NODES, WEIGHTS = (x.tolist() for x in np.polynomial.legendre.leggauss(32))
 
 
@@ -111,30 +112,35 @@ def regress(
     """Let `second` make of the channels keep [K'] what it made of all, in place.
 
     first, norm and a ReLU make the channels; exact [C, ...] are all filters of first as they were before rounding. The
-    batch norm `after` takes the intercept and the loss of variance; without one (None) the regression has no intercept.
+    batch norm `after` takes the intercept and the loss of variance; without one (None) the bias of second takes the
+    intercept, and without a bias the regression has none, so that the network's state dict keeps its names.
     window is the kernel of second where each of its places is a variable of its own, else (1, 1).
     """
     if len(keep) == len(exact) and torch.equal(first.weight.double(), exact):
         return
     taps = math.prod(window)
     covariance, mean, now = map_moments(norm, first, second, exact, keep, window)
-    gram = covariance if after is not None else covariance + mean.outer(mean)
+    centred = after is not None or second.bias is not None
+    gram = covariance if centred else covariance + mean.outer(mean)
     then = slice(len(exact) * taps)
     weight = second.weight.double().reshape(len(second.weight), len(exact), -1)  # [O, C, places]
     # [O, C * places], or [O * places, C] where one regression serves all places
     separate = weight.shape[2] != taps
     old = (weight.transpose(1, 2).flatten(0, 1) if separate else weight.flatten(1)).clone()
     inner = gram[now][:, now]
-    ridge = RIDGE * inner.diagonal().mean() * torch.eye(len(inner)).to(inner)
-    new = torch.linalg.solve(inner + ridge, gram[now, then] @ old.T).T
+    own, usual = inner.diagonal(), inner.diagonal().mean()
+    damped = inner + torch.diag(RIDGE * usual + (DEAD * usual - own).clamp_min(0))
+    new = torch.linalg.solve(damped, gram[now, then] @ old.T).T
     rows = new.view(len(weight), -1, len(keep)).transpose(1, 2) if separate else new.view(len(weight), len(keep), taps)
     weight[:, keep] = rows
     second.weight.copy_(weight.view_as(second.weight))
+    moved = (new @ mean[now] - old @ mean[then]).view(len(weight), -1).sum(1)
     if after is not None:
-        moved = new @ mean[now] - old @ mean[then]
         kept, was = (((w @ g) * w).view(len(weight), -1).sum(1) for w, g in ((new, inner), (old, gram[then, then])))
-        after.running_mean.add_(moved.view(len(weight), -1).sum(1))
+        after.running_mean.add_(moved)
         after.running_var.mul_(torch.where((kept > 0) & (was > 0), kept / was, 1))
+    elif second.bias is not None:
+        second.bias.sub_(moved)
 
 
 def map_moments(
@@ -148,7 +154,8 @@ def map_moments(
     ones = torch.ones_like(norm.running_var, dtype=torch.float64)
     shift = 0 * ones if norm.bias is None else norm.bias.double()
     scale = ones if norm.weight is None else norm.weight.double()
-    spread = scale.abs().clamp_min(1e-12)
+    var = norm.running_var.double()
+    spread = (scale.abs() * (var / (var + norm.eps)).sqrt()).clamp_min(1e-12)  # a dead channel's is not |gamma|
     every, filters, at = torch.arange(len(exact), device=keep.device), exact, keep
     if not torch.equal(first.weight.double(), exact):
         every, filters = torch.cat([every, keep]), torch.cat([exact, first.weight.double()[keep]])

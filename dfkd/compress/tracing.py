@@ -18,6 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from dfkd.compress.quantizers import quantized_layers
 from dfkd.errors import UserError, in_a_line
+from dfkd.models.checkpoints import not_finite
 from dfkd.runtime import eval_mode
 
 
@@ -157,14 +158,18 @@ def check_can_change() -> None:
 
 
 def check_weights(network: nn.Module) -> None:
-    """Raise UserError where a network is quantised already, and where the weight of a layer is no parameter, as a rule
-    since it is computed of others before each forward (weight norm, spectral norm, torch's pruning masks): what is
-    written into it would be gone at the next."""
+    """Raise UserError where a network is quantised already or holds NaN or infinity, and where the weight of a layer is
+    no parameter, as a rule since it is computed of others before each forward (weight norm, spectral norm, torch's
+    pruning masks): what is written into it would be gone at the next."""
     if isinstance(network, torch.jit.ScriptModule | OptimizedModule):
         kind = "scripted" if isinstance(network, torch.jit.ScriptModule) else "compiled"
         raise UserError(f"the network is {kind} and has no forward to be traced; give the one it was made from")
     if quantized_layers(network):
         raise UserError("the network is quantised already; give the float one that it was made from")
+    if broken := not_finite(network):
+        raise UserError(
+            f"{broken[0]} of the network holds NaN or infinity; load its checkpoint anew, or train it again"
+        )
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and "weight" not in dict(module.named_parameters(recurse=False)):
             raise UserError(
