@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dfkd.classifier import Classifier
 from dfkd.compress.channels import resize
 from dfkd.compress.closed_form import METHODS, closed_form, combination, own_scale, rounded
+from dfkd.compress.prune import prune
 from dfkd.compress.quantizers import sqnr_db
 from dfkd.compress.rectified import (
     by_position,
@@ -406,3 +407,12 @@ def test_a_layer_that_cannot_be_rounded_is_named_and_not_passed_over() -> None:
 def test_networks_without_a_filter_to_take_are_told_why(network: nn.Module, message: str) -> None:
     with pytest.raises(UserError, match=message):
         closed_form(network, 0.5)
+
+
+def test_what_is_compressed_after_a_closed_form_tells_of_both() -> None:
+    network = build_model("dfkd:tiny_plain", classes=5, channels=3, kwargs={"width": 8}).eval()
+    first = closed_form(network, 0.3)
+    assert first.structure["channels"]
+    for each in (first.model, first.naive):
+        done = prune(each, [torch.rand(16, 3, 8, 8)], 0.3, kind="weights", repair="none", images=16)
+        assert done.structure == {"channels": first.structure["channels"]}

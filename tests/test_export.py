@@ -377,3 +377,57 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     call = verify if missing == "onnxruntime" else lambda path, *given: export_onnx(*given, path)
     with pytest.raises(UserError, match=r"needs onnx, onnxscript and onnxruntime: pip install 'dfkd\[export\]'"):
         call(tmp_path / "m.onnx", nn.Flatten(), images(1))
+
+
+def test_a_network_in_training_is_exported_as_it_infers_at_the_opset_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)).train()
+    path = export_onnx(network, images(2), tmp_path / "m.onnx", opset=20)
+    assert network.training
+    assert [entry.version for entry in onnx.load(str(path)).opset_import if not entry.domain] == [20]
+    network[1].p = 1.0  # what verify() compares with is in eval mode too
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other[2].bias += torch.tensor([2.0, 0.0, 0.5])
+    shown = images(6)
+    found = verify(path, other, shown, repeats=1)
+    with torch.no_grad():
+        wanted, given = (each.eval()(shown).double() for each in (other, network))
+    assert found["max_error"] == pytest.approx(2.0, rel=1e-4)
+    assert found["relative_error"] == pytest.approx(float((given - wanted).norm() / wanted.norm()), rel=1e-4)
+    agree = (given.argmax(1) == wanted.argmax(1)).double().mean()
+    assert found["agreement"] == pytest.approx(100 * float(agree), abs=0.01)
+
+
+def test_a_bias_that_int32_does_not_hold_stays_float(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval()
+    with torch.no_grad():
+        network[1].bias[1] = 1e7
+    model = quantised(network, (8, 8))
+    assert (
+        verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)["relative_error"] < 1e-5
+    )
+
+
+def test_a_session_has_the_threads_it_is_asked_for(tmp_path: Path) -> None:
+    path = export_onnx(nn.Flatten(), images(2), tmp_path / "m.onnx")
+    options = verification._session(path, 3).get_session_options()
+    assert options.intra_op_num_threads == 3
+    assert options.get_session_config_entry("session.x64quantprecision") == "1"
+
+
+def test_warming_up_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = [0.0], [0]
+
+    class Session:
+        def get_inputs(self) -> Any:
+            return [type("Input", (), {"shape": ["batch", 1, 8, 8]})]
+
+    def timed(session: Any, shown: torch.Tensor) -> None:
+        calls[0] += 1
+        now[0] += 1.0 if calls[0] <= 3 else 0.002
+
+    monkeypatch.setattr(verification, "_logits", timed)
+    monkeypatch.setattr(verification.time, "perf_counter", lambda: now[0])
+    assert verification._latencies({"": Session()}, images(1), 2) == {"": 2.0}

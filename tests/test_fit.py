@@ -393,3 +393,39 @@ def test_a_student_of_other_classes_is_refused(make_stream: Callable[..., Synthe
     for features in (False, True):
         with pytest.raises(UserError, match=r"the student gives a tuple where logits \[B, 3\] belong"):
             fit(paired, make_stream(features=features), steps=1)
+
+
+def test_gradients_are_clipped_where_asked() -> None:
+    norms = []
+    for clip in (0.0, 0.01):
+        student = network()
+        Fit(student, batches(), steps=1, clip=clip).step(0)
+        norms.append(float(torch.cat([p.grad.flatten() for p in student.parameters()]).norm()))
+    assert norms[0] > 0.02
+    assert norms[1] == pytest.approx(0.01, rel=1e-3)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head, self.masks = nn.Dropout(0.5), nn.Linear(64, 3), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.masks.append(self.drop(torch.ones(64)))
+        return self.head(x.flatten(1) * self.masks[-1])
+
+
+def test_every_update_drops_other_units_the_same_ones_after_a_resume() -> None:
+    student = Masked()
+    fit = Fit(student, batches(), steps=3)
+    for step in (0, 1, 0):
+        fit.step(step)
+    assert not torch.equal(student.masks[0], student.masks[1])
+    assert torch.equal(student.masks[0], student.masks[2])
+
+
+def test_bytes_are_255ths_of_an_image_in_training() -> None:
+    stream = batches(1)
+    whole = torch.randint(256, (4, 1, 8, 8), dtype=torch.uint8)
+    stream.images = [whole]
+    assert torch.equal(stream.watched_batch(0)[0], whole.float() / 255)

@@ -407,3 +407,66 @@ def test_a_file_in_place_of_a_folder_is_named_in_one_line(tmp_path: Path) -> Non
     saved(tmp_path)
     with pytest.raises(GeneratorError, match=r"model\.safetensors"):
         load_generator(tmp_path / "model.safetensors")
+
+
+def by_hand(generator: ConvGenerator, latents: Tensor, labels: Tensor) -> Tensor:
+    """Images of a generator in eval mode from its file's tensors, two stages, norms of the code, float64."""
+    w = {name: value.double() for name, value in generator.state_dict().items()}
+    quantile = torch.distributions.Normal(0, 1).cdf(latents[:, 0].double())
+    codes = labels * generator.prototypes + (quantile * generator.prototypes).long()
+    code = w["embed.weight"][codes]
+    code = code / code.square().mean(1, keepdim=True).sqrt()  # as large as the latents
+    x = (torch.cat([latents.double(), code], 1) @ w["project.weight"].T).view(len(labels), -1, 2, 2)
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        mean, var = (w[f"{name}.running_{what}"].view(1, -1, 1, 1) for what in ("mean", "var"))
+        return (x - mean) / (var + 1e-5).sqrt()
+
+    x = normed(x, "project_norm") * w["project_norm.weight"].view(1, -1, 1, 1) + w["project_norm.bias"].view(
+        1, -1, 1, 1
+    )
+    for k in (0, 1):
+        x = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), w[f"stages.{k}.conv.weight"], padding=1)
+        scale, shift = w[f"stages.{k}.norm.affine"][codes].view(len(codes), 2, -1, 1, 1).unbind(1)
+        x = normed(x, f"stages.{k}.norm.norm") * (1 + scale) + shift
+        x = torch.where(x > 0, x, x / 5)
+    x = F.conv2d(x, w["to_pixels.weight"], padding=1)
+    return (normed(x, "head.norm") * w["head.scale"] + w["head.shift"]).clamp(0, 1)
+
+
+def test_images_are_those_of_the_layers_written_out(make_generator: Callable[..., ConvGenerator]) -> None:
+    generator = make_generator(latent=16, prototypes=3).eval()
+    with torch.no_grad():
+        for stage in generator.stages:
+            stage.norm.affine.normal_(0, 0.5, generator=torch.Generator().manual_seed(1))
+    latents, labels = latents_and_labels(32, 16)
+    torch.testing.assert_close(
+        generator(latents, labels).double(), by_hand(generator, latents, labels), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "maps"), [(8, [2, 4, 8]), (28, [7, 14, 28]), (32, [8, 16, 32]), (64, [8, 16, 32, 64])]
+)
+def test_maps_double_from_about_eight_pixels(
+    make_generator: Callable[..., ConvGenerator], size: int, maps: list[int]
+) -> None:
+    generator = make_generator(size=size, width=4)
+    assert generator.sizes == maps
+    assert [(stage.conv.in_channels, stage.conv.out_channels) for stage in generator.stages] == [(8, 8)] * (
+        len(maps) - 2
+    ) + [(8, 4)]
+
+
+def test_a_new_norm_is_nearly_the_plain_one() -> None:
+    torch.manual_seed(0)
+    assert 0.01 < float(ClassNorm(64, 30).affine.detach().std()) < 0.03
+
+
+def test_pixels_are_not_rounded_by_autocast(make_generator: Callable[..., ConvGenerator]) -> None:
+    generator, found = make_generator().eval(), []
+    generator.head.norm.register_forward_pre_hook(lambda _, given: found.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        images = generator(*latents_and_labels(4))
+    assert found == [torch.float32]
+    assert images.dtype == torch.float32

@@ -334,3 +334,13 @@ def test_images_in_double_precision_are_for_networks_in_it_alone() -> None:
         assert [x.dtype for x in calibration_inputs(network, [torch.rand(4, 3, 8, 8).to(given)], 4)] == [torch.float32]
     (x,) = calibration_inputs(network.double(), [torch.rand(4, 3, 8, 8).double()], 4)
     assert x.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_bias_before_a_norm_changes_sign_with_its_filter() -> None:
+    network = vary(nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU()), low=-0.5).double()
+    nn.init.normal_(network[0].bias, generator=torch.Generator().manual_seed(0))
+    assert (network[1].weight < 0).any()
+    graph, x = trace(network), images(2, 1, 5, 5, dtype=torch.float64)
+    positive_scales(graph)
+    same(graph(x), network(x))

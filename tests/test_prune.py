@@ -280,3 +280,22 @@ def test_sums_of_maps_and_numbers_several_heads_and_layers_that_are_not_called(f
     }
     assert names <= called[forward.__name__]
     assert "a" in names
+
+
+def test_a_ridge_draws_towards_the_weights_that_are_left() -> None:
+    images = [torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
+    moved = []
+    for ridge in (1e-2, 1e9):
+        done = prune(tiny(), images, 0.3, images=16, ridge=ridge)
+        pairs = zip(done.model.parameters(), done.naive.parameters())
+        moved.append(max(float((a - b).abs().max()) for a, b in pairs if a.dim() > 1))
+    assert moved[0] > 1e-2 > 1e-4 > moved[1]
+
+
+@pytest.mark.parametrize("repair", ["least_squares", "batch_norm"])
+def test_every_image_has_a_say_in_a_repair(repair: str) -> None:
+    images = torch.rand(80, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    other = torch.cat([images[:64], images[64:] ** 3])  # the last ones are no more than a second batch
+    done = [prune(tiny(), [x], 0.3, repair=repair, images=80).model.state_dict() for x in (images, other)]
+    changed = [name for name, value in done[0].items() if not torch.equal(value, done[1][name])]
+    assert changed

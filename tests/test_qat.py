@@ -79,7 +79,8 @@ def distance(found: nn.Module, wanted: nn.Module) -> float:
 def test_the_given_model_stays_bitwise(method: str) -> None:
     given = model().train()
     before, modes = copy.deepcopy(given.state_dict()), [part.training for part in given.modules()]
-    quantize(given, STREAM, (4, 4), method=method, images=32, **({"steps": 2} if method == "train" else {}))
+    options = {"steps": 2, "warm_start": 2} if method == "train" else {}
+    quantize(given, STREAM, (4, 4), method=method, images=32, **options)
     assert list(given.state_dict()) == list(before)
     assert all(torch.equal(value, before[name]) for name, value in given.state_dict().items())
     assert [part.training for part in given.modules()] == modes
@@ -90,7 +91,8 @@ def test_the_given_model_stays_bitwise(method: str) -> None:
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_what_comes_back_takes_what_was_given(method: str, wrapped: bool) -> None:
     given = model() if wrapped else functional()
-    done = quantize(given, STREAM, 8, method=method, images=32, **({"steps": 1} if method == "train" else {}))
+    options = {"steps": 1, "warm_start": 2} if method == "train" else {}
+    done = quantize(given, STREAM, 8, method=method, images=32, **options)
     for each in (done.model, done.naive):
         assert isinstance(each, Classifier) == wrapped
         assert not each.training
@@ -111,7 +113,7 @@ def done_resized(given: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("low", [0.5, -0.5], ids=["positive scales", "negative scales"])
 def test_the_folded_result_is_the_network_that_was_trained(low: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dfkd.compress.result.round_biases", lambda graph: None)  # which flips a code here and there
-    training = Training(model(low), STREAM, (4, 4), images=32, steps=3, warmup=0)
+    training = Training(model(low), STREAM, (4, 4), images=32, steps=3, warmup=0, warm_start=2)
     network: Any = network_of(training.student)
     norm = next(iter(batch_norms(network).values()))
     with torch.no_grad():
@@ -140,7 +142,7 @@ def test_training_comes_nearer_to_the_float_model_than_rounding() -> None:
 
 
 def test_every_weight_and_step_learns_and_no_statistic_does() -> None:
-    training = Training(model(), STREAM, (4, 4), images=32, steps=1, warmup=0)
+    training = Training(model(), STREAM, (4, 4), images=32, steps=1, warmup=0, warm_start=2)
     network: Any = network_of(training.student)
     norms = batch_norms(network)
     before = copy.deepcopy(network.state_dict())
@@ -163,13 +165,13 @@ def test_every_weight_and_step_learns_and_no_statistic_does() -> None:
 
 
 def test_hints_are_what_the_float_networks_units_give() -> None:
-    training = Training(model(), STREAM, (4, 4), images=32, steps=1, hints=0.5)
+    training = Training(model(), STREAM, (4, 4), images=32, steps=1, warm_start=0, hints=0.5)
     hints = training.fit.hints
     assert hints is not None
     assert hints.weight == 0.5
     assert len(hints.pairs) == 4  # the stem and three blocks
     assert all(ours == theirs for ours, theirs in hints.pairs)
-    assert Training(model(), STREAM, (4, 4), images=32, steps=1, hints=0.0).fit.hints is None
+    assert Training(model(), STREAM, (4, 4), images=32, steps=1, warm_start=0, hints=0.0).fit.hints is None
 
 
 @pytest.mark.parametrize("features", [False, True])
@@ -177,7 +179,7 @@ def test_a_synthetic_stream_keeps_its_own_teachers(features: bool) -> None:
     """Also one whose targets hold the features of another teacher than what is quantised."""
     teachers = [Teacher(named("dfkd:tiny_residual", width=8))] if features else []
     stream = SyntheticStream(from_noise(1, 8, 3), batch_size=8, num_batches=8, teacher=teachers, features=features)
-    done = quantize(model(), stream, (4, 4), method="train", images=16, steps=2)
+    done = quantize(model(), stream, (4, 4), method="train", images=16, steps=2, warm_start=2)
     assert stream.teachers == teachers
     assert len(stream.widths) == len(teachers)
     assert done.model(X).isfinite().all()
@@ -243,7 +245,7 @@ def test_bits_may_be_one_number_or_a_pair() -> None:
         ({"bits": 1, "method": "train"}, "bits 1 are not allowed"),
         ({"method": "nearest", "images": 97}, "ended after 96 images where 97 are needed"),
         ({"method": "train", "images": 97}, "ended after 96 images where 97 are needed"),
-        ({"method": "train", "steps": 0}, "steps=0 is not allowed; training takes a whole number of updates"),
+        ({"method": "train", "steps": 0.5}, "steps=0.5 is not allowed; training takes a whole number of updates"),
         (
             {"method": "train", "lr": -1.0},
             "training takes lr and weight_decay of 0 or more and a temperature above 0, got",
@@ -495,3 +497,38 @@ def test_a_network_of_one_unit_is_trained_without_what_lies_between_units() -> N
     net = nn.Sequential(nn.Conv2d(3, 4, 4), nn.Flatten()).eval()
     done = quantize(net, [torch.rand(8, 3, 4, 4)] * 4, 8, method="train", images=16, steps=2, warm_start=0)
     assert [line["layer"] for line in done.layers] == ["0"]
+
+
+def test_what_training_is_asked_for_is_what_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "dfkd.compress.qat.reconstruct", lambda graph, images, **options: asked.update(options, images=images)
+    )
+    given, own = model(), [smooth(16, seed) for seed in (50, 51)]
+    options: dict[str, Any] = {"steps": 9, "weight_decay": 0.3, "warmup": 4, "temperature": 7.0, "seed": 11}
+    training = Training(
+        given, STREAM, 4, calibration=own, images=32, ends=(3, 5), ignore=["features.4.*"], warm_start=6, **options
+    )
+    fit = training.fit
+    assert (fit.steps, fit.warmup, fit.temperature, fit.clip) == (9, 4, 7.0, 5.0)
+    assert [group["weight_decay"] for group in fit.optimizer.param_groups] == [0.3, 0.0]
+    assert (asked["seed"], asked["steps"]) == (11, 6)
+    assert torch.equal(asked["images"], (torch.cat(own) - 0.4) / 0.3)
+    larger = images(2, 1, 16, 16)  # which the model resizes
+    assert torch.allclose(fit.stream.teachers[0](larger), given(larger), atol=1e-5)
+    bits = network_of(training.student).meta["bits"]
+    names = list(bits)
+    assert bits == {name: (3, 5) if name in (names[0], "linear") else (4, 4) for name in names}
+    assert not any(name.startswith("features.4") for name in names)
+    assert training.naive.meta["bits"] == bits
+    assert all(len(layer.quantizer.scale) == len(layer.weight) for layer in quantized_layers(training.naive).values())
+
+
+def test_what_is_replayed_has_the_targets_of_what_is_quantised() -> None:
+    """Calibration goes through the same stream, whose ring then holds those of its own teacher."""
+    given, teacher = model(), Teacher(named("dfkd:tiny_plain", width=4))
+    stream = SyntheticStream(from_noise(1, 8, 3), batch_size=8, replay=4, teacher=teacher)
+    training = Training(given, stream, 8, images=32, steps=3, warm_start=0)
+    for step in range(3):
+        shown, targets, *_ = training.fit.stream.watched_batch(step)
+        assert torch.allclose(targets, given(shown), atol=1e-4)

@@ -17,10 +17,12 @@ from dfkd.compress.reconstruct import (
     SoftRounding,
     fisher_weights,
     float_copy,
+    pieces,
     reconstruct,
     squared_error,
     undecided,
 )
+from dfkd.compress.units import extract, units
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.runtime import rng
@@ -336,3 +338,71 @@ def test_a_loss_that_is_not_finite_names_the_unit_and_leaves_it() -> None:
         reconstruct(graph, x, steps=3)
     assert all(torch.equal(layer.weight, before[name]) for name, layer in layers(graph))
     assert all(quantizer.keep == 0 for quantizer in activation_quantizers(graph).values())
+
+
+def learned(x_float: Tensor, x: Tensor, **options: Any) -> tuple[fx.GraphModule, list[Tensor]]:
+    """The residual block of Functional in 2 and 4 bits, learned for what it never gave; what it was shown."""
+    graph, seen = prepared(network()), []
+    (block,) = [unit for unit in units(graph) if unit.name == "first to second"]
+    part, _, _ = extract(graph, block.nodes, block.name)
+    part.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    target = draws(64, 8, position=3)  # of the means behind it
+    Learner(batch_size=16, **options).learn(part, block.name, x_float, x, target, None)
+    return part, seen
+
+
+@pytest.mark.parametrize(("drop", "share"), [(0.0, 0.0), (0.2, 0.2), (1.0, 1.0)])
+def test_qdrop_takes_that_share_of_a_units_input_from_the_float_network(drop: float, share: float) -> None:
+    _, seen = learned(torch.ones(64, 8, 8, 8), torch.zeros(64, 8, 8, 8), steps=2, drop=drop)
+    assert float(torch.stack(seen).mean()) == pytest.approx(share, abs=0.02)
+
+
+def test_every_step_learns_on_other_images() -> None:
+    x = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 8, 8, 8)
+    _, seen = learned(x, x, steps=30, drop=0.0)
+    rows = torch.stack([each[:, 0, 0, 0] for each in seen]).long()
+    assert all(len(set(each.tolist())) == 16 for each in rows)
+    assert len(rows.unique()) == 64
+
+
+def test_a_step_moves_a_scale_by_a_share_of_its_size() -> None:
+    """Adam's first step is its rate."""
+    before = prepared(network())
+    part, _ = learned(*[draws(64, 8, 8, 8).relu()] * 2, steps=1, drop=0.0, lr_scale=1e-2)
+    for kinds in (activation_quantizers, quantized_layers):
+        for name, each in kinds(part).items():
+            was = kinds(before)[name]
+            now, was = (getattr(one, "quantizer", one).scale for one in (each, was))
+            torch.testing.assert_close((now / was - 1).abs(), torch.full_like(now, 1e-2), rtol=1e-3, atol=0)
+
+
+def test_a_piece_is_a_layer_with_its_quantiser_its_norm_and_its_relu() -> None:
+    graph = prepared(network())
+    (block,) = [unit for unit in units(graph) if unit.name == "first to second"]
+    found = [
+        [str(node.target) if node.op == "call_module" else node.name for node in piece.nodes]
+        for piece in pieces(graph, block)
+    ]
+    assert [names[-1] for names in found] == ["relu_1", "second"]
+
+
+def test_a_loss_that_is_not_finite_leaves_every_step() -> None:
+    graph = prepared(network())
+    (block,) = [unit for unit in units(graph) if unit.name == "first to second"]
+    part, _, _ = extract(graph, block.nodes, block.name)
+    before = {name: value.clone() for name, value in part.state_dict().items()}
+    x = draws(64, 8, 8, 8).relu()
+    with pytest.raises(UserError, match="the reconstruction loss became nan"):
+        Learner(batch_size=16, steps=3).learn(part, block.name, x, x, draws(64, 8) * torch.nan, None)
+    assert len(activation_quantizers(part)) > 1
+    assert all(torch.equal(value, before[name]) for name, value in part.state_dict().items())
+
+
+def test_what_is_zero_is_not_rounded_up() -> None:
+    layer: Any = quantized_layers(prepared(network()))["first"]
+    layer.weight.data[0] = 0
+    soft = SoftRounding(layer)
+    soft.alpha.data.fill_(5.0)  # up
+    soft.harden(layer)
+    assert not layer.weight[0].any()
+    assert layer.weight[1:].any()

@@ -10,7 +10,7 @@ from conftest import randomise
 from torch import Tensor, nn
 
 from dfkd.compress.channels import inputs, outputs
-from dfkd.compress.repair import least_squares, paired_batch_norm
+from dfkd.compress.repair import _scale, _solution, least_squares, output_errors, paired_batch_norm
 from dfkd.errors import UserError
 from dfkd.models import build_model
 
@@ -166,7 +166,7 @@ def test_paired_moments_need_batch_norms() -> None:
 def test_a_solution_that_is_not_finite_is_refused_by_name() -> None:
     teacher = nn.Sequential(nn.Conv2d(3, 4, 3))
     pruned = copy.deepcopy(teacher)
-    pruned[0].weight.data[0] = float("nan")
+    pruned[0].weight.data[0] = 3e38  # what it gives is beyond float32
     with pytest.raises(UserError, match="no finite weights for 0"):
         least_squares(teacher, pruned, torch.rand(2, 3, 8, 8), {})
 
@@ -206,3 +206,36 @@ def test_a_branch_that_is_silent_stays_silent() -> None:
     x = torch.rand(6, 4, 8, 8)
     least_squares(teacher, pruned, x, {"first": keep, "between": keep})
     assert torch.equal(pruned(x), teacher(x))
+
+
+def test_the_ridge_is_relative_to_the_inputs_alone() -> None:
+    gram, cross = torch.diag(torch.tensor([2.0, 4.0, 900.0])).double()[None], torch.ones(1, 3, 1).double()
+    found = _solution(gram, cross, None, 2, 0.5)[0, :, 0]  # the third is the column of ones
+    assert found.tolist() == pytest.approx([1 / 3.5, 1 / 5.5, 1 / 900], rel=1e-6)
+
+
+def test_the_error_of_a_layer_is_over_all_images() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(1, 2, 1))
+    pruned = copy.deepcopy(teacher)
+    nn.init.zeros_(pruned[0].bias)
+    x = torch.randn(70, 1, 4, 4) * torch.linspace(0, 3, 70).view(70, 1, 1, 1)  # more than BATCH
+    with torch.no_grad():
+        wanted = float((pruned(x) - teacher(x)).norm() / teacher(x).norm())
+    assert output_errors(teacher, pruned, x, {}, ["0"])["0"] == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate", "circular"])
+def test_a_convolution_is_solved_by_what_it_sees_beyond_the_edge(padding: str) -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode=padding))
+    pruned = copy.deepcopy(teacher)
+    nn.init.normal_(pruned[0].weight)
+    least_squares(teacher, pruned, torch.randn(20, 2, 5, 5), {}, ridge=1e-9)
+    torch.testing.assert_close(pruned[0].weight, teacher[0].weight, rtol=0, atol=1e-3)
+
+
+def test_a_scale_is_small_beside_the_others() -> None:
+    norm = nn.BatchNorm2d(3, eps=0.0).eval()
+    norm.weight.data = torch.tensor([1e-3, 2e-3, 1e-6])
+    assert _scale(norm, torch.zeros(3)).isinf().tolist() == [False, False, True]

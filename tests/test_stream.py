@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -562,3 +563,45 @@ def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> No
         materialize(make_stream(num_batches=4), 100)
     with pytest.raises(UserError, match="replay >= 0"):
         make_stream(replay=-1)
+
+
+def test_calibration_ends_with_its_batches_whatever_range_is_asked_for(make_stream: MakeStream) -> None:
+    reader = CalibrationReader(make_stream(), "x", batches=3)
+    for begin, end, count in ((0, 2, 2), (2, 4, 1), (1, 99, 2)):
+        reader.set_range(begin, end)
+        assert len(list(iter(reader.get_next, None))) == count
+
+
+def test_a_stream_computes_in_the_precision_it_is_given(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher]
+) -> None:
+    teacher, found = make_teacher(), []
+    teacher.model.linear.register_forward_hook(lambda module, given, out: found.append(out.dtype))
+    stream = make_stream(teacher=teacher, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    images, logits = stream.batch(0)
+    assert found == [torch.bfloat16]
+    assert images.dtype == logits.dtype == torch.float32
+
+
+def test_a_shift_is_the_nearest_number_of_pixels() -> None:
+    point = torch.zeros(1, 1, 9, 9)
+    point[..., 4, 4] = 1
+    stream = SyntheticStream(
+        from_images(point, torch.zeros(1, dtype=torch.int64)), batch_size=400, shift=0.2, shard=CPU
+    )
+    images, _ = stream.batch(0)  # 1.8 pixels
+    assert {tuple(place) for place in images[:, 0].nonzero()[:, 1:].tolist()} == {
+        (y, x) for y in range(2, 7) for x in range(2, 7)
+    }
+
+
+def test_an_epoch_replays_other_images() -> None:
+    def source(shard: Shard, count: int, position: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        return torch.full((count, 1, 2, 2), position[-1] / 255), torch.zeros(count, dtype=torch.int64)
+
+    seen = []
+    for epoch in (0, 1, 0):
+        stream = SyntheticStream(source, batch_size=8, replay=6, num_batches=6, epoch=epoch, shard=CPU)
+        seen.append(torch.cat([images[:, 0, 0, 0] for images, _ in stream]))
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[0], seen[1])

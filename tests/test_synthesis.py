@@ -5,6 +5,7 @@ import math
 from ast import literal_eval
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd import losses
 from dfkd.draws import Moves, draw_moves
 from dfkd.errors import UserError
-from dfkd.mixing import make_mix
+from dfkd.mixing import Mixed, make_mix
 from dfkd.renewal import redraw_steps
 from dfkd.runtime import Shard
 from dfkd.synthesis import Synthesizer
 from dfkd.teachers import Teacher, map_layers
-from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS
+from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS, Manner, ask
 from generators import ConvGenerator, PixelGenerator
 
 MakeTeacher = Callable[..., Teacher]
@@ -735,3 +736,32 @@ def test_bad_distances_are_refused_by_name(
 ) -> None:
     with pytest.raises(UserError, match=f"'cosine'; choose from .*{choices}"):
         build(make_generator(), zoo, {"adversary": 1.0}, student=student, **{key: "cosine"})
+
+
+def test_a_teacher_and_the_contrast_are_asked_in_the_precision_and_at_the_position_given(
+    make_teacher: Callable[..., Teacher],
+) -> None:
+    teacher, found = make_teacher(), []
+    teacher.model.linear.register_forward_hook(lambda module, given, out: found.append(out.dtype))
+
+    def contrast(asked: Teacher, images: torch.Tensor, means: Any, *position: Any) -> torch.Tensor:
+        found.append((position, torch.is_autocast_enabled("cpu")))
+        return images.mean()
+
+    labels = torch.arange(4) % 3
+    mixed = Mixed(torch.rand(4, 1, 8, 8), labels, labels, torch.zeros(4))
+    for autocast, dtype in (
+        (nullcontext, torch.float32),
+        (lambda: torch.autocast("cpu", torch.bfloat16), torch.bfloat16),
+    ):
+        found.clear()
+        ask(
+            teacher,
+            mixed,
+            {"ce": 1.0, "contrastive": 1.0},
+            Manner("l2", "l1", True),
+            autocast,
+            contrast,
+            (5, "synthesis", 3),
+        )
+        assert found == [dtype, ((5, "synthesis", 3), dtype == torch.bfloat16)]

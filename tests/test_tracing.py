@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from networks_fixture import Small, functional, images, named, same
+from networks_fixture import Small, functional, images, named, same, vary
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -214,3 +215,10 @@ def test_what_branches_on_sizes_and_works_in_place_is_loaded_again(method: Any, 
     about = {"model": f"python:{tmp_path}/nets.py:branching", "classes": 2, "channels": 3, "structure": done.structure}
     save_compressed(tmp_path / "made", done.model, about)
     assert torch.equal(load_compressed(tmp_path / "made", trust_code=True)(x), done.model(x))
+
+
+@torch.no_grad()
+def test_joint_norms_keep_their_eps_when_taken_apart() -> None:
+    network = vary(nn.Sequential(nn.Conv2d(1, 6, 3), BatchNormAct2d(6, eps=0.5))).double()
+    x = images(2, 1, 5, 5, dtype=torch.float64)
+    same(trace(network)(x), network(x))

@@ -82,8 +82,8 @@ def hold_zeros(model: nn.Module) -> None:
 
 def check_training(stream: Any, steps: int, *, lr: float | None, weight_decay: float, temperature: float) -> None:
     """Raise UserError for numbers that nothing is trained with, and where a stream ends before so many updates."""
-    if not (isinstance(steps, Integral) and steps >= 1):
-        raise UserError(f"steps={steps!r} is not allowed; training takes a whole number of updates, 1 or more")
+    if not (isinstance(steps, Integral) and steps >= 0):
+        raise UserError(f"steps={steps!r} is not allowed; training takes a whole number of updates")
     if (lr is not None and lr < 0) or weight_decay < 0 or temperature <= 0:
         raise UserError(
             f"training takes lr and weight_decay of 0 or more and a temperature above 0, got {lr}, {weight_decay} and "
@@ -267,4 +267,6 @@ def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: A
             "fit() takes a SyntheticStream with a teacher, whose logits the student learns; give the stream itself, "
             "made with teacher="
         )
+    if steps < 1:
+        raise UserError(f"steps={steps} is not allowed; training takes 1 update or more")
     return Fit(student, stream, steps=steps, **options).run()
