@@ -132,6 +132,12 @@ class Classifier(nn.Module):
         return full_precision(logits)
 
 
+def remedy_for(reason: str, remedy: str) -> str:
+    """What to do where a network raises `reason` on images: `remedy`, unless it views maps which are channels_last."""
+    views = "view size is not compatible" in reason
+    return "set runtime.channels_last=false, or let its forward reshape or flatten where it views" if views else remedy
+
+
 @torch.no_grad()
 def check_logits(classifier: Classifier, images: Tensor, classes: int, role: str, remedy: str) -> None:
     """Raise UserError where a classifier does not take images [B, C, H, W], `remedy` being what to do then, or makes no
@@ -142,8 +148,8 @@ def check_logits(classifier: Classifier, images: Tensor, classes: int, role: str
     except UserError:  # which says what it gives instead
         raise
     except Exception as error:  # whatever a stranger's network may raise
-        shape = ", ".join(map(str, images.shape[1:]))
-        raise UserError(f"{role} does not take images [B, {shape}]: {in_a_line(error)}; {remedy}") from None
+        shape, reason = ", ".join(map(str, images.shape[1:])), in_a_line(error)
+        raise UserError(f"{role} does not take images [B, {shape}]: {reason}; {remedy_for(reason, remedy)}") from None
     if logits.shape != (len(images), classes):
         raise UserError(f"{role} gives {tuple(logits.shape[1:])} outputs where classes={classes}; make them agree")
 

@@ -208,6 +208,12 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
+def channels_first(images: Tensor) -> Tensor:
+    """Images [B, H, W, C] as [B, C, H, W], in channels_last where they have several channels. With one they are laid
+    out the plain way: torch takes other strides for channels_last, whatever was asked for."""
+    return images.permute(0, 3, 1, 2) if images.shape[3] > 1 else images.squeeze(3).unsqueeze(1)
+
+
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor, the host's as a rule, on a device, without waiting for what the device has still to do."""
     pinned = device.type == "cuda" and x.device.type == "cpu"

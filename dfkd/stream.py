@@ -18,7 +18,17 @@ from dfkd.cuda_graphs import DIRECT, Calls
 from dfkd.draws import Moves, draw_labels, draw_latents, draw_moves, moved
 from dfkd.errors import UserError
 from dfkd.mixing import draw_mix, make_mix, partners, paste
-from dfkd.runtime import Autocast, Shard, default_shard, full_precision, rng, to_bytes, to_device, to_float
+from dfkd.runtime import (
+    Autocast,
+    Shard,
+    channels_first,
+    default_shard,
+    full_precision,
+    rng,
+    to_bytes,
+    to_device,
+    to_float,
+)
 from dfkd.teachers import Teacher, check_channels, logits_and_features, zoo_logits
 from generators import ImageGenerator
 
@@ -127,7 +137,7 @@ class Replay:
         rows = ((torch.arange(count, dtype=torch.float64) + offset) * kept / max(1, count)).long().clamp_max(kept - 1)
         chosen = to_device(shard.take(slots) * kept + rows, shard.device)
         images, targets = self.images.flatten(0, 1)[chosen], self.targets.flatten(0, 1)[chosen]
-        return to_float(images).permute(0, 3, 1, 2), targets
+        return channels_first(to_float(images)), targets
 
     def state_dict(self) -> dict[str, Any]:
         """The ring's contents, of this rank; until it is full a copy on the host, for a slice is saved whole."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from dfkd.classifier import Classifier, check_trainable, head
+from dfkd.classifier import Classifier, check_trainable, head, remedy_for
 from dfkd.collectives import all_reduce_mean, global_moments
 from dfkd.draws import STILL, Moves
 from dfkd.errors import UserError, in_a_line
@@ -207,9 +207,9 @@ def check_teacher(teacher: Teacher, *, classes: int, channels: int, size: int, t
                 "whose forward returns them alone"
             ) from None
         reason = in_a_line(error)
+        remedy = remedy_for(reason, f"set teachers.{name}.input_size, image.size or image.channels")
         raise UserError(
-            f"teacher {name} does not take images [B, {channels}, {size}, {size}]: {reason}; "
-            f"set teachers.{name}.input_size, image.size or image.channels"
+            f"teacher {name} does not take images [B, {channels}, {size}, {size}]: {reason}; {remedy}"
         ) from None
     finally:
         handle.remove()

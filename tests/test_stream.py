@@ -583,6 +583,21 @@ def test_a_stream_computes_in_the_precision_it_is_given(
     assert images.dtype == logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("options", [{}, {"shift": 0.2}, {"shift": 0.2, "mix": 0.5}, {"shift": 0.2, "replay": 2}])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_laid_out_as_asked_so_that_a_network_may_view_their_maps(
+    options: dict[str, Any], channels: int
+) -> None:
+    """Of one channel torch takes any strides for either layout, and its convolutions go by them."""
+    torch.manual_seed(0)
+    convolution, images = torch.nn.Conv2d(channels, 4, 3), torch.rand(20, channels, 9, 9)
+    stream = SyntheticStream(
+        from_images(images, torch.zeros(20, dtype=torch.int64)), batch_size=8, shard=CPU, **options
+    )
+    for index in range(4):
+        assert convolution(stream.batch(index)[0]).view(8, -1).shape == (8, 196)
+
+
 def test_a_shift_is_the_nearest_number_of_pixels() -> None:
     point = torch.zeros(1, 1, 9, 9)
     point[..., 4, 4] = 1

@@ -356,6 +356,15 @@ def nan_weight() -> nn.Module:
     return model
 
 
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.linear = nn.Conv2d(1, 4, 3), nn.Linear(144, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.convolution(x).view(len(x), -1))
+
+
 class InPair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x.flatten(1)[:, :3], x
@@ -371,6 +380,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "assertion inside": (
         lambda: build_model("timm:test_vit", classes=3, channels=1),
         r"teacher t does not take images \[B, 1, 8, 8\]: .*Input height",
+    ),
+    "a view of maps": (
+        lambda: Viewing().to(memory_format=torch.channels_last),
+        r"teacher t does not take images .*: view size is not compatible .*; set runtime\.channels_last=false, or let",
     ),
     "several outputs": (InPair, r"teacher t gives a tuple where logits \[B, 3\] belong; give a model whose forward"),
     "classes": (

@@ -94,10 +94,12 @@ def _read(path: Path, given: str) -> Any:
 
 
 def _state_dict(content: Any, given: str) -> dict[str, Tensor]:
-    """Name to tensor from what a file held, seen through `state_dict`/`model` keys and prefixes."""
+    """Name to tensor from what a file held, seen through `state_dict`/`model` keys, the key of the only tensors by name
+    that there are, and prefixes."""
     wrapped = True
     while wrapped:
         inner = [content[key] for key in ("state_dict", "model") if isinstance(content, Mapping) and key in content]
+        inner = inner or _tables(content)
         wrapped = bool(inner) and isinstance(inner[0], Mapping)
         content = inner[0] if wrapped else content
     if not isinstance(content, Mapping) or not content:
@@ -108,6 +110,13 @@ def _state_dict(content: Any, given: str) -> dict[str, Tensor]:
     return {bare: content[key] for bare, key in _bare_names(content).items()}
 
 
+def _tables(content: Any) -> list[Any]:
+    """Of what is no state dict itself, the one thing in it that is; nothing where there are none or several."""
+    values = content.values() if isinstance(content, Mapping) else ()
+    found = [v for v in values if isinstance(v, Mapping) and v and all(isinstance(each, Tensor) for each in v.values())]
+    return found if len(found) == 1 else []
+
+
 def _bare_names(keys: Iterable[str]) -> dict[str, str]:
     """Name without the prefixes of torch.compile and DataParallel, to name as given."""
     names = {key.replace("_orig_mod.", ""): key for key in keys}
@@ -116,19 +125,27 @@ def _bare_names(keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def _below(given: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors under the model's names, where what was saved had the model in one attribute (Lightning's `net.`)."""
+    below = {key.partition(".")[2]: tensor for key, tensor in given.items()}
+    one = len({key.partition(".")[0] for key in given}) == 1
+    return below if one and not given.keys() & names.keys() and below.keys() & names.keys() else given
+
+
 def _listing(items: list[str]) -> str:
     rest = len(items) - _LISTED
     return ", ".join(items[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def load_weights(model: nn.Module, path_or_url: str | os.PathLike[str]) -> None:
-    """Load a checkpoint in place, every key and shape matching; only `num_batches_tracked` may be absent.
+    """Load a checkpoint in place, every key and shape matching (also where all keys have one prefix more, as of a
+    module that holds the model); only `num_batches_tracked` may be absent.
 
     Raises UserError listing what does not match, or naming a tensor that holds nan or inf.
     """
-    given = read_checkpoint(path_or_url)
     own = model.state_dict()
     names = _bare_names(own)
+    given = _below(read_checkpoint(path_or_url), names)
     optional = {bare for bare in names if bare.endswith("num_batches_tracked")}
     shapes = {bare: tuple(own[key].shape) for bare, key in names.items()}
     differing = [
