@@ -133,9 +133,9 @@ class Classifier(nn.Module):
 
 
 def remedy_for(reason: str, remedy: str) -> str:
-    """What to do where a network raises `reason` on images: `remedy`, unless it views maps which are channels_last."""
+    """What to do where a network raises `reason` on images: `remedy`, unless it views what cannot be viewed."""
     views = "view size is not compatible" in reason
-    return "set runtime.channels_last=false, or let its forward reshape or flatten where it views" if views else remedy
+    return "let it reshape or flatten where it views, or set runtime.channels_last=false" if views else remedy
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dfkd.runtime import Shard, channels_first, rng, to_device
+from dfkd.runtime import Shard, plain_strides, rng, to_device
 
 
 def draw_labels(shard: Shard, batch: int, classes: int, *position: int | str, repeats: int = 1) -> Tensor:
@@ -88,7 +88,7 @@ class _Moved(torch.autograd.Function):
         taken = images.permute(0, 2, 3, 1)[each, *there]
         if black:
             taken.masked_fill_(((rows < 0).unsqueeze(2) | (columns < 0).unsqueeze(1)).unsqueeze(3), 0)
-        return channels_first(taken)
+        return plain_strides(taken.permute(0, 3, 1, 2))
 
     @staticmethod
     @once_differentiable

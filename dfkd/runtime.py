@@ -208,10 +208,10 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def channels_first(images: Tensor) -> Tensor:
-    """Images [B, H, W, C] as [B, C, H, W], in channels_last where they have several channels. With one they are laid
-    out the plain way: torch takes other strides for channels_last, whatever was asked for."""
-    return images.permute(0, 3, 1, 2) if images.shape[3] > 1 else images.squeeze(3).unsqueeze(1)
+def plain_strides(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] as they are, but of one channel with the strides of the contiguous layout. To torch these are
+    in both layouts whatever their strides, by which its convolutions choose the layout of what they give."""
+    return images if images.shape[1] > 1 else images.flatten(1).view(images.shape)
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

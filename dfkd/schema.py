@@ -209,7 +209,7 @@ class Distill:
     hints: float = key(
         100.0,
         "weight of what the last block of every stage of the teacher gives, where the student began with its weights "
-        "(student.weights=teacher) and has as many channels there; with attention none",
+        "(student.weights=teacher) and has as many channels there; not used with attention",
         0,
     )
     maps: float = key(
@@ -341,7 +341,7 @@ class Export:
 
 @dataclass
 class Runtime:
-    """How it runs; all but sync_batchnorm (whose batch the student's norms see) change no more than rounding."""
+    """How it runs. Results differ by rounding alone, but for sync_batchnorm: whose batch the student's norms see."""
 
     precision: Literal["auto", "fp32", "bf16"] = key("auto", "auto: bf16 where the device is fast at it")
     channels_last: bool = key(True, "memory format of images and convolutions")
@@ -411,7 +411,8 @@ class Recipe:
         if self.output:
             return os.path.expanduser(self.output)
         own, given = f"runs/{self.name}", self.generator.checkpoint
-        theirs = given is not None and Path(given).expanduser().absolute().is_relative_to(Path(own).absolute())
+        full = Path(os.path.abspath(os.path.expanduser(given or "")))
+        theirs = given is not None and full.is_relative_to(os.path.abspath(own))
         return "-".join([own, *self.tasks]) if theirs else own
 
     @property

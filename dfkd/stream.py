@@ -21,9 +21,9 @@ from dfkd.mixing import draw_mix, make_mix, partners, paste
 from dfkd.runtime import (
     Autocast,
     Shard,
-    channels_first,
     default_shard,
     full_precision,
+    plain_strides,
     rng,
     to_bytes,
     to_device,
@@ -137,7 +137,7 @@ class Replay:
         rows = ((torch.arange(count, dtype=torch.float64) + offset) * kept / max(1, count)).long().clamp_max(kept - 1)
         chosen = to_device(shard.take(slots) * kept + rows, shard.device)
         images, targets = self.images.flatten(0, 1)[chosen], self.targets.flatten(0, 1)[chosen]
-        return channels_first(to_float(images)), targets
+        return to_float(images).permute(0, 3, 1, 2), targets
 
     def state_dict(self) -> dict[str, Any]:
         """The ring's contents, of this rank; until it is full a copy on the host, for a slice is saved whole."""
@@ -279,7 +279,7 @@ class SyntheticStream(IterableDataset):
             return images, targets, *seen
         self.replay.push(images, targets)
         old, old_targets = self.replay.draw(self.shard, self.batch_size - self.fresh, *position)
-        images = torch.cat([images, old]).contiguous(memory_format=self.memory_format)
+        images = plain_strides(torch.cat([images, old]).contiguous(memory_format=self.memory_format))
         return images, torch.cat([targets, old_targets]), *seen
 
     def _random_draws(self, images: Tensor, position: tuple[int | str, ...]) -> dict[str, Tensor]:
@@ -307,7 +307,7 @@ class SyntheticStream(IterableDataset):
         if self.replay is not None:
             # As the ring keeps them, so that the targets are of these very images whenever they are drawn.
             images = to_bytes(images).to(images.dtype) / 255
-        images = images.contiguous(memory_format=self.memory_format)
+        images = plain_strides(images.contiguous(memory_format=self.memory_format))
         if not self.teachers:
             return images, labels
         with watch() if watch else nullcontext([]) as seen:

@@ -142,7 +142,8 @@ def _classes(logits: Tensor) -> Tensor:
 def _both_logits(
     path: str | Path, session: Any, model: nn.Module, images: Iterable[Any] | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits [N, K] of the model and of its file, and the last batch as the file is given it. Raises UserError."""
+    """Logits [N, K] of the model and of its file, and the last batch as the file is given it. Raises UserError where
+    they cannot be compared."""
     batches = images.split(128) if isinstance(images, Tensor) else images_of(images)
     device = next(model.parameters(), torch.empty(0)).device
     mine, theirs, last = [], [], torch.empty(0)
@@ -160,14 +161,11 @@ def _both_logits(
                 )
             mine.append(logits.float().cpu())
             theirs.append(_logits(session, last))
+            if (shape := list(theirs[-1].shape)) != (own := list(logits.shape)):
+                raise UserError(f"{path} gives logits {shape} where the model gives {own}; give the model of the file")
     if not len(last):
         raise UserError("no image to verify the file on; give at least one")
     expected, given = torch.cat(mine), torch.cat(theirs)
-    if given.shape != expected.shape:
-        raise UserError(
-            f"{path} gives logits {list(given.shape)} where the model gives {list(expected.shape)}; give the model "
-            "that was exported"
-        )
     if not (expected.isfinite().all() and given.isfinite().all()):
         raise UserError(f"logits of the model or of {path} are NaN or infinite; there is nothing to compare")
     return expected, given, last

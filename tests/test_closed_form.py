@@ -140,7 +140,8 @@ def test_regression_is_numpys_on_many_samples_of_the_model(intercept: str, strid
 
 @pytest.mark.parametrize(("ratio", "bits"), [(0.3, None), (0.0, 3)])
 def test_channels_that_died_are_not_taken_for_live_ones(ratio: float, bits: int | None) -> None:
-    """Weight decay leaves filters whose outputs vary less than a batch norm's eps: |gamma| is not their deviation."""
+    """Weight decay leaves filters whose outputs vary less than a batch norm's eps: |gamma| is not their deviation. The
+    first row fails with |gamma| for it, the second with the right one and no floor for the variances."""
     torch.manual_seed(1)
 
     def block(channels: int) -> list[nn.Module]:
@@ -382,6 +383,8 @@ def test_a_layer_that_cannot_be_rounded_is_named_and_not_passed_over() -> None:
     with pytest.raises(UserError, match=r"^0 calls conv2d itself, is no nn\.Conv2d"):
         closed_form(network, bits=4)
     assert [line["layer"] for line in closed_form(network, bits=4, ignore=["0"]).layers] == ["4"]
+    with pytest.raises(UserError, match="no filter can be taken out"):  # not that there is no layer 0
+        closed_form(network, 0.3, ignore=["0"])
 
 
 @pytest.mark.parametrize(

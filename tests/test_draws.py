@@ -91,6 +91,11 @@ def test_each_image_is_moved_and_its_gradient_back(shift: int, flip: bool, black
     assert torch.equal(torch.cat(parts), result)
 
 
+def test_a_moved_image_of_one_channel_has_plain_strides() -> None:
+    result = augment(torch.rand(4, 1, 6, 5), Shard(CPU), Moves(1, True, True), 1, "stream", 0)
+    assert result.stride() == (30, 30, 5, 1)
+
+
 def test_jitter_rolls_the_whole_batch_by_every_offset_and_flips_half_the_time() -> None:
     images = torch.rand(3, 2, 7, 9, generator=torch.Generator().manual_seed(0))
     moved: dict[tuple[int, int, bool], Tensor] = {}

@@ -298,13 +298,18 @@ def test_a_stream_too_short_is_refused() -> None:
             list(images_of([batch]))
 
 
-@pytest.mark.parametrize(("mean", "std"), [(0.3, 0.35), (0.5, 0.5), (0.45, 0.22)])
+@pytest.mark.parametrize(("mean", "std"), [(0.3, 0.35), (0.5, 0.5), (0.45, 0.22), (0.1307, 0.3081)])
 def test_images_that_were_normalised_already_are_refused_by_what_normalises_them(mean: float, std: float) -> None:
     given = [(torch.arange(256.0).view(4, 1, 8, 8) / 255 - mean) / std]
     network = nn.Conv2d(1, 2, 3)
     with pytest.raises(UserError, match=r"to a model that normalises them itself; give them in \[0, 1\]"):
         calibration_inputs(Classifier(network, mean=[mean], std=[std]), given, 4)
     assert torch.equal(calibration_inputs(network, given, 4)[0], given[0])
+    sharpened = [torch.linspace(-3, 252, 256).view(4, 1, 8, 8)]
+    with pytest.raises(UserError, match=r"up to 252; .* divide by 255"):
+        calibration_inputs(Classifier(network, mean=[mean], std=[std]), sharpened, 4)
+    beyond = [sharpened[0] / 255 * 1.2 - 0.1]
+    assert len(calibration_inputs(Classifier(network, mean=[mean], std=[std]), beyond, 4)) == 1
 
 
 def test_a_classifier_keeps_its_normalisation_around_another_network() -> None:

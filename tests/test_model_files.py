@@ -57,7 +57,7 @@ def test_a_submodule_called_module_is_no_prefix_unless_all_keys_have_it(tmp_path
     assert_same(read_checkpoint(write(tmp_path / "net.pt", state)), state)
 
 
-@pytest.mark.parametrize("prefix", ["net.", "model."])
+@pytest.mark.parametrize("prefix", ["net.", "model.", "net.module."])
 def test_a_model_that_was_an_attribute_of_what_was_saved_is_loaded(tmp_path, prefix):
     state = {prefix + key: value for key, value in linear_state().items()}
     model = nn.Linear(3, 2)
@@ -67,14 +67,15 @@ def test_a_model_that_was_an_attribute_of_what_was_saved_is_loaded(tmp_path, pre
     assert "unexpected" in error_line(load_weights, nn.Linear(3, 2), other)
 
 
-def test_the_only_tensors_by_name_in_a_file_are_taken(tmp_path):
-    one = {"epoch": 3, "net": linear_state(), "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}}
-    assert_same(read_checkpoint(write(tmp_path / "one.pt", one)), linear_state())
-    two = write(tmp_path / "two.pt", one | {"ema": linear_state()})
-    assert "is no state dict: epoch, net, optimizer, ema not tensors" in error_line(read_checkpoint, two)
+def test_a_name_for_the_model_is_no_wrapper_and_no_other_tensors_are_taken_for_its_weights(tmp_path):
+    other = {key: torch.zeros_like(value) for key, value in linear_state().items()}
+    named = {"model": "resnet18", "net": linear_state(), "ema": other}
+    assert_same(read_checkpoint(write(tmp_path / "named.pt", named)), linear_state())
+    for content in ({**linear_state(), "momentum": other}, {"best": other, "epoch": 3}):
+        assert "not tensors; save model.state_dict()" in error_line(read_checkpoint, write(tmp_path / "m.pt", content))
 
 
-@pytest.mark.parametrize("keys", [["state_dict"], ["model"], ["model", "state_dict"]])
+@pytest.mark.parametrize("keys", [["state_dict"], ["model"], ["model", "state_dict"], ["net"], ["model_state_dict"]])
 def test_wrapper_keys_are_seen_through(tmp_path, keys):
     content: dict = linear_state()
     for key in keys:
@@ -115,8 +116,8 @@ def test_other_unreadable_checkpoints(tmp_path):
     assert "is a folder without model.safetensors and model.json" in error_line(read_checkpoint, tmp_path)
     line = error_line(read_checkpoint, write(tmp_path / "net.bin", linear_state()))
     assert "'.bin'; readable: .safetensors, .pt, .pth, .th" in line
-    line = error_line(read_checkpoint, write(tmp_path / "net.pt", {"net": [torch.ones(1)], "epoch": 3}))
-    assert "net, epoch not tensors" in line
+    line = error_line(read_checkpoint, write(tmp_path / "net.pt", {"nets": linear_state(), "epoch": 3}))
+    assert "nets, epoch not tensors" in line
     assert "but a Tensor" in error_line(read_checkpoint, write(tmp_path / "tensor.pt", torch.ones(2)))
 
 

@@ -70,6 +70,8 @@ def test_minimal_recipe(folder: Path) -> None:
         (["generator.checkpoint=runs/tiny/generator", "tasks=[qat]"], "runs/tiny-qat"),
         (["generator.checkpoint=./runs/tiny/generator", "tasks=[distill,ptq]"], "runs/tiny-distill-ptq"),
         (["generator.checkpoint=runs/tiny2/generator", "tasks=[qat]"], "runs/tiny"),
+        (["generator.checkpoint=runs/tiny/../b/generator", "tasks=[qat]"], "runs/tiny"),
+        (["generator.checkpoint=~nobody-of-this-name/generator", "tasks=[qat]"], "runs/tiny"),
         (["generator.checkpoint=runs/tiny/generator", "tasks=[qat]", "output=runs/mine"], "runs/mine"),
     ],
 )

@@ -204,6 +204,8 @@ def test_a_reconstruction_of_nothing_is_refused(options: dict[str, int]) -> None
         ({"drop": 2}, "0.2 and 2$"),
         ({"lr": -1}, "got -1, 0.001"),
         ({"lr_scale": -1}, "got 0.05, -1"),
+        ({"lr": math.nan}, "got nan"),
+        ({"beta": ("20", 2)}, r"beta=\('20', 2\) is"),
         ({"beta": 20}, "beta=20 is not allowed; give two exponents"),
     ],
 )

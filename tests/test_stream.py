@@ -590,7 +590,7 @@ def test_images_are_laid_out_as_asked_so_that_a_network_may_view_their_maps(
 ) -> None:
     """Of one channel torch takes any strides for either layout, and its convolutions go by them."""
     torch.manual_seed(0)
-    convolution, images = torch.nn.Conv2d(channels, 4, 3), torch.rand(20, channels, 9, 9)
+    convolution, images = torch.nn.Conv2d(channels, 4, 3), torch.rand(20, 9, 9, channels).permute(0, 3, 1, 2)
     stream = SyntheticStream(
         from_images(images, torch.zeros(20, dtype=torch.int64)), batch_size=8, shard=CPU, **options
     )

@@ -383,7 +383,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "a view of maps": (
         lambda: Viewing().to(memory_format=torch.channels_last),
-        r"teacher t does not take images .*: view size is not compatible .*; set runtime\.channels_last=false, or let",
+        r"teacher t does not take images .*: view size is not compatible .*; let it reshape or flatten",
     ),
     "several outputs": (InPair, r"teacher t gives a tuple where logits \[B, 3\] belong; give a model whose forward"),
     "classes": (

@@ -107,7 +107,8 @@ def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[s
     nodes = {str(n.target): n for n in graph.graph.nodes if is_layer(graph, n, nn.Conv2d, nn.Linear)}
     if not nodes:
         raise UserError(f"{type(network).__name__} has no convolution or linear layer; give a model that has one")
-    ignored = ignored_layers([*nodes, *(kept_float(graph, ignore) if bits is not None else [])], ignore)
+    own = kept_float(graph, ["*"] if bits is None else ignore)  # which matter where weights are rounded alone
+    ignored = ignored_layers([*nodes, *own], ignore)
     plan = _Plan({}, {}, {}, {})
     for name in nodes:
         outer = name in (next(iter(nodes)), next(reversed(nodes)))

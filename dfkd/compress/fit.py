@@ -81,10 +81,10 @@ def hold_zeros(model: nn.Module) -> None:
 
 
 def check_training(stream: Any, steps: int, *, lr: float | None, weight_decay: float, temperature: float) -> None:
-    """Raise UserError for numbers that nothing is trained with, and where a stream ends before so many updates."""
+    """Raise UserError for numbers out of range, and where a stream ends before so many updates."""
     if not (isinstance(steps, Integral) and steps >= 0):
-        raise UserError(f"steps={steps!r} is not allowed; training takes a whole number of updates")
-    if (lr is not None and lr < 0) or weight_decay < 0 or temperature <= 0:
+        raise UserError(f"steps={steps!r} is not allowed; training takes a whole number of updates, 0 or more")
+    if not ((lr is None or lr >= 0) and weight_decay >= 0 and temperature > 0):  # NaN is none of these
         raise UserError(
             f"training takes lr and weight_decay of 0 or more and a temperature above 0, got {lr}, {weight_decay} and "
             f"{temperature}"
@@ -260,7 +260,8 @@ def fit(student: nn.Module, stream: SyntheticStream, *, steps: int, **options: A
 
     The student is given images in [0, 1] as they are streamed: one with a normalisation of its own is wrapped in a
     dfkd.classifier.Classifier. A stream's set_epoch says which images. Raises UserError where the stream is none, is
-    too short, has no teacher or one of other classes than the student's, or nothing in the student learns.
+    too short, has no teacher or one of other classes than the student's, nothing in the student learns, or a number is
+    out of range.
     """
     if not (isinstance(stream, SyntheticStream | Batches) and stream.teachers):
         raise UserError(

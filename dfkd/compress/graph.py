@@ -108,19 +108,18 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
 
 
 def _check_range(model: nn.Module, images: Tensor) -> None:
-    # Twice the range is one in 255ths, half of it below 0 one that was normalised: what sharpens or resizes may go a
-    # little beyond.
+    # What sharpens or resizes goes a little beyond [0, 1]; what mean and std have normalised does not reach 20.
     normalises, whole = isinstance(model, Classifier) and model.normalisation[0], not images.is_floating_point()
     if not images.numel() or images.dtype == torch.uint8:
         return
     least, most = (x.item() for x in torch.aminmax(images))
-    if whole or (normalises and 2 < most < math.inf and least > -0.5):
+    if whole or (normalises and 20 < most < math.inf):
         wanted = "in [0, 1]" if isinstance(model, Classifier) else "what the network takes"
         raise UserError(
             f"the stream gave images in {images.dtype} up to {most:g}; give uint8 ones, or float ones {wanted}: divide "
             "by 255"
         )
-    if normalises and -math.inf < least < -0.5:
+    if normalises and (least < -0.3 or most > 2) and math.isfinite(least) and math.isfinite(most):
         raise UserError(
             f"the stream gave images from {least:g} to {most:g} to a model that normalises them itself; give them in "
             "[0, 1], as they are before mean and std, or give the network without its normalisation"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -177,19 +177,21 @@ class Learner:
     autocast: Autocast = nullcontext
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(value, Integral) for value in (self.steps, self.batch_size))
-        if not whole or min(self.steps, self.batch_size) < 1:
+        whole = [isinstance(x, Integral) and not isinstance(x, bool) and x >= 1 for x in (self.steps, self.batch_size)]
+        if not all(whole):
             raise UserError(
                 f"steps={self.steps} and batch_size={self.batch_size} are not allowed; reconstruction takes whole "
                 "numbers, 1 or more"
             )
-        if min(self.lr, self.lr_scale, self.lam) < 0 or not 0 <= self.warmup < 1 or not 0 <= self.drop <= 1:
+        rates = all(rate >= 0 for rate in (self.lr, self.lr_scale, self.lam))  # NaN is none
+        if not (rates and 0 <= self.warmup < 1 and 0 <= self.drop <= 1):
             raise UserError(
                 "reconstruction takes lr, lr_scale and lam of 0 or more, warmup from 0 to below 1, drop from 0 to 1, "
                 f"got {self.lr}, {self.lr_scale}, {self.lam}, {self.warmup} and {self.drop}"
             )
-        if not isinstance(self.beta, Sequence) or len(self.beta) != 2:
-            raise UserError(f"beta={self.beta!r} is not allowed; give two exponents, (20, 2) unless tried")
+        pair = isinstance(self.beta, tuple | list) and len(self.beta) == 2
+        if not (pair and all(isinstance(x, Real) for x in self.beta)):
+            raise UserError(f"beta={self.beta!r} is not allowed; give two exponents, such as (20, 2)")
 
     def learn(self, part: fx.GraphModule, name: str, x_float: Tensor, x: Tensor, target: Tensor, weight: Any) -> None:
         """Round a unit's weights, in place, such that it comes close to target [N, C, ...]; weight [N, C, ...] or None

@@ -168,7 +168,7 @@ def check_weights(network: nn.Module) -> None:
         raise UserError("the network is quantised already; give the float one that it was made from")
     if broken := not_finite(network):
         raise UserError(
-            f"{broken[0]} of the network holds NaN or infinity; load its checkpoint anew, or train it again"
+            f"{broken[0]} of the network holds NaN or infinity; load its checkpoint anew; a mask is no parameter"
         )
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and "weight" not in dict(module.named_parameters(recurse=False)):

@@ -18,6 +18,7 @@ from dfkd.whole import whole
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 _REQUIRED = ("model", "classes", "channels")  # without these a folder cannot be rebuilt
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "network", "net")  # a checkpoint's keys for its network
 _LISTED = 5  # names an error line shows of each kind
 
 
@@ -94,27 +95,18 @@ def _read(path: Path, given: str) -> Any:
 
 
 def _state_dict(content: Any, given: str) -> dict[str, Tensor]:
-    """Name to tensor from what a file held, seen through `state_dict`/`model` keys, the key of the only tensors by name
-    that there are, and prefixes."""
-    wrapped = True
-    while wrapped:
-        inner = [content[key] for key in ("state_dict", "model") if isinstance(content, Mapping) and key in content]
-        inner = inner or _tables(content)
-        wrapped = bool(inner) and isinstance(inner[0], Mapping)
-        content = inner[0] if wrapped else content
+    """Name to tensor from what a file held, seen through the keys of _WRAPPERS and prefixes."""
+    while isinstance(content, Mapping):
+        inner = [content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"checkpoint {given!r} holds no tensors by name but a {type(content).__name__}")
     odd = [str(key) for key, value in content.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if odd:
         raise UserError(f"checkpoint {given!r} is no state dict: {_listing(odd)} not tensors; save model.state_dict()")
     return {bare: content[key] for bare, key in _bare_names(content).items()}
-
-
-def _tables(content: Any) -> list[Any]:
-    """Of what is no state dict itself, the one thing in it that is; nothing where there are none or several."""
-    values = content.values() if isinstance(content, Mapping) else ()
-    found = [v for v in values if isinstance(v, Mapping) and v and all(isinstance(each, Tensor) for each in v.values())]
-    return found if len(found) == 1 else []
 
 
 def _bare_names(keys: Iterable[str]) -> dict[str, str]:
@@ -127,9 +119,11 @@ def _bare_names(keys: Iterable[str]) -> dict[str, str]:
 
 def _below(given: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """The tensors under the model's names, where what was saved had the model in one attribute (Lightning's `net.`)."""
-    below = {key.partition(".")[2]: tensor for key, tensor in given.items()}
-    one = len({key.partition(".")[0] for key in given}) == 1
-    return below if one and not given.keys() & names.keys() and below.keys() & names.keys() else given
+    if given.keys() & names.keys() or len({key.partition(".")[0] for key in given}) != 1:
+        return given
+    inner = {key.partition(".")[2]: tensor for key, tensor in given.items()}
+    below = {bare: inner[key] for bare, key in _bare_names(inner).items()}
+    return below if below.keys() <= names.keys() else given
 
 
 def _listing(items: list[str]) -> str:
