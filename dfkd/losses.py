@@ -286,9 +286,10 @@ def likeness(maps: Tensor, labels: Tensor, eps: float = 1e-6) -> Tensor:
     maps = full_precision(maps[:even]).flatten(2)
     centred = (maps - maps.mean(2, keepdim=True)).flatten(1)
     one, two = centred[0::2], centred[1::2]
-    dot = torch.linalg.vecdot
+    # No linalg.vecdot: autocast would round it to bfloat16.
+    both, first, second = ((a * b).sum(1) for a, b in ((one, two), (one, one), (two, two)))
     same = labels[0:even:2] == labels[1:even:2]
-    return (same * dot(one, two).square() / (dot(one, one) * dot(two, two) + eps)).mean()
+    return (same * both.square() / (first * second + eps)).mean()
 
 
 def one_hot(logits: Tensor) -> Tensor:

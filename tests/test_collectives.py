@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dfkd.collectives import (
     SyncBatchNorm,
     all_reduce_mean,
+    averaged,
     float_buffers,
     global_moments,
     mean_over_processes,
@@ -306,3 +307,17 @@ def test_two_processes_train_a_generator_as_one(ranks: list[dict[str, Any]]) -> 
         for name, value in found["training"]["weights"].items():
             near(value, alone["weights"][name], 1e-3)  # Adam divides by gradients near zero
     assert all(torch.equal(v, ranks[1]["training"]["weights"][k]) for k, v in ranks[0]["training"]["weights"].items())
+
+
+def test_what_is_averaged_for_a_look_is_each_processs_own_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, mean = [draw(3), draw(2, 2, seed=1)], [draw(3, seed=2), draw(2, 2, seed=3)]
+    tensors = [each.clone() for each in own]
+    monkeypatch.setattr(
+        "dfkd.collectives.mean_over_processes", lambda given: [a.copy_(b) for a, b in zip(given, mean, strict=True)]
+    )
+    with averaged(tensors):
+        assert all(map(torch.equal, tensors, mean))
+    assert all(map(torch.equal, tensors, own))
+    with pytest.raises(ZeroDivisionError), averaged(tensors):
+        raise ZeroDivisionError
+    assert all(map(torch.equal, tensors, own))

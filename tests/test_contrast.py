@@ -246,3 +246,40 @@ def test_a_large_bank_is_contrasted_with_some_of_its_rows() -> None:
     assert abs(rows.mean() - (NEGATIVES + 49) / 2) < 5 * NEGATIVES / (12 * NEGATIVES) ** 0.5
     assert torch.equal(rows, contrast._earlier(0, "x")[:, 0])
     assert not torch.equal(rows, contrast._earlier(1, "x")[:, 0])
+
+
+def test_keys_take_no_gradient(teacher: Teacher) -> None:
+    """As in CMI's code: queries are pulled towards their keys, not keys towards their queries."""
+    contrast, images = make(teacher), random(BATCH, 1, 8, 8).requires_grad_()
+    with teacher.tap_means() as means:
+        teacher(images)
+    keys = [each.detach().requires_grad_() for each in means]
+    contrast(teacher, images, keys, 3, "x").backward()
+    assert all(each.grad is None for each in keys)
+    assert images.grad is not None
+    assert images.grad.any()
+
+
+def test_autocast_rounds_no_pixel_of_a_view(teacher: Teacher) -> None:
+    images = random(BATCH, 1, 8, 8)
+    exact = make(teacher)._view(images, 7, "a")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(make(teacher)._view(images, 7, "a"), exact)
+
+
+def test_means_over_pixels_are_taken_in_float32(teacher: Teacher) -> None:
+    inputs: list[Tensor] = []
+    norms = [module for module in teacher.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.register_forward_hook(lambda module, given, out: inputs.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16), teacher.tap_means() as means:
+        teacher(random(BATCH, 1, 8, 8))
+    assert {each.dtype for each in inputs} == {torch.bfloat16}
+    for mean, given in zip(means, inputs, strict=True):
+        torch.testing.assert_close(mean, given.float().mean((2, 3)), rtol=1e-5, atol=1e-6)
+
+
+def test_head_and_temperature_are_cmis_unless_asked_for_otherwise(teacher: Teacher) -> None:
+    contrast = make(teacher)
+    assert contrast.temperature == 0.1
+    assert [layer.out_features for layer in (contrast.head[0], contrast.head[2])] == [256, 256]

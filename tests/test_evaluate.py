@@ -181,3 +181,14 @@ def test_diversity_keeps_float32_under_autocast_and_half_precision_inputs() -> N
     half = diversity(images.bfloat16(), features.bfloat16(), labels, classes=4)
     assert all(value.dtype == torch.float32 for value in half.values())
     assert half["feature_ratio"] == pytest.approx(exact["feature_ratio"].item(), rel=0.02)
+
+
+def test_agreement_is_measured_in_the_given_precision() -> None:
+    seen = []
+    model, teacher = (nn.Sequential(nn.Flatten(), nn.Linear(16, 3)) for _ in range(2))
+    for each in (model, teacher):
+        each.register_forward_hook(lambda module, given, logits: seen.append(logits.dtype))
+    for precision, dtype in ((None, torch.float32), (partial(torch.autocast, "cpu", torch.bfloat16), torch.bfloat16)):
+        seen.clear()
+        agreement(model, teacher, [torch.rand(4, 1, 4, 4)], **({"autocast": precision} if precision else {}))
+        assert seen == [dtype] * 2

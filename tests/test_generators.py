@@ -470,3 +470,10 @@ def test_pixels_are_not_rounded_by_autocast(make_generator: Callable[..., ConvGe
         images = generator(*latents_and_labels(4))
     assert found == [torch.float32]
     assert images.dtype == torch.float32
+
+
+def test_pixels_begin_around_grey_where_nothing_is_known_of_images() -> None:
+    generator = PixelGenerator(classes=3, channels=2, size=4)
+    for latent, pixel in ((0.0, 0.5), (1.0, 0.75), (-2.0, 0.0)):
+        images = generator(torch.full((2, generator.latent), latent), torch.zeros(2, dtype=torch.int64))
+        assert torch.equal(images, torch.full((2, 2, 4, 4), pixel))

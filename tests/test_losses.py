@@ -521,3 +521,14 @@ GRADIENTS = {
 def test_gradients_are_those_of_finite_differences(name: str) -> None:
     x, y = draw(BATCH, CLASSES, seed=1).requires_grad_(), draw(BATCH, CLASSES, seed=2)
     assert torch.autograd.gradcheck(lambda x: GRADIENTS[name](x, y), (x,))
+
+
+@pytest.mark.parametrize("kind", L.ADVERSARIES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_divergences_of_logits_in_half_precision_are_computed_in_float32(kind: str, reduction: str) -> None:
+    rng = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(64, 10, generator=rng).bfloat16() for _ in range(2))
+    found = L.ADVERSARIES[kind](student, teacher, reduction=reduction)
+    assert found.dtype == torch.float32
+    wanted = L.ADVERSARIES[kind](student.double(), teacher.double(), reduction=reduction)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)

@@ -275,3 +275,12 @@ def test_it_is_a_kornia_augmentation() -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(UserError, match=r"unknown mix 'cutout'; choose from \['cutmix', 'mixup', 'resize'\]"):
         make_mix("cutout")
+
+
+@pytest.mark.parametrize("antialias", [False, True])
+def test_images_are_low_passed_where_it_is_asked_for(antialias: bool) -> None:
+    mix, x = make_mix("resize", antialias=antialias), images(16)
+    mixed = mix_batch(mix, x, labels(16), CPU, 3)
+    box, pasted = mix._params["box"], x[partners(16)]
+    assert torch.allclose(mixed.images, reference(x, pasted, box, antialias), atol=2e-6)
+    assert not torch.allclose(mixed.images, reference(x, pasted, box, not antialias), atol=1e-2)

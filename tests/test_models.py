@@ -13,7 +13,7 @@ from networks_fixture import error_line
 from torch import Tensor, nn
 
 from dfkd.models import MODELS, build_model, list_models
-from dfkd.models.small import InvertedResidual, PadShortcut
+from dfkd.models.small import InvertedResidual, PadShortcut, initialise
 from dfkd.models.stems import STEMS
 
 TINY = ["tiny_plain", "tiny_residual", "tiny_inverted"]
@@ -415,3 +415,20 @@ def test_errors_of_python_models(nets, tmp_path):
     for spec, part in cases.items():
         assert part in error_of(spec, trust_code=True)
     assert "did you mean 'width'?" in error_of(f"{nets}:ours", kwargs={"widht": 3}, trust_code=True)
+
+
+def test_convolutions_begin_with_hes_deviation_by_fan_out_also_where_images_have_one_channel():
+    torch.manual_seed(0)
+    wide = initialise(nn.Sequential(nn.Conv2d(8, 256, 3, bias=True)))[0]
+    assert float(wide.weight.detach().std()) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.03)
+    assert not wide.bias.any()
+    first = build_model("torchvision:resnet18", classes=5, channels=1).conv1
+    assert first.weight.shape == (64, 1, 7, 7)
+    assert float(first.weight.detach().std()) == pytest.approx((2 / (49 * 64)) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_tiny_networks_of_any_depth_halve_the_side_twice(name: str, depth: int):
+    network = build_model(f"dfkd:{name}", classes=3, channels=1, kwargs={"width": 2, "depth": depth})
+    assert network.features(torch.rand(2, 1, 16, 16)).shape[2:] == (4, 4)

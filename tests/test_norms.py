@@ -222,3 +222,16 @@ def test_compiled_a_tapped_network_gives_the_same_in_one_graph() -> None:
         for value, of_eager in zip(answer(), wanted, strict=True):
             near(value, of_eager)
     assert backend.frame_count == (7 if torch.__version__ < "2.12" else 1)  # 2.11 breaks off at each tapped norm
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_the_moments_of_a_tapped_norm_have_their_gradient_in_bfloat16_too(memory_format: torch.memory_format) -> None:
+    """Asked for alone: beside the output's gradient theirs, a share of 1 / count, would be within its rounding."""
+    x = (2 * draw(4, 3, 5, 5) + 1).bfloat16().contiguous(memory_format=memory_format).requires_grad_()
+    twin, seen = x.detach().double().requires_grad_(), []
+    with frozen_norms([norm := make_norm()], lambda norm, moments: seen.extend(moments)):
+        norm(x)
+    ((seen[0] * draw(3, seed=5)).sum() + (seen[1] * draw(3, seed=6)).sum()).backward()
+    mean, var = twin.mean((0, 2, 3)), twin.var((0, 2, 3), correction=0)
+    ((mean * draw(3, seed=5)).sum() + (var * draw(3, seed=6)).sum()).backward()
+    near(x.grad.double(), twin.grad, 2e-2)  # type: ignore[union-attr, arg-type]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from dfkd.data import RealImages, load_folder
 from dfkd.draws import Moves, augment
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, diversity
-from dfkd.judge import grid, slug
+from dfkd.judge import _streamed, grid, slug
 from dfkd.losses import bn_l2
 from dfkd.models import build_model
 from dfkd.quality import quality
 from dfkd.runtime import Shard
+from dfkd.stream import SyntheticStream, from_generator, materialize
 from dfkd.teachers import Teacher, tap_features
 from generators import ConvGenerator, PoolGenerator, save_generator
 
@@ -442,3 +444,26 @@ def test_wrong_input_is_one_line(runs: Runs, case: str) -> None:
     line = runs.call(f"recipe={runs.recipe}", f"training.cache={runs.cache}", *output, *given).refused()
     for words in expected:
         assert words in line
+
+
+def test_images_to_measure_are_those_of_the_seed_and_no_ones_to_train_on(
+    make_generator: Callable[..., ConvGenerator],
+) -> None:
+    source, device = from_generator(make_generator().eval()), torch.device("cpu")
+    first, again, other = (_streamed(SimpleNamespace(seed=seed), source, 32, device)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    rows = {image.numpy().tobytes() for image in first}
+    assert len(rows) == 32
+    assert not rows & {image.numpy().tobytes() for image in other}
+    for seed in (1, 0):
+        trained = materialize(SyntheticStream(source, batch_size=len(first), seed=seed, shard=Shard(device)), 32)
+        assert not rows & {image.numpy().tobytes() for image in trained.tensors[0]}
+
+
+def test_some_images_of_class_folders_keep_their_labels(tmp_path: Path) -> None:
+    images, _ = varied(6)
+    root = save(images, ["a/1.png", "b/1.png", "b/2.png", "b/3.png", "c/1.png", "c/2.png"], tmp_path)
+    found, labels = opened_folder(root, limit=3)
+    assert torch.equal(found, images[[0, 2, 4]])
+    assert labels is not None
+    assert labels.tolist() == [0, 1, 2]

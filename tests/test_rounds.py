@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd import synthesis
+from dfkd.contrast import Contrast
 from dfkd.draws import Moves, augment, draw_latents
 from dfkd.errors import UserError
+from dfkd.losses import mode_seeking
+from dfkd.mixing import draw_mix, make_mix
 from dfkd.runtime import Shard
 from dfkd.synthesis import ADAM_EPS, Synthesizer
-from dfkd.teachers import Teacher
+from dfkd.teachers import Teacher, sample_teachers
 from generators import ConvGenerator, ImageGenerator, PixelGenerator, PoolGenerator
 
 MakeTeacher = Callable[..., Teacher]
@@ -490,3 +493,80 @@ def test_a_term_of_weight_zero_asks_for_no_crop(
 def test_an_unknown_way_to_renew_is_refused_by_name(teacher: Teacher, make_generator: MakeGenerator) -> None:
     with pytest.raises(UserError, match=r"unknown choice 'last'; choose from \['all', 'first', 'none'\]"):
         build(make_generator(), teacher, INVERSION, renew="last")
+
+
+def positions(step: int) -> list[tuple[int | str, ...]]:
+    """Of every update of a round."""
+    return [(SEED, "synthesis", step, *([k] if k else [])) for k in range(INNER)]
+
+
+def test_every_update_of_a_round_asks_teachers_of_its_own(
+    teacher: Teacher, make_teacher: MakeTeacher, make_generator: MakeGenerator
+) -> None:
+    zoo, asked = [teacher, make_teacher("b", seed=2), make_teacher("c", seed=3)], []
+    for each in zoo:
+        each.register_forward_pre_hook(lambda module, given: asked.append(module.name))
+    synthesizer = build(make_generator(), zoo, {"ce": 1.0})
+    for step in range(3):
+        synthesizer.step(step)
+    assert asked == [sample_teachers(zoo, 1, SEED, update)[0].name for update in range(3 * INNER)]
+    assert len(set(asked[:INNER])) > 1
+
+
+def test_every_update_of_a_round_mixes_in_boxes_of_its_own(teacher: Teacher) -> None:
+    boxes: list[Tensor] = []
+    mix = make_mix("resize")
+    teacher.register_forward_pre_hook(lambda module, given: boxes.append(mix._params["box"].clone()))
+    build(pixels(), teacher, {"ce": 1.0}, latent_lr=0.1, mix=mix).step(2)
+    wanted = [draw_mix(make_mix("resize"), (BATCH, 1, 8, 8), ALONE, *each)["box"] for each in positions(2)]
+    assert len(boxes) == len({str(box.tolist()) for box in boxes}) == INNER
+    assert all(torch.equal(found, box) for found, box in zip(boxes, wanted))
+
+
+def test_every_update_of_a_round_crops_its_views_anew(
+    teacher: Teacher, make_generator: MakeGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[int | str, ...]] = []
+    monkeypatch.setattr(Contrast, "_view", lambda self, images, *position: found.append(position) or images)
+    build(make_generator(), teacher, {"ce": 1.0, "contrastive": 0.5}, bank=8).step(2)
+    assert found == positions(2)
+
+
+def test_the_contrasts_head_is_that_of_the_seed(teacher: Teacher, make_generator: MakeGenerator) -> None:
+    one, again, other = (
+        build(make_generator(), teacher, {"ce": 1.0, "contrastive": 0.5}, bank=8, seed=seed).contrast
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one.head[0].weight, again.head[0].weight)
+    assert not torch.equal(one.head[0].weight, other.head[0].weight)
+
+
+def test_the_bank_holds_images_as_teachers_are_shown_them(teacher: Teacher, make_generator: MakeGenerator) -> None:
+    teacher.moves = Moves(2, black=True)
+    held, generator = pool(), make_generator()
+    weights = {"ce": 1.0, "contrastive": 0.5}
+    synthesizer = build(generator, teacher, weights, bank=BATCH, pool=held, inner=1, as_trained=False)
+    synthesizer.step(0)
+    with torch.no_grad(), teacher.tap_means() as means:
+        teacher(held.images[:BATCH].float() / 255)
+    bank = synthesizer.contrast.bank  # type: ignore[union-attr]
+    torch.testing.assert_close(bank, torch.cat(means, 1), rtol=0, atol=0.05)  # half a grey level off
+    with torch.no_grad(), teacher.tap_means() as means:
+        teacher(augment(held.images[:BATCH].float() / 255, ALONE, teacher.moves, SEED, "bank", 0))
+    assert (bank - torch.cat(means, 1)).abs().max() > 0.2
+
+
+def test_latents_that_are_learned_are_not_pulled_together_by_diversity(
+    teacher: Teacher, make_generator: MakeGenerator
+) -> None:
+    """It is asked of the images: MSGAN's quotient would also grow where the latents come nearer."""
+    weights = {"ce": 0.5, "diversity": 2.0}
+    synthesizer = build(make_generator(), teacher, weights, latent_lr=0.1)
+    labels, latents = synthesizer._draw(0)
+    plain = copy.deepcopy(synthesizer.generator)
+    z = latents.clone().requires_grad_()
+    images = plain(z, labels)
+    loss = 0.5 * F.cross_entropy(teacher(images), labels) + 2 * mode_seeking(images, latents, labels)
+    (wanted,) = torch.autograd.grad(loss, z)
+    synthesizer._backward(0, 0, labels, latents.requires_grad_())
+    torch.testing.assert_close(latents.grad, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()))

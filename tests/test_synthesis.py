@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd import losses
-from dfkd.draws import Moves, draw_moves
+from dfkd.draws import Moves, draw_latents, draw_moves
 from dfkd.errors import UserError
 from dfkd.mixing import Mixed, make_mix
 from dfkd.renewal import redraw_steps
@@ -765,3 +765,119 @@ def test_a_teacher_and_the_contrast_are_asked_in_the_precision_and_at_the_positi
             (5, "synthesis", 3),
         )
         assert found == [dtype, ((5, "synthesis", 3), dtype == torch.bfloat16)]
+
+
+# --- schedules, positions and precision that reach what they are for ---
+
+
+def test_without_rounds_the_rate_falls_by_a_cosine_over_all_steps(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    synthesizer = build(make_generator(), zoo[:1], {"ce": 1.0}, cosine=True, lr=0.02, steps=10)
+    for step in (0, 1, 5, 9):
+        synthesizer.step(step)
+        (group,) = synthesizer.optimizer.param_groups  # type: ignore[union-attr]
+        assert group["lr"] == pytest.approx(0.02 * (1 + math.cos(math.pi * step / 10)) / 2)
+
+
+def test_a_generator_is_settled_on_draws_that_it_was_not_trained_on(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    synthesizer = build(make_generator(), zoo[:1], {"ce": 1.0}, steps=2)
+    seen = Seen(synthesizer)
+    for step in range(2):
+        synthesizer.step(step)
+    trained = list(seen.inputs)
+    synthesizer.settle(3)
+    fresh = seen.inputs[len(trained) :]
+    assert len(fresh) == 3
+    for k, (latents, _) in enumerate(fresh):
+        assert torch.equal(latents, draw_latents(Shard(CPU), BATCH, latents.shape[1], 5, "synthesis", 2 + k))
+        assert not any(torch.equal(latents, before) for before, _ in trained)
+
+
+def test_images_that_are_not_moved_as_in_training_are_not_moved_for_the_loss_at_the_start_either(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    for teacher in zoo:
+        teacher.moves = BLACK
+    alike = build(make_generator(), zoo, {"bn": 1.0}, equalise=True, as_trained=False).step(0)
+    assert float(alike["bn"]) == pytest.approx(1, rel=1e-5)  # the same images twice
+    moved = build(make_generator(), zoo, {"bn": 1.0}, equalise=True).step(0)
+    assert abs(float(moved["bn"]) - 1) > 1e-3
+
+
+def test_the_last_batch_norm_loss_is_kept_in_its_own_units_also_where_it_is_equalised(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    synthesizer = build(make_generator(), zoo, {"bn": 1.0}, equalise=True)
+    for step in range(3):
+        terms = synthesizer.step(step)
+        ratios = [float(synthesizer.bn_last[t.name] / synthesizer.bn_start[t.name]) for t in zoo]
+        assert float(terms["bn"]) == pytest.approx(sum(ratios) / 3, rel=1e-5)
+    assert max(abs(math.log(float(start))) for start in synthesizer.bn_start.values()) > 0.5
+
+
+def test_the_losses_of_a_settled_generator_are_part_of_the_state(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    options: dict[str, Any] = {"equalise": True, "steps": 1}
+    synthesizer = build(make_generator(), zoo, MIXMIX, **options)
+    synthesizer.step(0)
+    synthesizer.settle(2)
+    other = build(make_generator(), zoo, MIXMIX, **options)
+    other.load_state_dict(synthesizer.state_dict())
+    for figures in ("bn_start", "bn_last", "bn_end", "last"):
+        assert getattr(other, figures) == getattr(synthesizer, figures) != {}
+
+
+def test_who_is_asked_depends_on_the_seed(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
+    def asked(seed: int) -> list[str]:
+        synthesizer = build(make_generator(), zoo, {"ce": 1.0}, sample=1, seed=seed)
+        seen = Seen(synthesizer)
+        for step in range(4):
+            synthesizer.step(step)
+        return [teacher.name for teacher in seen.asked]
+
+    one, again, other, another = (asked(seed) for seed in (1, 1, 2, 3))
+    assert one == again
+    assert len({tuple(one), tuple(other), tuple(another)}) > 1
+
+
+def test_images_are_mixed_otherwise_with_another_seed(zoo: list[Teacher], make_generator: MakeGenerator) -> None:
+    def boxes(seed: int) -> list[Any]:
+        mix = make_mix("resize")
+        build(make_generator(), zoo[:1], {"ce": 1.0}, mix=mix, seed=seed).step(0)
+        return mix._params["box"].tolist()
+
+    assert boxes(1) == boxes(1) != boxes(2)
+
+
+def test_generator_teacher_and_student_compute_in_mixed_precision_and_their_losses_in_float32(
+    zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module
+) -> None:
+    weights = MIXMIX | IMAGE | SPREAD | LIKENESS | DAFL | {"adversary": 1.0}
+    synthesizer = build(make_generator(), zoo[:1], weights, student=student, warmup=0.0, equalise=True)
+    synthesizer.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    found: dict[str, set[torch.dtype]] = defaultdict(set)
+    for name, network in {"generator": synthesizer.generator, "teacher": zoo[0].model, "student": student}.items():
+        for layer in (module for module in network.modules() if isinstance(module, nn.Conv2d)):
+            layer.register_forward_hook(lambda m, x, y, name=name: found[name].add(y.dtype))
+    zoo[0].register_forward_hook(lambda m, x, y: found["images and logits"].update((x[0].dtype, y.dtype)))
+    terms = synthesizer.step(0)
+    synthesizer.settle(1)
+    assert found.pop("images and logits") == {torch.float32}
+    assert found == {name: {torch.bfloat16} for name in ("generator", "teacher", "student")}
+    assert {value.dtype for value in terms.values()} == {torch.float32}
+
+
+def test_a_settled_generator_is_measured_on_a_draw_of_its_own(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    synthesizer = build(make_generator(), zoo[:1], MIXMIX, steps=1, equalise=True)
+    seen = Seen(synthesizer)
+    synthesizer.step(0)
+    synthesizer.settle(2)
+    latents = seen.inputs[-1][0]
+    assert torch.equal(latents, draw_latents(Shard(CPU), BATCH, latents.shape[1], 5, "synthesis", 1 + 2))
+    assert not any(torch.equal(latents, before) for before, _ in seen.inputs[:-1])

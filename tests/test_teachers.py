@@ -605,3 +605,65 @@ def test_a_loud_teacher_counts_no_more_than_a_quiet_one() -> None:
 def test_a_teacher_of_weight_zero_has_no_say() -> None:
     loud, mute = Teacher(Fixed([1.0, 0.0, -1.0])), Teacher(Fixed([9.0, 9.0, 0.0]), weight=0.0)
     assert torch.allclose(zoo_logits([loud, mute], images(2)), loud(images(2)), atol=1e-6)
+
+
+def test_logits_are_float32_also_under_autocast(make_teacher: MakeTeacher) -> None:
+    teacher = make_teacher()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert teacher(images()).dtype == torch.float32
+        assert teacher.model.linear(torch.rand(1, teacher.model.linear.in_features)).dtype == torch.bfloat16
+
+
+def test_epochs_of_several_batches_are_torchs_sgd_on_shuffled_images_at_a_rate_by_the_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    twin = copy.deepcopy(network).double()
+    pixels, labels = (torch.arange(24) * 10).to(torch.uint8).view(24, 1, 1, 1).expand(-1, 1, 2, 2), torch.arange(24) % 3
+    seen: list[Tensor] = []
+    network.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach().clone()))
+    moved: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("dfkd.pretrain.augment", lambda x, shard, moves, *at: moved.append((moves, *at)) or x)
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 6, "lr": 0.1, "weight_decay": 0.01, "seed": 4}
+    assert train_teacher(Classifier(network), pixels, labels, moves=Moves(1), **options)
+    assert moved == [(Moves(1), 4, epoch, k) for epoch in range(3) for k in range(4)]
+    rows = [(x[:, 0, 0, 0] * 25.5).round().long() for x in seen]
+    orders = [torch.cat(rows[4 * epoch :][:4]).tolist() for epoch in range(3)]
+    assert all(sorted(order) == list(range(24)) for order in orders)
+    assert len({tuple(order) for order in [*orders, list(range(24))]}) == 4  # anew in every epoch
+    sgd = torch.optim.SGD(twin.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=0.01)
+    for update, chosen in enumerate(rows):
+        done = update / 12
+        rate = done / 0.2 if done < 0.2 else (1 + math.cos(math.pi * (done - 0.2) / 0.8)) / 2
+        sgd.param_groups[0]["lr"] = 0.1 * rate
+        sgd.zero_grad()
+        F.cross_entropy(twin(pixels[chosen].double() / 255), labels[chosen]).backward()
+        sgd.step()
+    for ours, exact in zip(network.parameters(), twin.parameters()):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+class Always:
+    """A deadline that comes after every epoch."""
+
+    def within(self, seconds: float) -> bool:
+        return True
+
+
+def test_a_teacher_trained_in_pieces_is_the_one_trained_at_once(tmp_path: Path) -> None:
+    def train(seed: int, **options: Any) -> tuple[nn.Module, bool]:
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        torch.manual_seed(seed)  # what is drawn otherwise is by position
+        pixels = torch.arange(24 * 64).remainder(251).to(torch.uint8).view(24, 1, 8, 8)
+        given: dict[str, Any] = {"epochs": 3, "batch_size": 6, "moves": Moves(1), **options}
+        return network, train_teacher(Classifier(network), pixels, torch.arange(24) % 3, **given)
+
+    whole, finished = train(1)
+    assert finished
+    for seed, ends in ((2, False), (3, False), (4, True)):
+        pieces, finished = train(seed, checkpoint=tmp_path / "training.pt", deadline=Always())
+        assert finished == ends
+    for name, value in whole.state_dict().items():
+        assert torch.equal(pieces.state_dict()[name], value), name

@@ -11,6 +11,7 @@ from torch import nn
 from dfkd import zoo
 from dfkd.assemble import make_student, pixel_statistics
 from dfkd.classifier import Classifier
+from dfkd.data import load_images
 from dfkd.errors import Paused
 from dfkd.models import build_model, save_model
 from dfkd.recipe import load_recipe
@@ -133,3 +134,53 @@ def test_teachers_trained_otherwise_are_not_found_for_each_other() -> None:
     keys = ("teachers.plain.pad=2", "teachers.plain.flip=true", "runtime.precision=fp32", "runtime.precision=bf16")
     recipes = [load(key) for key in keys]
     assert len({teacher_folder(recipe, "plain", recipe.zoo_specs["plain"]) for recipe in recipes}) == 4
+
+
+def trainings(monkeypatch: pytest.MonkeyPatch, cache: Path, *keys: str, name: str = "plain") -> tuple[Classifier, dict]:
+    """The network, and how it would be trained, of a recipe's teacher."""
+    found: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(zoo, "train_teacher", lambda *given, **options: found.append((given[0], options)))
+    recipe = load_recipe(["recipe=digits", *keys, f"training.cache={cache}"]).recipe
+    with pytest.raises(Paused):
+        trained_teacher(recipe, name, recipe.zoo_specs[name], torch.device("cpu"), print)
+    return found[0]
+
+
+def test_a_teacher_is_trained_as_the_recipe_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ("training.epochs=7", "training.batch_size=48", "training.lr=0.3", "training.weight_decay=0.002", "seed=11")
+    of_it = ("teachers.plain.mean=[0.2]", "teachers.plain.std=[0.6]", "teachers.plain.input_size=24")
+    run = ("runtime.precision=bf16", "runtime.channels_last=false")
+    classifier, options = trainings(monkeypatch, tmp_path, *keys, *of_it, *run)
+    wanted = {"epochs": 7, "batch_size": 48, "lr": 0.3, "weight_decay": 0.002, "seed": 11, "bf16": True}
+    wanted |= {"channels_last": False}
+    assert {key: options[key] for key in wanted} == wanted
+    assert classifier.normalisation == ([0.2], [0.6])
+    assert classifier.input_size == 24
+    _, options = trainings(monkeypatch, tmp_path, "runtime.precision=fp32", "runtime.channels_last=true")
+    assert (options["bf16"], options["channels_last"]) == (False, True)
+
+
+def test_teachers_begin_with_weights_of_their_seed_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    same = ("teachers.residual.model=dfkd:tiny_plain", "teachers.residual.kwargs=${teachers.plain.kwargs}")
+
+    def first(name: str, seed: int) -> torch.Tensor:
+        classifier, _ = trainings(monkeypatch, tmp_path, *same, f"seed={seed}", name=name)
+        return next(classifier.parameters()).detach()
+
+    one = first("plain", 1)
+    assert torch.equal(one, first("plain", 1))
+    assert not torch.equal(one, first("plain", 2))
+    assert not torch.equal(one, first("residual", 1))
+
+
+def test_the_folder_of_a_trained_teacher_says_how_images_were_and_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo, "train_teacher", lambda *given, **options: True)
+    recipe = load("teachers.plain.pad=3", "training.flip=true", "image.size=12", f"training.cache={tmp_path}")
+    of_it = {"root": "", "train_root": None, "channels": 1, "size": 8, "classes": 10}
+    load_images("digits", train=False, purpose="evaluate", **of_it)  # is not what it was trained on
+    folder = trained_teacher(recipe, "plain", recipe.zoo_specs["plain"], torch.device("cpu"), print)
+    about = json.loads((folder / "model.json").read_text())
+    assert (about["moves"], about["size"], about["input_size"]) == ([3, True, True], 12, None)
+    assert about["trained_on"] == {"source": "digits", "split": "train", "purpose": "train teacher", "n": 1257}
