@@ -1,7 +1,8 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,27 @@ def test_row_gives_images_per_second_and_paired_ratios(benchmark: Callable[[str]
     line = benchmark("step").row("x", 100, seconds).split()
     assert line[:4] == ["x", "100", "100", "50"]
     assert "".join(line[4:]) == "1.00[1.00,1.50]2.00[1.50,3.00]"
+
+
+def test_a_round_is_a_generator_step_and_the_student_steps_after_it(
+    bench: ModuleType, benchmark: Callable[[str], ModuleType]
+) -> None:
+    step, names = benchmark("step"), ("floor", "ours", "naive")
+    taken = {"generator": 2.0, "student": 0.5, "stream": 0.25}
+    seconds = {kind: {name: [each] * 3 for name in names} for kind, each in taken.items()}
+    lines = step.table("x", replace(bench.CASES["digits"], batch=450), seconds).splitlines()
+    assert [line[22:31].strip() for line in lines] == ["225", "900", "600", "1,800"]  # 6 * 450 images in 2 + 5 * 0.5 s
+
+
+def test_the_profilers_milliseconds_are_of_one_step(
+    benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = benchmark("step"), []
+    events = [SimpleNamespace(key="aten::mm", self_cpu_time_total=6000.0)]  # microseconds
+    found = nullcontext(SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(step, "profile", lambda activities: found)
+    assert step.operators(calls.append, 4, CPU) == {"aten::mm": 1.5}
+    assert len(calls) == 4
 
 
 def test_a_step_that_asks_more_teachers_holds_no_more_memory(

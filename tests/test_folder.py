@@ -8,7 +8,7 @@ import torch
 from runs_fixture import Runs, start, wait_for
 
 from dfkd.errors import UserError
-from dfkd.folder import may_run
+from dfkd.folder import may_run, owner
 from dfkd.models import build_model
 from dfkd.recipe import load_recipe
 from dfkd.runtime import resolve_precision
@@ -86,7 +86,9 @@ def test_what_a_run_needs_is_not_removed(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked(folder, "overwrite=true", "teachers.plain.weights=run/net.pt")  # no run's, so it stays
 
 
-@pytest.mark.parametrize("key", ["data.root", "data.train_root", "training.cache", "prune.input"])
+@pytest.mark.parametrize(
+    "key", ["data.root", "data.train_root", "training.cache", "prune.input", "distill.input", "student.weights"]
+)
 def test_data_and_models_in_a_runs_folder_are_not_removed(tmp_path: Path, key: str) -> None:
     folder = tmp_path / "run"
     given = folder / "images" / "mine"
@@ -136,6 +138,27 @@ def test_a_run_does_not_go_on_with_networks_that_have_changed(runs: Runs) -> Non
     line = runs.run("run", *given).refused()
     assert f"what {runs.folder / 'run'} holds is of another recipe" in line
     assert "networks whose files changed" in line
+
+
+def test_a_run_belongs_to_every_file_that_its_networks_are_of(tmp_path: Path) -> None:
+    keys = ("student.weights", "distill.input", "prune.input", "generator.checkpoint", "teachers.plain.weights")
+    names = ("model.safetensors", "model.json", "generator.json")
+    given = ["recipe=digits", "tasks=[distill,prune]", *(f"{key}={tmp_path / key}" for key in keys)]
+    recipe = load_recipe(given).recipe
+    for key in keys:
+        (tmp_path / key).mkdir()
+        for name in names:
+            (tmp_path / key / name).write_text("as it was")
+    before = owner(recipe, "fp32", 1)
+    assert len({before, owner(recipe, "bf16", 1), owner(recipe, "fp32", 2)}) == 3
+    for key in keys:
+        for name in names:
+            path = tmp_path / key / name
+            path.write_text("another")
+            assert owner(recipe, "fp32", 1) != before, path
+            path.write_text("as it was")
+            (tmp_path / key / "notes.txt").write_text("mine")
+            assert owner(recipe, "fp32", 1) == before
 
 
 def test_images_measured_before_there_is_a_run_are_in_nobodys_way(tmp_path: Path) -> None:

@@ -202,6 +202,29 @@ def test_deviation_is_over_seeds_after_the_mean_over_models(drawn: ModuleType) -
     assert "Not done: W2A4 PTQ of j: no" in drawn.table(lines)
 
 
+def test_a_batch_norm_loss_is_in_units_of_the_real_images_of_its_own_model_and_seed(drawn: ModuleType) -> None:
+    real = {("h", 0): 2.0, ("i", 0): 4.0, ("h", 1): 5.0, ("i", 1): 8.0}
+    usual = {"accuracy": 50.0, "training_seconds": 9.0, "n": 48}
+    lines = [line_of("real", seed, model, bn_l2=loss, **usual) for (model, seed), loss in real.items()]
+    lines += [line_of("noise", seed, model, bn_l2=40.0, **usual) for model, seed in real]
+    columns = drawn.columns(lines, "noise")
+    assert (columns["bn loss, held out"], columns["bn loss, zoo"]) == ([20.0, 8.0], [10.0, 5.0])
+    assert drawn.columns(lines[4:], "noise")["bn loss, zoo"] == []
+
+
+def test_the_notes_of_a_study_have_what_is_compared_with(drawn: ModuleType) -> None:
+    usual = {"case": "W2A4 PTQ", "before": 98.5, "n": 540}
+    lines = [
+        line_of(source, seed, "h", **usual, naive=naive + seed, after=80.0)
+        for source, naive in (("noise", 20.0), ("real", 30.0))
+        for seed in (0, 1)
+    ]
+    *_, naive, _, note = drawn.table(lines).splitlines()
+    assert naive.startswith("| naive, on real images |")
+    assert naive.endswith("| 30.5 ± 0.7 | - |")
+    assert note == "Held out, before compression: h 98.50 %; 540 test images. Seeds 0, 1."
+
+
 def test_higher_values_stand_higher_in_the_plot(drawn: ModuleType) -> None:
     values = {1: 20.0, 2: 80.0, 3: 50.0}
     lines = [line_of(f"generator m={m}", 0, "h", "W2A4 PTQ", after=value) for m, value in values.items()]

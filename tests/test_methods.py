@@ -1,7 +1,9 @@
 import json
 import shutil
 import statistics
+from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -102,6 +104,11 @@ def test_scaled_work_takes_the_budget_and_keeps_its_proportions(equal: ModuleTyp
     assert (scaled.inner, scaled.per, note) == (1, 4, "")
 
 
+def test_what_a_run_costs_whatever_its_length_leaves_half_of_the_budget(equal: ModuleType) -> None:
+    cost = equal.Cost(0.02, 0.005, run=100.0)  # a round takes 0.04 s
+    assert equal.scale(equal.Work(600, 1, 4, 0), cost, 10.0) == (equal.Work(125, 1, 4, 0), "")
+
+
 def test_noise_alone_is_scaled_too(equal: ModuleType) -> None:
     assert equal.scale(equal.Work(0, 1, 4, 2400), equal.Cost(9.0, 0.01), 30.0) == (equal.Work(0, 1, 4, 3000), "")
 
@@ -151,6 +158,52 @@ def test_no_update_looks_free_where_the_shorter_trial_was_disturbed(equal: Modul
     assert child.fit_cost(disturbed).student == pytest.approx(0.005)  # half of a hundredth of a second
 
 
+def test_a_cost_is_the_one_that_was_measured_be_it_now_or_before(
+    equal: ModuleType, books: ModuleType, bench: ModuleType, here: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, fresh = {"generator": 0.5, "student": 0.25, "run": 3.0}, {"generator": 0.7, "student": 0.1, "run": 2.0}
+    books.add(Path("costs.jsonl"), {"method": "live", **known})
+    monkeypatch.setattr(equal, "launch", lambda *_: {**fresh, "trials": []})
+    methods = [bench.make_method(f"./{name}.yaml", {}, "plain") for name in ("live", "frozen")]
+    alike = methods[0]._replace(name="live, another rate", priced="live")
+    wanted = {"live": equal.Cost(**known), "frozen": equal.Cost(**fresh), "live, another rate": equal.Cost(**known)}
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as lanes:
+            assert equal.price([*methods, alike], Path(), {"seconds": 1.0, "threads": 1}, lanes) == wanted
+    assert len(Path("costs.jsonl").read_text().splitlines()) == 2
+
+
+def test_runs_at_once_share_the_cores(equal: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(equal, "cores", lambda: 5)
+    threads = [equal.settings_of(Namespace(seconds=0.0, lanes=lanes), {})["threads"] for lanes in (1, 2, 9)]
+    assert threads == [5, 2, 1]
+
+
+@pytest.mark.parametrize(("tasks", "before"), [("[distill]", 0), ("[generator,distill]", 40)])
+def test_the_time_of_a_student_begins_with_the_training_before_it(
+    equal: ModuleType, runs: Runs, tasks: str, before: int
+) -> None:
+    """Measuring, start-up and the teachers count nowhere."""
+    recipe = load_recipe(runs.arguments("x", f"tasks={tasks}")).recipe
+    seconds = {"before": 3.0, "teachers": 100.0, "generator": 40.0, "distill": 20.0, "measuring the student": 70.0}
+    student = {"accuracy": 91.0, "n": 540, "agreement": {"percent": 93.0}, "last_quarter": None, "model": "dfkd:x"}
+    results = {"student": student, "generator": {"class_agreement": {"plain": 80.0}}, "diversity": {}}
+    results |= {"teachers": {"plain": {"accuracy": 98.0}}, "device": "cpu", "precision": "no", "versions": {}}
+    runs.folder.joinpath("results.json").write_text(json.dumps({**results, "seconds": {**seconds, "total": 250.0}}))
+    entries = [
+        {"phase": phase, "step": k, "seconds": 150.0 + k, "trained": 5.0 * k, "accuracy": 40.0 + k}
+        for phase in ("evaluation", "student")
+        for k in (2, 4)
+    ]
+    runs.folder.joinpath("metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    method = equal.Method("a", "a", {}, recipe)
+    line = equal.figures(method, 7, equal.Work(9, 2, 4, 5), "note", runs.folder, {"peak_mb": 5.0})
+    assert line["seconds"] == before + 20
+    assert line["curve"] == [(before + 10, 42.0), (before + 20, 44.0)]
+    assert (line["seed"], line["generator_updates"], line["student_updates"]) == (7, 18, 41)
+    assert (line["accuracy"], line["agreement"], line["class_agreement"]) == (91, 93, {"plain": 80})
+
+
 def test_work_is_what_a_recipe_asks_for_and_changes_lead_to_it(
     bench: ModuleType, equal: ModuleType, books: ModuleType, here: list[tuple[str, dict[str, str]]]
 ) -> None:
@@ -193,6 +246,8 @@ def test_table_has_means_and_deviations_and_the_best_first(bench: ModuleType) ->
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
+    for each in lines:
+        each["student_updates"] += 100 * each["seed"]
     lines[-1] |= {"class_agreement": None, "note": "inner 9 → 3", "seconds": 75.0}
     _, _, teacher, *found = rows(bench.table(lines, 60.0))
     assert teacher[:2] == ["teacher t", "98.50"]
@@ -201,7 +256,7 @@ def test_table_has_means_and_deviations_and_the_best_first(bench: ModuleType) ->
     for row in found[:2]:
         values = accuracies[row[0]]
         assert row[1] == f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} (3)"
-        assert row[2:] == ["59.0", "502", "1,200", "4,800", "81.0", ""]
+        assert row[2:] == ["59.0", "502", "1,200", "4,900", "81.0", ""]
     assert found[2] == [
         "noise",
         "40.00 (1)",
@@ -259,6 +314,7 @@ def test_methods_run_for_the_seconds_given_and_go_on_where_they_stopped(
     assert {(each["method"], each["seed"]) for each in lines} == {("frozen", 3), ("rounds", 3)}
     for each in lines:
         results = json.loads(Path(f"out/{each['method']}-3/results.json").read_text())
+        assert results["seed"] == 3
         assert each["accuracy"] == results["student"]["accuracy"]
         assert each["seconds"] == sum(results["seconds"].get(name, 0) for name in ("generator", "distill"))
         assert list(each["teachers"]) == ["residual"]

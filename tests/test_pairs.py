@@ -60,7 +60,7 @@ def test_a_pair_goes_on_where_it_stopped(
     def call(minutes: str) -> int:
         reset_accelerate()
         common = ["--budget", "0.01", "--seeds", "0,1", "--out", "out", f"training.cache={tmp_path / 'own'}"]
-        return pairs.main(["tiny", "--minutes", minutes, *common])
+        return pairs.main(["tiny", "--minutes", minutes, *common, "zoo.main=plain", "distill.batch_size=8"])
 
     assert call("1e-4") == 1
     assert "stopped after 0.0001 minutes: teacher plain is not trained yet; the same call" in capfd.readouterr().out
@@ -85,7 +85,9 @@ def test_a_pair_goes_on_where_it_stopped(
     for line in lines:
         results = json.loads(Path(f"out/tiny/{line['seed']}/results.json").read_text())
         assert line["accuracy"] == results["student"]["accuracy"]
-        images = 16 * (line["generator_updates"] + line["student_updates"])
+        assert results["seed"] == line["seed"]
+        assert line["teacher"] == results["teachers"]["plain"]["accuracy"]
+        images = 16 * line["generator_updates"] + 8 * line["student_updates"]
         assert line["images_per_second"] == pytest.approx(images / results["seconds"]["distill"])
     assert len({line["generator_updates"] for line in lines}) == 1  # all seeds do the same
     assert call("0") == 0  # and nothing is run again
@@ -192,6 +194,29 @@ def test_a_benchmark_that_is_terminated_ends_its_runs_which_save_first(tmp_path:
 def test_a_pair_that_was_not_measured_on_the_way_has_no_last_quarter(pairs: ModuleType) -> None:
     line = {"method": "p", "teacher": 90.0, "accuracy": 88.0, "seconds": 60.0, "images_per_second": 5.0, "peak_mb": 9.0}
     assert rows(pairs.table([{**line, "n": 100, "last_quarter": None}]))[2][4] == "-"
+
+
+def test_the_table_of_pairs_has_its_means_losses_and_lowest(pairs: ModuleType) -> None:
+    usual = {"method": "p", "teacher": 94.0, "images_per_second": 1000.0, "n": 10000}
+    lines = [
+        {**usual, "accuracy": accuracy, "seconds": seconds, "peak_mb": peak, "last_quarter": quarter}
+        for accuracy, seconds, peak, quarter in (
+            (92.0, 1140.0, 900.0, {"mean": 91.5, "deviation": 0.2, "lowest": 90.0}),
+            (91.0, 1260.0, 950.0, {"mean": 90.5, "deviation": 0.4, "lowest": 85.0}),
+        )
+    ]
+    deviation = (2 * 0.5**2) ** 0.5  # of 92 and 91, over n - 1
+    assert rows(pairs.table(lines))[2] == [
+        "p",
+        "94.00",
+        f"91.50 ± {deviation:.2f} (2)",
+        f"2.50 ± {deviation:.2f}",
+        "91.00 ± 0.30 (85.00)",
+        "20.0",
+        "1,000",
+        "950",
+        "10,000",
+    ]
 
 
 def test_gains_are_paired_by_seed(ablate: ModuleType) -> None:

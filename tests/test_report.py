@@ -2,6 +2,7 @@ import base64
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,9 @@ def test_chart_breaks_at_gaps_and_labels_its_axes() -> None:
     assert "last 5" in page.text
     for label in ("1", "5", "step 0", "60"):
         assert f">{label}</text>" in svg
+    heights = {label: float(y) for y, label in re.findall(r'y="(\d+)" text-anchor="end">(\d+)<', svg)}
+    assert heights["5"] == pytest.approx(right[1][1], abs=6)  # beside the points that have these values
+    assert heights["1"] == pytest.approx(left[0][1], abs=6)
 
 
 @pytest.mark.parametrize("values", [[3.0], [2.0, 2.0], [math.nan], [math.nan, math.inf], [0.0, 1e-30], [-1e300, 1e300]])
@@ -299,3 +303,43 @@ def test_closing_table_never_calls_agreement_an_accuracy() -> None:
     unknown = closing_table({"student": {**student, "agreement": None}})
     assert "student's agreement with its teacher: not measured" in unknown
     assert closing_table({})
+
+
+def test_every_figure_of_a_task_stands_under_its_own_head(tmp_path: Path) -> None:
+    of = {name: {"percent": percent} for name, percent in (("naive", 31.0), ("repaired", 32.0), ("after", 33.0))}
+    cost = {
+        "before": {"bytes": 5000, "macs": 6000, "sparsity": 0.0},
+        "after": {"bytes": 70, "macs": 80, "sparsity": 9.5},
+    }
+    task = {"input": "student", "source": "noise", "before": 91.0, "naive": 11.0, "repaired": 51.0, "after": 81.0}
+    task |= {"interval": [80.0, 82.0], "n": 540, "agreement": of, "cost": cost, "seconds": 3.5}
+    task |= {"intervals": {"before": [90.0, 92.0], "naive": [10.0, 12.0], "repaired": [50.0, 52.0]}}
+    expected = {
+        **{"task": "prune", "of": "student", "images": "noise", "before %": "91.00", "naive %": "11.00"},
+        **{"after %": "81.00", "95 % interval": "80 to 82", "agreement %": "33"},
+        **{"bytes of weights": "5,000 -> 70", "MACs": "6,000 -> 80", "s": "3.5", "before training %": "51"},
+        **{"interval before": "90 to 92", "interval naive": "10 to 12", "zeros %": "9.5"},
+    }
+    (tmp_path / "results.json").write_text(json.dumps({"tasks": {"prune": task}}))
+    page = write_report(tmp_path).read_text()
+    heads, cells = (re.findall(f"<{tag}>(.*?)</{tag}>", page) for tag in ("th", "td"))
+    assert dict(zip(heads, map(unescape, cells), strict=True)) == expected
+    printed = [line for line in closing_table({"tasks": {"prune": task}}).splitlines() if line.startswith("prune")]
+    assert re.split("  +", printed[0]) == list(expected.values())[:11]
+
+
+def test_the_students_tiles_tell_its_mean_from_its_lowest(tmp_path: Path) -> None:
+    quarter = {"of": "accuracy", "mean": 93.5, "deviation": 1.25, "lowest": 88.0, "images": 2000}
+    (tmp_path / "results.json").write_text(json.dumps({"student": {**RESULTS["student"], "last_quarter": quarter}}))
+    page = write_report(tmp_path).read_text()
+    tile = (
+        "<span>its mean accuracy in the last quarter, %</span><b>93.5</b><span>± 1.25, lowest 88, 2,000 images</span>"
+    )
+    assert tile in page
+
+
+def test_the_share_of_a_phase_is_of_all_seconds(tmp_path: Path) -> None:
+    seconds = {"teachers": 10.0, "distill": 30.0, "total": 40.0}
+    (tmp_path / "results.json").write_text(json.dumps({"seconds": seconds}))
+    cells = re.findall("<td>(.*?)</td>", write_report(tmp_path).read_text())
+    assert cells == ["teachers", "10", "25 %", "distill", "30", "75 %", "total", "40", "100 %"]

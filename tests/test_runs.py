@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dfkd.cli import main
 from dfkd.compress.files import load_compressed
 from dfkd.data import opened
+from dfkd.dry_run import estimated_memory
 from dfkd.losses import STUDENT_LOSSES
 from dfkd.models import build_model, save_model
 from dfkd.phases import make_fit, make_synthesizer, plans
@@ -152,6 +153,7 @@ def test_what_a_recipe_says_of_training_is_what_trains(runs: Runs) -> None:
         *("synthesis.equalise=false", "synthesis.adversary_loss=js", "synthesis.adversary_mask=false"),
         *("synthesis.cosine=true", "synthesis.as_trained=false", "synthesis.jitter=3", "synthesis.flip=true"),
         *("synthesis.penalise=true", "synthesis.learn_weights=false", "synthesis.warmup=0.2", "synthesis.fade=0.1"),
+        *("seed=3", "synthesis.redraw=4", "synthesis.mix.probability=0.3", "synthesis.mix.antialias=true"),
     )
     recipe = load_recipe(runs.arguments("x", *given)).recipe
     try:
@@ -170,6 +172,27 @@ def test_what_a_recipe_says_of_training_is_what_trains(runs: Runs) -> None:
     assert (synthesizer.equalise, synthesizer.penalise, synthesizer.log_variance) == (False, True, {})
     assert (synthesizer.cosine, synthesizer.as_trained, synthesizer.jitter, synthesizer.flip) == (True, False, 3, True)
     assert (synthesizer.rise, synthesizer.fall) == (0.2 * synthesizer.steps, 0.1 * synthesizer.steps)
+    assert (synthesizer.seed, stream.seed, synthesizer.sample) == (3, 3, 1)
+    assert synthesizer.redraws == {4, 8, 12, 16}
+    assert synthesizer.mix is not None
+    assert (synthesizer.mix.p_batch, synthesizer.mix.antialias) == (0.3, True)
+
+
+def test_what_a_recipe_says_of_rounds_is_what_they_do(runs: Runs) -> None:
+    given = ("synthesis.inner=6", "synthesis.latent_lr=0.2", "synthesis.renew=first", "synthesis.coarse=0.5")
+    given += ("synthesis.losses.contrastive=1", "synthesis.bank=70", "synthesis.pool=50", "distill.replay=0")
+    given += ("teachers.residual.enabled=false",)
+    recipe = load_recipe(runs.arguments("x", *given)).recipe
+    try:
+        parts = build(recipe, *make_accelerator("fp32"))
+        rounds = make_synthesizer(parts)
+    finally:
+        reset_accelerate()
+    assert (rounds.inner, rounds.latent_lr, rounds.renew, rounds.coarse) == (6, 0.2, "first", 0.5)
+    assert rounds.contrast is not None
+    assert len(rounds.contrast.bank) == 70
+    assert rounds.pool is parts.generator
+    assert len(rounds.pool.images) == 50
 
 
 def test_results_hold_every_figure_of_the_contract(runs: Runs) -> None:
@@ -309,6 +332,9 @@ def test_a_generator_alone_and_then_a_student(runs: Runs) -> None:
     assert results(alone)["student"] is None
     assert runs.run("both", *SHORT, "tasks=[generator,distill]").code == 0
     both = runs.folder / "both"
+    measured = [line["step"] for line in lines(both) if line["phase"] == "evaluation"]
+    assert measured == [4, 5]  # after the three steps of the generator
+    assert results(both)["student"]["last_quarter"]["evaluations"] == 1
     # the throw-away student of the adversary leaves nothing behind: the task after starts from a fresh one
     assert files(both / "generator") == files(alone / "generator")
     assert [line["step"] for line in lines(both) if line["phase"] == "student"] == [1, 2, 3, 4, 5]
@@ -328,6 +354,24 @@ def test_a_dry_run_trains_and_writes_nothing(runs: Runs) -> None:
         assert words in called.out
     for words in ("20 generator updates, 30 student updates", "estimated memory", "nothing was trained (--dry-run)"):
         assert words in called.out
+
+
+def test_the_memory_estimated_grows_with_what_a_run_holds(runs: Runs) -> None:
+    def estimated(*given: str) -> float:
+        recipe = load_recipe(runs.arguments("x", *given)).recipe
+        try:
+            return estimated_memory(recipe, build(recipe, *make_accelerator("fp32")))
+        finally:
+            reset_accelerate()
+
+    usual = estimated("distill.features=0", "distill.fresh=0.25")
+    ring = 4 * (8 * 8 + 4 * 10)  # a quarter of a batch: uint8 images of 64 pixels, float32 logits
+    longer = estimated("distill.features=0", "distill.fresh=0.25", "distill.replay=1004")
+    assert longer - usual == pytest.approx(1000 * ring)
+    wide = estimated("distill.features=0", "distill.fresh=0.25", "student.kwargs={width: 40, depth: 1}")
+    found = [build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": w, "depth": 1}) for w in (2, 40)]
+    small, large = (sum(p.numel() for p in network.parameters()) for network in found)
+    assert wide - usual > 3 * 4 * (large - small)  # weights, gradients and momenta in float32, besides activations
 
 
 def test_flags_that_only_print(runs: Runs) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnxruntime
@@ -24,11 +25,13 @@ from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.models.checkpoints import read_description
 from dfkd.recipe import load_recipe
-from dfkd.run import build
+from dfkd.run import build, prepare_student
 from dfkd.runtime import make_accelerator
 from dfkd.stream import from_generator, from_images
 from dfkd.tasks import TASKS, TRAINED
 from dfkd.teachers import Teacher
+from dfkd.training import Plan
+from generators import PoolGenerator
 
 SHORT = (
     "synthesis.steps=4",
@@ -92,6 +95,8 @@ def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs)
         assert task["after"] == pytest.approx(accuracy_of(folder), abs=1e-9)
         assert (folder / "model.onnx").stat().st_size == task["export"]["size_bytes"]
         assert task["export"]["agreement"] == 100
+        assert task["interval"] == task["intervals"]["after"]
+        assert task["interval"][0] <= task["after"] <= task["interval"][1]
         given, expected = in_both(folder)
         assert (given - expected).norm() < 0.02 * expected.norm()
     assert found["qat"]["before"] == found["prune"]["after"]
@@ -105,6 +110,9 @@ def test_every_task_in_one_run_each_with_its_figures_files_and_input(runs: Runs)
     assert all(each["mix"] == 0.5 and each["flip"] for each in made["qat"].values())
     assert made["qat"]["prune"]["ratio"] == 0.5
     assert "mix" not in made["ptq"]["ptq"]
+    steps = [json.loads(line)["step"] for line in (runs.folder / "all" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)  # of distill, prune and qat one after the other
+    assert steps[-1] == 8 + 4 + 8
     page = (runs.folder / "all" / "report.html").read_text()
     assert "Compression" in page
     assert "sqnr_db" in page
@@ -186,7 +194,8 @@ def compressed(runs: Runs) -> Iterator[Callable[..., tuple[Compressed, list[Fit]
         network = network or build_model("dfkd:resnet20", classes=10, channels=1)
         model = Teacher(network.eval(), mean=[0.3], std=[0.33])
         reset_accelerate()
-        given = [key for key in SHORT if not key.startswith("prune.steps")]
+        named = ("prune.steps", *(key.partition("=")[0] for key in keys))
+        given = [key for key in SHORT if key.partition("=")[0] not in named]
         recipe = load_recipe(runs.arguments("here", "tasks=[generator]", *given, *keys)).recipe
         parts = build(recipe, *make_accelerator("fp32"))
         fits: list[Fit] = []
@@ -253,7 +262,11 @@ def test_what_was_pruned_is_repaired_on_images_as_they_are(compressed: Any) -> N
 
 
 def test_what_was_pruned_learns_features_and_the_blocks_that_keep_their_channels(compressed: Any, capfd: Any) -> None:
-    _, (fit,) = compressed("prune", "prune.hints=0.3", "prune.features=7", "prune.repair=none")
+    keys = ("prune.lr=0.02", "prune.temperature=5", "prune.steps=9", "prune.batch_size=24")
+    done, (fit,) = compressed("prune", "prune.hints=0.3", "prune.features=7", "prune.repair=none", *keys)
+    assert (fit.rates[0], fit.temperature, fit.steps, fit.stream.batch_size) == (0.02, 5, 9, 24)
+    held = {parameter.data_ptr() for parameter in done.model.parameters()}  # which are about to be trained
+    assert not held & {parameter.data_ptr() for parameter in done.repaired.parameters()}
     ends = [f"model.layer{k}.2" for k in (1, 2, 3)]
     assert fit.hints.pairs == list(zip(ends, ends))
     assert fit.hints.weight == 0.3
@@ -269,6 +282,98 @@ def test_what_was_pruned_learns_features_and_the_blocks_that_keep_their_channels
     headless = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 10, 6), nn.Flatten())
     assert compressed("prune", "prune.repair=none", network=headless)[1][0].projectors == {}
     assert "the network before has no features" in capfd.readouterr().out
+
+
+def test_what_a_recipe_says_of_a_task_is_what_it_is_made_with(compressed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(name: str) -> None:
+        monkeypatch.setattr(tasks, name, lambda model, *given, **options: {"given": given, **options})
+
+    noted("quantize")
+    few = ("weights=3", "activations=5", "ends=[6,7]", "overrides={'layer1.*': [4, 6]}", "ignore=[linear]")
+    own = ("ptq.method=layer", "ptq.images=48", "ptq.steps=7", "ptq.drop=0.2", "ptq.fisher=true", "seed=9")
+    done, _ = compressed("ptq", *(f"ptq.{key}" for key in few), *own)
+    bits = {"ends": [6, 7], "overrides": {"layer1.*": [4, 6]}, "ignore": ["linear"]}
+    wanted = {
+        "method": "reconstruct",
+        "unit": "layer",
+        "images": 48,
+        "steps": 7,
+        "drop": 0.2,
+        "fisher": True,
+        "seed": 9,
+    }
+    assert done["given"][1] == (3, 5)
+    assert done.items() >= (wanted | bits | {"seed": 9}).items()
+
+    noted("prune")
+    own = ("prune.kind=channels", "prune.ratio=0.3", "prune.repair=batch_norm", "prune.inner_only=true")
+    done, fits = compressed("prune", "prune.steps=0", "prune.images=48", "prune.ignore=[layer1.*]", *own)
+    wanted = {"kind": "channels", "repair": "batch_norm", "inner_only": True, "images": 48, "ignore": ["layer1.*"]}
+    assert done["given"][1] == 0.3
+    assert done.items() >= wanted.items()
+    assert fits == []
+
+    noted("closed_form")
+    own = ("udfc.method=udfc", "udfc.ratio=0.3", "udfc.bits=5", "udfc.alpha1=0.03", "udfc.alpha2=0.04")
+    done, _ = compressed("udfc", "udfc.ignore=[layer2.*]", *own)
+    wanted = {"method": "udfc", "alpha1": 0.03, "alpha2": 0.04, "ignore": ["layer2.*"]}
+    assert done == {"given": (0.3, 5), **wanted}
+
+    def training(model: nn.Module, stream: Any, bits: Any, **options: Any) -> SimpleNamespace:
+        found = {"stream": stream, "bits": bits, **options}
+        return SimpleNamespace(fit=SimpleNamespace(rates=[0.1]), result=lambda: found)
+
+    monkeypatch.setattr(tasks, "Training", training)
+    own = ("qat.images=48", "qat.warm_start=3", "qat.steps=7", "qat.lr=0.02", "qat.weight_decay=0.004", "seed=9")
+    own += ("qat.temperature=5", "qat.hints=0.6", "qat.replay=6", "qat.batch_size=24")
+    done, _ = compressed("qat", *(f"qat.{key}" for key in few), *own)
+    wanted = {"images": 48, "warm_start": 3, "steps": 7, "lr": 0.02, "weight_decay": 0.004, "seed": 9, "bits": (3, 5)}
+    assert done.items() >= (wanted | {"temperature": 5, "hints": 0.6} | bits).items()
+    assert (done["stream"].batch_size, done["stream"].replay.slots, done["stream"].seed) == (24, 6, 9)
+
+
+def test_what_was_pruned_of_weights_stays_so_where_a_student_goes_on_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with torch.no_grad():
+        network[1].weight[:, ::2] = 0
+    monkeypatch.setattr("dfkd.run.given_student", lambda parts, name: (network.requires_grad_(False), {"of": name}))
+    recipe = SimpleNamespace(distill=SimpleNamespace(input="prune"), runtime=SimpleNamespace(sync_batchnorm=False))
+    parts: Any = SimpleNamespace(recipe=recipe)
+    prepare_student(parts, Plan("distill", 0, 0, 4))
+    assert parts.student_about == {"of": "prune"}
+    parts.student(torch.rand(4, 1, 8, 8)).square().sum().backward()
+    gradient = network[1].weight.grad
+    assert gradient is not None
+    assert (gradient[:, ::2] == 0).all()
+    assert (gradient[:, 1::2] != 0).all()
+
+
+def test_a_file_is_verified_as_the_recipe_says_beside_the_float_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(model: nn.Module, example: torch.Tensor, path: Path) -> Path:
+        path.write_text(type(model).__name__)
+        return path
+
+    monkeypatch.setattr(tasks, "export_onnx", write)
+    monkeypatch.setattr(tasks, "verify", lambda path, model, images, **options: {"n": len(images), **options})
+    monkeypatch.setattr(tasks, "held_out", lambda parts, count: torch.rand(count, 1, 8, 8).split(5))
+    keys = SimpleNamespace(verify=True, images=12, threads=3)
+    recipe = SimpleNamespace(export=keys, image=SimpleNamespace(channels=1, size=8))
+    parts: Any = SimpleNamespace(recipe=recipe)
+    found = tasks.export(parts, tmp_path, nn.Identity(), nn.Flatten())
+    assert found == {"file": "model.onnx", "n": 12, "threads": 3, "float_path": tmp_path / "before.onnx"}
+    assert [(tmp_path / f"{name}.onnx").read_text() for name in ("before", "model")] == ["Identity", "Flatten"]
+
+
+@pytest.mark.parametrize("count", [4, 6, 99])
+def test_of_a_pool_images_of_all_its_rounds_judge_each_once(count: int) -> None:
+    pool = PoolGenerator(capacity=12, classes=2, channels=1, size=2)
+    pool.push(torch.arange(8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2) / 255, torch.arange(8) % 2)  # of 12 places, 8
+    parts: Any = SimpleNamespace(generator=pool)
+    batches = torch.cat(list(tasks.held_out(parts, count)))
+    numbers = (255 * batches[:, 0, 0, 0]).round().int().tolist()
+    assert numbers == {4: [0, 2, 4, 6], 6: [0, 1, 2, 4, 5, 6], 99: list(range(8))}[count]
 
 
 def test_a_generator_is_used_again_and_controls_stand_in_for_it(runs: Runs) -> None:

@@ -251,6 +251,9 @@ def test_the_verdict_of_a_control_that_was_trained_on_the_test_images(split: str
     found = verdict(results(opened=[{"split": split}]), {}, [])
     words = "distill or its input was trained on the test images: set data.train_root for a fair control"
     assert found["notes"] == ([words] if split == "test" else [])
+    sound = {"before": 90.0, "after": 89.0, "source": "real", "opened": [{"split": split}]}
+    found = verdict({"tasks": {"ptq": sound}, "student": None}, {}, [])
+    assert found["notes"] == ([words.replace("distill", "ptq")] if split == "test" else [])
 
 
 def test_a_control_need_not_agree_on_the_generators_images() -> None:
