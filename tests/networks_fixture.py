@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dfkd.errors import UserError
 from dfkd.models import build_model
 from dfkd.teachers import batch_norms
+from generators import ImageGenerator
 
 
 def vary(network: nn.Module, seed: int = 0, low: float = 0.5) -> nn.Module:
@@ -90,3 +91,33 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.run(self, x)
+
+
+KNOWN_CLASSES = 50
+
+
+class Knows(ImageGenerator):
+    """Draws the classes below `known` as asked, and class 0 for all others; a pixel in row k // 10, column k % 10."""
+
+    keys = ("classes",)
+    latent, classes, channels, conditional = 2, KNOWN_CLASSES, 1, True
+
+    def __init__(self, known: int) -> None:
+        super().__init__()
+        self.known = known
+        self.register_buffer("one", torch.ones(()))
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        drawn = torch.where(labels < self.known, labels, 0)
+        return F.one_hot(drawn, 100).float().view(-1, 1, 10, 10)
+
+
+class Says(nn.Module):
+    """Names the class of an image's white pixel, or the `turn`-th one after it."""
+
+    def __init__(self, turn: int = 0) -> None:
+        super().__init__()
+        self.turn = turn
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 10 * images.flatten(1)[:, :KNOWN_CLASSES].roll(self.turn, 1)

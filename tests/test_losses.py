@@ -388,6 +388,13 @@ def test_info_nce_over_the_other_images_keys_is_cross_entropy() -> None:
     close(value, F.cross_entropy(alike / 0.1, torch.arange(BATCH)))
 
 
+def test_likeness_is_not_rounded_by_autocast() -> None:
+    maps, labels = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0)), torch.zeros(8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = L.likeness(maps, labels)
+    torch.testing.assert_close(found, L.likeness(maps, labels), rtol=1e-6, atol=0)
+
+
 def test_info_nce_is_not_rounded_by_autocast_and_ignores_what_it_should() -> None:
     queries, keys, negatives = (draw(n, 4, seed=n).float().requires_grad_() for n in (3, 3, 5))
     usable = torch.tensor([True, False, True, True, False])

@@ -61,7 +61,7 @@ def test_a_published_method_does_not_follow_the_defaults(method: str) -> None:
         keys += ["synthesis.losses.adversary", "synthesis.redraw"]
         keys += ["synthesis.fade"] if loaded.recipe.synthesis.losses.adversary else []
         keys += ["synthesis.losses.ce", "synthesis.losses.bn"]
-        keys += ["synthesis.bn_distance"] if loaded.recipe.synthesis.losses.bn else []
+        keys += ["synthesis.bn_distance", "synthesis.equalise"] if loaded.recipe.synthesis.losses.bn else []
     assert [key for key in keys if not loaded.sources.get(key, "").startswith("recipes/methods/")] == []
 
 

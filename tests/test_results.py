@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from networks_fixture import KNOWN_CLASSES, Knows, Says
 
 from dfkd import results
 from dfkd.phases import student_judge
@@ -17,46 +16,17 @@ from dfkd.run import save_phase
 from dfkd.runtime import Shard
 from dfkd.teachers import Teacher
 from dfkd.training import Plan
-from generators import ConvGenerator, ImageGenerator
+from generators import ConvGenerator
 
-CLASSES = 50
 CPU = torch.device("cpu")
 
 
-class Knows(ImageGenerator):
-    """Draws the classes below `known` as asked, and class 0 for all others, as the number of a white pixel."""
-
-    keys = ("classes",)
-    latent, classes, channels, conditional = 2, CLASSES, 1, True
-
-    def __init__(self, known: int) -> None:
-        super().__init__()
-        self.known = known
-        self.register_buffer("one", torch.ones(()))
-
-    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
-        return F.one_hot(torch.where(labels < self.known, labels, 0), 64).float().view(-1, 1, 8, 8)
-
-
-class Says(nn.Module):
-    """Names the class of an image's white pixel, or the `turn`-th one after it."""
-
-    def __init__(self, turn: int = 0) -> None:
-        super().__init__()
-        self.turn = turn
-
-    def forward(self, images: Tensor) -> Tensor:
-        return 10 * images.flatten(1)[:, :CLASSES].roll(self.turn, 1)
-
-
-def test_class_agreement_is_of_the_images_that_it_says() -> None:
+def test_class_agreement_is_of_the_images_that_it_says(accelerator: Accelerator) -> None:
     """Of all classes alike, not of the twenty that are looked at while it trains."""
-    parts = SimpleNamespace(
-        generator=Knows(21), zoo=[Teacher(Says(), name="a_b")], accelerator=Accelerator(cpu=True), bn={}
-    )
+    parts = SimpleNamespace(generator=Knows(21), zoo=[Teacher(Says(), name="a_b")], accelerator=accelerator, bn={})
     parts.generator.description = {"arch": "knows"}
     about, figures = results._generator_results(parts)  # type: ignore[arg-type]
-    assert about["class_agreement"] == {"a_b": pytest.approx(100 * 21 / CLASSES)}
+    assert about["class_agreement"] == {"a_b": pytest.approx(100 * 21 / KNOWN_CLASSES)}
     assert about["class_agreement_n"] == 1000
     assert figures["class_agreement_a_b"] == about["class_agreement"]["a_b"]
 
@@ -89,13 +59,15 @@ def test_a_generator_whose_statistics_did_not_come_closer_is_told_at_the_end() -
 
 
 def test_a_student_is_judged_on_the_way_by_the_teachers_that_it_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = Knows(CLASSES)(torch.zeros(CLASSES, 2), torch.arange(CLASSES))
+    images = Knows(KNOWN_CLASSES)(torch.zeros(KNOWN_CLASSES, 2), torch.arange(KNOWN_CLASSES))
     monkeypatch.setattr("dfkd.phases.held_out", lambda parts, count, autocast: [images] * (count // 128))
     zoo = [Teacher(Says(1), name="other", weight=3.0), Teacher(Says(), name="main")]
     for main, percent in (("main", 100.0), (None, 0.0)):  # of both it is the other one's word that counts
         recipe = SimpleNamespace(zoo=SimpleNamespace(main=main))
-        parts = SimpleNamespace(recipe=recipe, zoo=zoo, test=None, accelerator=None, generator=Knows(CLASSES).train())
-        assert student_judge(parts, Says())() == {"agreement": percent, "images": 4 * CLASSES}  # type: ignore[arg-type]
+        parts = SimpleNamespace(
+            recipe=recipe, zoo=zoo, test=None, accelerator=None, generator=Knows(KNOWN_CLASSES).train()
+        )
+        assert student_judge(parts, Says())() == {"agreement": percent, "images": 4 * KNOWN_CLASSES}  # type: ignore[arg-type]
         assert parts.generator.training
 
 

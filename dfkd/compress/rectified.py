@@ -155,9 +155,8 @@ def map_moments(
     shift = 0 * ones if norm.bias is None else norm.bias.double()
     scale = ones if norm.weight is None else norm.weight.double()
     var = norm.running_var.double()
-    spread = (scale.abs() * (var / (var + norm.eps).clamp_min(1e-30)).sqrt()).clamp_min(
-        1e-12
-    )  # a dead channel's is not |gamma|
+    alive = (var / (var + norm.eps).clamp_min(1e-30)).sqrt()  # of a dead channel the norm gives less than |gamma| says
+    spread = (scale.abs() * alive).clamp_min(1e-12)
     every, filters, at = torch.arange(len(exact), device=keep.device), exact, keep
     if not torch.equal(first.weight.double(), exact):
         every, filters = torch.cat([every, keep]), torch.cat([exact, first.weight.double()[keep]])
