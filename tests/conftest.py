@@ -5,6 +5,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ from dfkd.teachers import Teacher, batch_norms
 from generators import ConvGenerator
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `pytest &` ignores it, and so would the runs
 multiprocessing.set_forkserver_preload(["dfkd.cli", "sklearn.model_selection"])  # slow: once is enough
 
 
