@@ -110,7 +110,7 @@ def calibration_inputs(model: nn.Module, stream: Iterable[Any], images: int) -> 
 def _check_range(model: nn.Module, images: Tensor) -> None:
     # What sharpens or resizes goes a little beyond [0, 1]; what mean and std have normalised does not reach 20.
     normalises, whole = isinstance(model, Classifier) and model.normalisation[0], not images.is_floating_point()
-    if not images.numel() or images.dtype == torch.uint8:
+    if not (normalises or whole) or not images.numel() or images.dtype == torch.uint8:
         return
     least, most = (x.item() for x in torch.aminmax(images))
     if whole or (normalises and 20 < most < math.inf):
