@@ -52,7 +52,7 @@ def paths(value: Any) -> set[str]:
 
 def compare(found: set[str], fields: Fields) -> None:
     def among(field: str, names: Iterable[str]) -> bool:
-        pattern = re.escape(field).replace("NAME", "[^.]+")
+        pattern = re.escape(field).replace("NAME", "[^.]+").replace("LAYER", ".+")  # a layer's name has dots
         return any(re.fullmatch(pattern, name) for name in names)
 
     assert [path for path in sorted(found) if not any(among(field, [path]) for field in fields)] == []
@@ -64,7 +64,8 @@ def test_the_document_and_a_run_have_the_same_fields(runs: Runs, documented: dic
     assert runs.run("fields", *CHEAP).code == 0
     folder = runs.folder / "fields"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert {line["phase"] for line in lines} == documented.keys() - {"metrics.jsonl", "results.json", "task.json"}
+    files = {"metrics.jsonl", "results.json", "task.json", "generator.json", "model.json"}
+    assert {line["phase"] for line in lines} == documented.keys() - files
     for line in lines:
         compare(paths(line), {**documented["metrics.jsonl"], **documented[line["phase"]]})
     results = json.loads((folder / "results.json").read_text())
@@ -74,6 +75,9 @@ def test_the_document_and_a_run_have_the_same_fields(runs: Runs, documented: dic
         assert results["tasks"][name] == {key: value for key, value in task.items() if key != "opened"}
         results["tasks"][name] = None
     compare(paths(results), documented["results.json"])
+    compare(paths(json.loads((folder / "generator" / "generator.json").read_text())), documented["generator.json"])
+    for model in [folder / "student", *(folder / name for name in TASKS)]:
+        compare(paths(json.loads((model / "model.json").read_text())), documented["model.json"])
 
 
 def test_the_document_has_every_loss_of_the_generator(documented: dict[str, Fields]) -> None:
