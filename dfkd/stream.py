@@ -222,13 +222,18 @@ class SyntheticStream(IterableDataset):
             check_channels(self.teachers, source.channels)
         self.widths = feature_widths(self.teachers) if features else []
         self.replay = Replay(replay) if replay else None
-        self.fresh = drawn_anew(batch_size, replay, fresh)
+        self.share = fresh
         self.shift, self.flip, self.autocast = shift, flip, autocast
         # Without a teacher it does not pay; teachers that take turns on the device are not where they were.
         stay = all(teacher.pager is None for teacher in self.teachers)
         self.graphs = graphs if self.teachers and stay else DIRECT
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    @property
+    def fresh(self) -> int:
+        """How many images of a batch are drawn anew."""
+        return drawn_anew(self.batch_size, self.replay.slots if self.replay is not None else 0, self.share)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         worker, epoch = get_worker_info(), self.epoch

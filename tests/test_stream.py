@@ -263,6 +263,15 @@ def test_half_of_a_replayed_batch_is_fresh(make_stream: MakeStream, batch_size: 
     assert torch.equal(images, [again.batch(index)[0] for index in range(6)][-1])
 
 
+@pytest.mark.parametrize("replay", [0, 2])
+def test_a_batch_size_that_is_set_later_is_honoured(make_stream: MakeStream, replay: int) -> None:
+    stream, wanted = make_stream(8, num_batches=3, replay=replay), make_stream(6, num_batches=3, replay=replay)
+    stream.batch_size = 6
+    for (images, labels), (others, their_labels) in zip(stream, wanted, strict=True):
+        assert torch.equal(images, others)
+        assert torch.equal(labels, their_labels)
+
+
 @pytest.mark.parametrize(("fresh", "rows"), [(0.125, 1), (0.5, 4), (0.7, 6), (1.0, 8)])
 def test_teacher_and_generator_are_asked_only_for_what_is_fresh(
     make_generator: Callable[..., ConvGenerator], make_teacher: Callable[..., Teacher], fresh: float, rows: int
