@@ -11,6 +11,7 @@ python benchmarks/ablate.py [--seconds 30] [--seeds 0,1] [--variants "no replay,
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 from bookkeeping import (
     OWN,
     Keys,
+    absent,
     asked,
     count,
     exit_code,
@@ -134,17 +136,17 @@ def gains(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def table(lines: Sequence[Mapping[str, Any]], budget: float) -> str:
-    """Markdown: a row per variant, the largest gain first."""
+    """Markdown: a row per variant, the largest gain first, last those that have no seed in common with the defaults."""
     rows = [
-        "| variant | gain, points | student % (seeds) | seconds | generator updates | student updates "
+        "| variant | gain, points (seeds) | student % (seeds) | seconds | generator updates | student updates "
         "| class agreement % | note |",
         "|---" * 8 + "|",
     ]
-    found = gains(lines)
-    for name in sorted(found, key=lambda name: -statistics.fmean(found[name])):
+    found = {**{line["method"]: [] for line in lines}, **gains(lines)}
+    for name in sorted(found, key=lambda name: -statistics.fmean(found[name] or [-math.inf])):
         own = [line for line in lines if line["method"] == name]
         accuracy, seconds, _, generator, student, agreement, note = cells(own, budget)
-        gain = "" if name == DEFAULTS else with_deviation(found[name], "+.2f")
+        gain = "" if name == DEFAULTS else f"{with_deviation(found[name], '+.2f')} ({len(found[name])})"
         rows.append(f"| {name} | {gain} | {accuracy} | {seconds} | {generator} | {student} | {agreement} | {note} |")
     return "\n".join(rows)
 
@@ -184,10 +186,9 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     settings = settings_of(options, keys)
     keep_settings(options.out / "settings.json", settings)
     complete = compare(variants, options.seeds, options.out, settings)
-    if lines := asked(
-        whole_lines(options.out / "figures.jsonl"), [variant.name for variant in variants], options.seeds
-    ):
-        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}")
+    called = [variant.name for variant in variants]
+    if lines := asked(whole_lines(options.out / "figures.jsonl"), called, options.seeds):
+        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}{absent(lines, called, options.seeds)}")
     return complete
 
 

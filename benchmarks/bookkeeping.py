@@ -52,20 +52,24 @@ def exit_code(work: Callable[[], bool | None]) -> int:
     """0 where all work is done, 1 where some is left (it gives False), 2 where it cannot be done, which is said.
 
     SIGTERM ends the processes of the runs too, which write their checkpoints first: one that went on would disturb what
-    is measured next.
+    is measured next. Ctrl-C reaches them by itself.
     """
     before = signal.signal(signal.SIGTERM, _end)
     try:
         return 1 if work() is False else 0
-    except (UserError, GeneratorError) as error:
+    except (UserError, GeneratorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped for SIGINT; the same call goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 def _end(number: int, frame: object) -> None:
     ENDING.set()
+    print("stopped for SIGTERM; the same call goes on", file=sys.stderr, flush=True)
     for child in psutil.Process().children():
         child.terminate()
     sys.exit(128 + number)
@@ -91,6 +95,14 @@ def asked(lines: Sequence[dict[str, Any]], methods: Sequence[str], seeds: Sequen
     return [line for line in lines if line["method"] in methods and line["seed"] in seeds]
 
 
+def absent(lines: Sequence[dict[str, Any]], methods: Sequence[str], seeds: Sequence[int]) -> str:
+    """What was asked for and is not among the lines, as what a table ends in; empty where all is there."""
+    there = {(line["method"], line["seed"]) for line in lines}
+    missing = {name: [str(seed) for seed in seeds if (name, seed) not in there] for name in methods}
+    said = [f"{name} (seed {', '.join(lacking)})" for name, lacking in missing.items() if lacking]
+    return f"\n\nNot there: {'; '.join(said)}" if said else ""
+
+
 def add(path: Path, line: Mapping[str, Any]) -> None:
     """Write one more line, apart from one that was cut off."""
     torn = path.exists() and not path.read_bytes().endswith(b"\n")
@@ -112,16 +124,18 @@ def keep_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def keep_recipes(out: Path, recipes: Mapping[str, Any]) -> None:
-    """Write down the recipe (a dataclass) of each row. Raises UserError where a row has figures by another one."""
+    """Write down the recipe (a dataclass) of each row, "" of all where rows are of no method. Raises UserError where a
+    row has figures by another one."""
     path = out / "recipes.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     now = {name: json.loads(json.dumps(comparable(dataclasses.asdict(recipe)))) for name, recipe in recipes.items()}
-    rows = {line["method"] for name in ("figures.jsonl", "costs.jsonl") for line in whole_lines(out / name)}
+    rows = {line.get("method", "") for name in ("figures.jsonl", "costs.jsonl") for line in whole_lines(out / name)}
     for name, recipe in now.items():
         if name in rows and kept.get(name, recipe) != recipe:
             changed = ", ".join(sorted(key for key, value in recipe.items() if kept[name].get(key) != value))
             raise UserError(
-                f"{out} holds figures of {name} by another recipe, which differs in {changed}; choose another --out"
+                f"{out} holds figures{name and f' of {name}'} by another recipe, which differs in {changed}; choose "
+                "another --out"
             )
     with whole(path) as draft:
         draft.write_text(json.dumps(kept | now) + "\n")
@@ -147,10 +161,9 @@ def count(text: str) -> int:
 
 def numbers(text: str) -> list[int]:
     """Different seeds with commas between, for argparse."""
-    try:
-        return list(dict.fromkeys(map(int, text.split(","))))
-    except ValueError:
-        raise ArgumentTypeError(f"{text!r} is not allowed; give whole numbers with commas between") from None
+    if not all(each.strip().isdecimal() for each in text.split(",")):
+        raise ArgumentTypeError(f"{text!r} is not allowed; give whole numbers from 0 with commas between")
+    return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def picked(table: Mapping[str, Any], names: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 python benchmarks/compress.py --out runs/compress recipe=cifar10_resnet20 generator.checkpoint=DIR [KEY=VALUE ...]
 
 Goes on where it stopped: each finished figure is a line of OUT/figures.jsonl. --cases and --sources choose some, with
-commas between.
+commas between. `seed=1` and so on measures a case once more, on the same network: teachers.NAME.weights names it.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import add, exit_code, keep_settings, picked
+from bookkeeping import add, exit_code, keep_recipes, keep_settings, picked, trained_keys, with_deviation
 
 from dfkd.assemble import train_zoo
 from dfkd.compress.fit import Fit
@@ -54,9 +54,8 @@ def main() -> int:
     )
 
 
-def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequence[str]) -> None:
-    """Measure what is missing and print the table."""
-    keep_settings(out / "settings.json", {"keys": sorted(key for key in arguments if not key.startswith("seed="))})
+def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequence[str]) -> bool:
+    """Measure what is missing and print the table; whether all could be measured."""
     recipe = load_recipe([*arguments, f"output={out}", "tasks=[ptq]"]).recipe  # tasks: which does not matter
     if recipe.data.dataset == "none" or not cases or not sources:
         raise UserError(
@@ -66,10 +65,14 @@ def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequen
     plans(recipe)  # refuses a recipe without a generator
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     parts = build(recipe, accelerator, shard)
+    # Teachers that a run trains are others with every seed, in folders of other names.
+    given = sorted(key for key in arguments if not key.startswith("seed="))
+    keep_settings(out / "settings.json", {"keys": given, "trained teachers": trained_keys(recipe)})
+    keep_recipes(out, {"": dataclasses.replace(recipe, seed=0)})
     train_zoo(parts, print)
     path = out / "figures.jsonl"
     lines = whole_lines(path)
-    found = {(line["case"], line["source"], line["seed"]) for line in lines}
+    found, complete = {(line["case"], line["source"], line["seed"]) for line in lines}, True
     for case, (task, keys) in cases.items():
         for source in sources if task != "udfc" else ["no data"]:
             if (case, source, recipe.seed) in found:
@@ -78,32 +81,37 @@ def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequen
             here.recipe = dataclasses.replace(recipe, **{task: dataclasses.replace(getattr(recipe, task), **keys)})
             model, _ = task_input(here, "main")
             begun = time.perf_counter()
-            done = TASKS[task](
-                here, model, task_source(here, "generator" if task == "udfc" else source, model), Fit.run
-            )
+            images = task_source(here, "generator" if task == "udfc" else source, model)
+            try:
+                done = TASKS[task](here, model, images, Fit.run)
+            except UserError as error:
+                print(f"{case} from {source} not done: {error}", flush=True)
+                complete = False
+                continue
             figures = {"case": case, "source": source, "seed": recipe.seed, **compare(here, model, done)}
             figures |= {"seconds": time.perf_counter() - begun, "device": describe_device(shard)}
             lines.append(figures)
             add(path, figures)
             print(case, source, figures["before"], figures["naive"], figures["after"], flush=True)
-    print(table(lines))
+    wanted = [line for line in lines if line["case"] in cases and line["source"] in (*sources, "no data")]
+    print(table(wanted) if wanted else "nothing could be measured")
+    return complete
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """Markdown: a row per case, the accuracies after for each source, means over seeds."""
+    """Markdown: a row per case, the accuracies after for each source: mean, sample standard deviation and count of
+    seeds."""
     sources = [name for name in (*SOURCES, "no data") if any(line["source"] == name for line in lines)]
     rows = ["| case | naive | " + " | ".join(sources) + " |", "|---" * (2 + len(sources)) + "|"]
     for case in dict.fromkeys(line["case"] for line in lines):
         own = [line for line in lines if line["case"] == case]
-        cells = [mean([line["naive"] for line in own if line["source"] in ("generator", "no data")])]
-        cells += [mean([line["after"] for line in own if line["source"] == source]) for source in sources]
+        found = [[line["naive"] for line in own if line["source"] in ("generator", "no data")]]
+        found += [[line["after"] for line in own if line["source"] == source] for source in sources]
+        cells = [f"{with_deviation(values)} ({len(values)})" if values else "-" for values in found]
         rows.append(f"| {case} | " + " | ".join(cells) + " |")
-    return f"before: {lines[0]['before']:.2f} % of {lines[0]['n']} images\n\n" + "\n".join(rows)
-
-
-def mean(values: list[float]) -> str:
-    """The mean of some accuracies in words."""
-    return f"{sum(values) / len(values):.2f}" if values else "-"
+    seeds = ", ".join(map(str, sorted({line["seed"] for line in lines})))
+    about = f"before: {lines[0]['before']:.2f} % of {lines[0]['n']} images; seeds {seeds}: mean ± sample standard "
+    return about + "deviation (seeds)\n\n" + "\n".join(rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bookkeeping import Keys, add, count, exit_code, given_keys, keep_settings, numbers, picked, trained_keys, written
+from bookkeeping import (
+    Keys,
+    add,
+    count,
+    exit_code,
+    given_keys,
+    keep_recipes,
+    keep_settings,
+    numbers,
+    picked,
+    trained_keys,
+    written,
+)
 from generalise_figures import CASES, CONTROLS, SAMPLES, Line, plot, table
 
 from dfkd.assemble import Parts, control_images, reload_generator, train_zoo
@@ -88,6 +100,7 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
         raise UserError("the study judges compressed networks on real test images: set data.dataset")
     alike = {"keys": keys, "held_out": held_out, "rounds": options.rounds, "images": options.images}
     keep_settings(options.out / "settings.json", {**alike, "image_keys": image_keys})
+    keep_recipes(options.out, {"": recipe})
     parts = assembled(recipe)  # on its device, which the names of trained teachers depend on
     # So every seed of the study takes the same ones; with them its runs need no real image, and get none.
     keys = keys | STUDY | trained_keys(recipe) | {"data.dataset": "none"}
@@ -110,6 +123,7 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
                 add(path, line)
             print(f"{name}, seed {seed}: trained in {seconds:.0f} s", flush=True)
     shown = [line for name in chosen for line in lines if line["source"] == name]
+    shown = [line for line in shown if line["case"] in ("images", *cases) and line["seed"] in options.seeds]
     text = table(shown)
     print(text)
     (options.out / "generalise.md").write_text(text + "\n")

@@ -23,6 +23,7 @@ from typing import Any
 
 from bookkeeping import (
     Keys,
+    absent,
     asked,
     count,
     exit_code,
@@ -56,6 +57,13 @@ def default_methods() -> list[str]:
 
 def make_method(name: str, given: Keys, teacher: str | None) -> Method:
     """A method by the name of its recipe or by its file, with one teacher, or with the zoo that NAME:zoo leaves."""
+    try:
+        return _made(name, given, teacher)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+
+
+def _made(name: str, given: Keys, teacher: str | None) -> Method:
     path, whole = name.removesuffix(ZOO), name.endswith(ZOO)
     keys = {"recipe": path if "/" in path or path.endswith(".yaml") else f"methods/{path}", **given}
     label = Path(path).stem
@@ -67,7 +75,7 @@ def make_method(name: str, given: Keys, teacher: str | None) -> Method:
     names = list(recipe.zoo_specs)
     left = teacher or recipe.zoo.main or (PREFERRED if PREFERRED in names else names[0])
     if left not in names:
-        raise UserError(f"--teacher {left} is no enabled teacher of {label}; choose from {', '.join(names)}")
+        raise UserError(f"--teacher {left} is no enabled teacher; choose from {', '.join(names)}")
     keys |= {"zoo.main": left, **{f"teachers.{other}.enabled": "false" for other in names if other != left}}
     return Method(label, label, keys, load_recipe(written(keys)).recipe)
 
@@ -173,7 +181,8 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})
     complete = compare(methods, options.seeds, options.out, settings)
     if lines := asked(whole_lines(options.out / "figures.jsonl"), called, options.seeds):
-        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}\n\n{against_time(lines)}")
+        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}\n\n{against_time(lines)}", end="")
+        print(absent(lines, called, options.seeds))
     return complete
 
 

@@ -23,8 +23,10 @@ from typing import Any
 from bookkeeping import (
     Keys,
     add,
+    asked,
     exit_code,
     given_keys,
+    keep_recipes,
     keep_settings,
     machine,
     numbers,
@@ -56,8 +58,9 @@ MEASURING, LEFT = 2.0, 0.5  # minutes, below which no measurement and no run is 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a row per pair, over its seeds."""
     rows = [
-        "| pair | teacher % | student % (seeds) | points lost | last quarter (lowest) | minutes | images/s | MB | n |",
-        "|---" * 9 + "|",
+        "| pair | teacher % | student % (seeds) | points lost | last quarter (lowest) | minutes | images/s | MB | n "
+        "| note |",
+        "|---" * 10 + "|",
     ]
     for name in dict.fromkeys(line["method"] for line in lines):
         own = [line for line in lines if line["method"] == name]
@@ -77,6 +80,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
             f"{statistics.fmean(line['images_per_second'] for line in own):,.0f}",
             f"{max(line['peak_mb'] for line in own):,.0f}",
             f"{own[0]['n']:,}",
+            "; ".join(dict.fromkeys(line["note"] for line in own if line["note"])),
         ]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
@@ -101,10 +105,10 @@ def finish(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     except Paused as paused:
         print(f"stopped after {options.minutes:g} minutes: {paused}; the same call goes on")
         return False
-    if lines := whole_lines(options.out / "figures.jsonl"):
-        print(
-            f"\n{lines[0]['device']}, {lines[0]['precision']}, torch {lines[0]['versions']['torch']}\n\n{table(lines)}"
-        )
+    lines = asked(whole_lines(options.out / "figures.jsonl"), list(PAIRS), options.seeds)
+    machines = {f"{line['device']}, {line['precision']}, torch {line['versions']['torch']}": 0 for line in lines}
+    seeds = ", ".join(map(str, options.seeds))
+    print(f"\n{', '.join(machines)}; seeds {seeds}: mean ± sample standard deviation (seeds)\n\n{table(lines)}")
     return True
 
 
@@ -116,6 +120,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
     keep_settings(folder / "settings.json", settings)
     keys |= trained(keys, deadline)
     method = Method(options.pair, options.pair, keys, load_recipe(written(keys)).recipe)
+    keep_recipes(options.out, {method.name: method.recipe})
     threads = cores()
     if deadline.left() < min(MEASURING, options.minutes / 2) and not (folder / "costs.jsonl").exists():
         raise Paused("the cost of an update is to be measured next")

@@ -1,3 +1,4 @@
+import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from runs_fixture import Runs, reset_accelerate
 from torch import nn
 
 from dfkd.curves import whole_lines
 from dfkd.errors import UserError
 from dfkd.recipe import load_recipe
 from dfkd.runtime import Shard
+from generators import build_generator, save_generator
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -146,6 +149,48 @@ def test_compression_is_measured_on_real_images_or_not_at_all(
     teachers = [f"teachers.{name}.weights=w.pt" for name in ("plain", "residual", "inverted")]
     with pytest.raises(UserError, match=r"set data\.dataset"):
         benchmark("compress").measure(tmp_path, cases, ["generator"], ["recipe=digits", *teachers, *given])
+
+
+def test_compression_of_one_network_with_several_seeds(
+    benchmark: Callable[[str], ModuleType],
+    runs: Runs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    about = {"arch": "conv", "latent": 4, "width": 4, "classes": 10, "channels": 1, "size": 8, "conditional": True}
+    save_generator("gen", build_generator({**about, "prototypes": 1, "norms": "code", "mean": [0.3], "std": [0.3]}))
+    compress = benchmark("compress")
+    cases = {
+        "W2A4": ("ptq", {"weights": 2, "activations": 4, "method": "nearest", "images": 16}),
+        "none": ("ptq", {"overrides": {"nothing": [4, 4]}, "method": "nearest", "images": 16}),
+        "cut": ("udfc", {"ratio": 0.5}),
+    }
+    given = [f"recipe={runs.recipe}", f"training.cache={runs.cache}", "generator.checkpoint=gen", "zoo.main=residual"]
+
+    def measured(out: str, names: str, sources: list[str], *keys: str) -> tuple[bool, str]:
+        reset_accelerate()
+        done = compress.measure(Path(out), {name: cases[name] for name in names.split(",")}, sources, [*given, *keys])
+        return done, capfd.readouterr().out
+
+    complete, said = measured("out", "W2A4,none,cut", ["noise"])
+    assert not complete
+    assert "none from noise not done: " in said
+    assert "| cut | " in said
+    with pytest.raises(UserError, match=r"trained teachers: .*; choose another --out"):
+        measured("out", "W2A4", ["noise"], "seed=1")
+    books = benchmark("bookkeeping")
+    given += books.written(books.trained_keys(load_recipe(given).recipe))
+    for seed in (0, 1):
+        complete, said = measured("two", "W2A4", ["noise", "generator"], f"seed={seed}")
+        assert complete
+    after = [line["after"] for line in whole_lines(Path("two/figures.jsonl")) if line["source"] == "noise"]
+    cell = f"{statistics.mean(after):.2f} ± {statistics.stdev(after):.2f} (2)"
+    assert " images; seeds 0, 1: mean" in said
+    assert f" | {cell} |" in said
+    _, said = measured("two", "W2A4", ["noise"])  # all is there; what was not asked for is not shown
+    assert f"| case | naive | noise |\n|---|---|---|\n| W2A4 | - | {cell} |\n" in said
 
 
 def test_settings_bind_what_has_figures(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:

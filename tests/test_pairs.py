@@ -141,7 +141,27 @@ def test_a_variant_may_be_any_key_and_is_left_out_where_it_changes_nothing(
 
 def test_a_table_is_of_the_methods_and_seeds_that_were_asked_for(bookkeeping: ModuleType) -> None:
     lines = [{"method": name, "seed": seed} for name in ("a", "b") for seed in (0, 1, 5)]
-    assert bookkeeping.asked(lines, ["b"], [5, 0, 7]) == [{"method": "b", "seed": 0}, {"method": "b", "seed": 5}]
+    shown = bookkeeping.asked(lines, ["b"], [5, 0, 7])
+    assert shown == [{"method": "b", "seed": 0}, {"method": "b", "seed": 5}]
+    assert bookkeeping.absent(shown, ["b", "c"], [5, 0, 7]) == "\n\nNot there: b (seed 7); c (seed 5, 0, 7)"
+    assert bookkeeping.absent(shown, ["b"], [0]) == ""
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (KeyboardInterrupt(), 128 + signal.SIGINT, "stopped for SIGINT; the same call goes on"),
+        (PermissionError(13, "Permission denied", "out"), 2, "error: [Errno 13] Permission denied: 'out'"),
+    ],
+)
+def test_a_benchmark_ends_in_a_line(
+    bookkeeping: ModuleType, raised: BaseException, code: int, said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        raise raised
+
+    assert bookkeeping.exit_code(work) == code
+    assert capfd.readouterr().err == f"{said}\n"
 
 
 RUN = """
@@ -193,11 +213,12 @@ def test_a_benchmark_that_is_terminated_ends_its_runs_which_save_first(tmp_path:
 
 def test_a_pair_that_was_not_measured_on_the_way_has_no_last_quarter(pairs: ModuleType) -> None:
     line = {"method": "p", "teacher": 90.0, "accuracy": 88.0, "seconds": 60.0, "images_per_second": 5.0, "peak_mb": 9.0}
-    assert rows(pairs.table([{**line, "n": 100, "last_quarter": None}]))[2][4] == "-"
+    row = rows(pairs.table([{**line, "n": 100, "last_quarter": None, "note": "inner 9 → 3"}]))[2]
+    assert (row[4], row[9]) == ("-", "inner 9 → 3")
 
 
 def test_the_table_of_pairs_has_its_means_losses_and_lowest(pairs: ModuleType) -> None:
-    usual = {"method": "p", "teacher": 94.0, "images_per_second": 1000.0, "n": 10000}
+    usual = {"method": "p", "teacher": 94.0, "images_per_second": 1000.0, "n": 10000, "note": ""}
     lines = [
         {**usual, "accuracy": accuracy, "seconds": seconds, "peak_mb": peak, "last_quarter": quarter}
         for accuracy, seconds, peak, quarter in (
@@ -216,6 +237,7 @@ def test_the_table_of_pairs_has_its_means_losses_and_lowest(pairs: ModuleType) -
         "1,000",
         "950",
         "10,000",
+        "",
     ]
 
 
@@ -225,6 +247,6 @@ def test_gains_are_paired_by_seed(ablate: ModuleType) -> None:
     assert ablate.gains(lines) == {"defaults": [0, 0], "a": [1, 3]}  # b has no seed in common
     usual = {"seconds": 60.0, "peak_mb": 1.0, "generator_updates": 9, "student_updates": 9, "note": ""}
     table = ablate.table([{**usual, "class_agreement": {"t": 80.0}, **line} for line in lines], 60.0)
-    assert [row[:2] for row in rows(table)[2:]] == [["a", "+2.00 ± 1.41"], ["defaults", ""]]
+    assert [row[:2] for row in rows(table)[2:]] == [["a", "+2.00 ± 1.41 (2)"], ["defaults", ""], ["b", "- (0)"]]
     late = ablate.table([{**usual, "class_agreement": {"t": 80.0}, **lines[0], "seconds": 130.0}], 60.0)
     assert rows(late)[2][3:] == ["130.0", "9", "9", "80.0", "took 130.0 s, not 60"]
