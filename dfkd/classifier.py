@@ -83,7 +83,7 @@ class Classifier(nn.Module):
                 f"{name}: {half[0]} is {model.get_parameter(half[0]).dtype}; call .float() on the network: what is "
                 "computed in fewer bits is chosen by autocast (runtime.precision)"
             )
-        if isinstance(mean, Real) or isinstance(std, Real):
+        if isinstance(mean, Real | str) or isinstance(std, Real | str):
             raise UserError(f"{name}: mean {mean} and std {std} are lists, of one value per channel each")
         if len(mean) != len(std) or any(value <= 0 for value in std):
             raise UserError(

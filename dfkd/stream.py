@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,12 @@ def _generated(
 
 
 def from_noise(channels: int, size: int, classes: int, mean: float = 0.5, std: float = 0.25) -> Source:
-    """A control: normal noise clamped to [0, 1], its labels random."""
+    """A control: normal noise clamped to [0, 1], its labels random. Raises UserError for counts below 1."""
+    if not all(isinstance(each, Integral) and each >= 1 for each in (channels, size, classes)):
+        raise UserError(
+            f"from_noise takes whole numbers of channels, pixels a side and classes, got {channels!r}, {size!r} and "
+            f"{classes!r}"
+        )
     return partial(_noise, (channels, size, size), classes, mean, std)
 
 
@@ -164,8 +169,9 @@ class SyntheticStream(IterableDataset):
     is not conditional they mean nothing, of a mixed image it is one of two). Batch b of epoch e depends on (seed, rank,
     e, b) alone, unless replay is on: then `fresh` of each batch is drawn, augmented and shown to the teacher, in 8
     bits, and stands first; the rest are images of the last `replay` batches as they were, with the targets they had,
-    which costs neither network anything; an iteration begins with none. With several teachers in a process group every
-    rank is to draw a batch: their spreads, by which targets are weighted, are means over all ranks.
+    which costs neither network anything; an iteration begins with none, and there is one at a time. With several
+    teachers in a process group every rank is to draw a batch: their spreads, by which targets are weighted, are means
+    over all ranks.
     A generator in training mode draws as in training, by the statistics of the batch: `.eval()` it first.
     With `features` targets are [B, K + D]: behind the logits what the teachers' last linear layers are given, for Fit.
     In a DataLoader it wants batch_size=None (see as_dataloader), with workers also no replay: they take its batches in
@@ -207,6 +213,9 @@ class SyntheticStream(IterableDataset):
             raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
         if replay < 0:
             raise UserError(f"a stream needs replay >= 0, past batches that are kept, got {replay}")
+        for name, share in {"shift": shift, "mix": mix, "fresh": fresh}.items():
+            if not isinstance(share, Real):
+                raise UserError(f"a stream's {name} is a number, got {share!r}")
         if not (0 <= shift <= 1 and 0 <= mix <= 1):
             raise UserError(f"a stream needs shift, a share of the side, and mix from 0 to 1, got {shift} and {mix}")
         if not 0 < fresh <= 1:
@@ -215,7 +224,7 @@ class SyntheticStream(IterableDataset):
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
         self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
-        self.teachers = [teacher] if isinstance(teacher, nn.Module) else list(teacher or [])
+        self.teachers: list[Any] = list(teacher or []) if isinstance(teacher, Sequence | None) else [teacher]
         if not all(isinstance(each, Teacher) for each in self.teachers):
             raise UserError("a stream's teacher is a dfkd.Teacher: Teacher(network, mean=..., std=...), or several")
         if isinstance(source, ImageGenerator):
@@ -255,6 +264,8 @@ class SyntheticStream(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration draw other batches. Workers that a DataLoader keeps (persistent_workers) do not hear
         of it."""
+        if not isinstance(epoch, Integral):
+            raise UserError(f"a stream's epoch is a whole number, got {epoch!r}")
         self.epoch = epoch
 
     def batch(self, index: int, epoch: int | None = None) -> tuple[Tensor, Tensor]:
@@ -267,6 +278,8 @@ class SyntheticStream(IterableDataset):
     def watched_batch(self, index: int, epoch: int | None = None, watch: Watch | None = None) -> tuple[Tensor, ...]:
         """`batch`, and behind it what `watch` collects while the teachers look at the fresh images: with CUDA graphs
         that of the first call, so a stream with graphs has one watcher."""
+        if not isinstance(index, Integral):
+            raise UserError(f"a stream's batches have whole numbers, got {index!r}")
         if index < 0:
             raise UserError(f"batch {index} is before the first, which is batch 0")
         if self.num_batches is not None and index >= self.num_batches:
@@ -332,16 +345,27 @@ def feature_widths(networks: Sequence[nn.Module]) -> list[int]:
 
 
 def as_dataloader(stream: SyntheticStream) -> DataLoader:
-    """A DataLoader over a stream's batches; Accelerate's prepare leaves it alone, so each rank keeps its own stream."""
+    """A DataLoader over a stream's batches; Accelerate's prepare leaves it alone, so each rank keeps its own stream.
+    Raises UserError for what is no stream."""
+    _check_stream(stream)
     loader = DataLoader(stream, batch_size=None, num_workers=0)
     loader._is_accelerate_prepared = True  # type: ignore[attr-defined]
     return loader
 
 
+def _check_stream(stream: SyntheticStream) -> None:
+    if not isinstance(stream, SyntheticStream):
+        raise UserError(f"a {type(stream).__name__} is no stream; give SyntheticStream(generator, ...)")
+
+
 class CalibrationReader:
-    """ONNX Runtime's calibration data reader of a stream: its first `batches` batches of images, by input name."""
+    """ONNX Runtime's calibration data reader of a stream without replay: its first `batches` batches of images, by
+    input name. Raises UserError for another stream."""
 
     def __init__(self, stream: SyntheticStream, input_name: str, batches: int) -> None:
+        _check_stream(stream)
+        if stream.replay is not None:
+            raise UserError("a calibration reader takes batches by number, as often as it is asked; give replay=0")
         self.stream, self.input_name, self.batches = stream, input_name, batches
         self.rewind()
 
@@ -373,8 +397,9 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
     folders, and reads images of one channel as three). Raises UserError for another folder, more images than the stream
     has, or images that nobody gave a label.
     """
-    if count < 1:
-        raise UserError(f"materialize takes a count of 1 image or more, got {count}")
+    _check_stream(stream)
+    if not isinstance(count, Integral) or count < 1:
+        raise UserError(f"materialize takes a count of 1 image or more, got {count!r}")
     if stream.num_batches is not None and count > (held := stream.num_batches * stream.batch_size):
         raise UserError(f"{count} images go past the end of a stream of {held}; give a larger num_batches")
     if folder is not None and Path(folder).exists() and (not Path(folder).is_dir() or any(Path(folder).iterdir())):
@@ -385,12 +410,11 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
         raise UserError("this generator draws no class on request: its labels mean nothing; give the stream a teacher")
     images: list[Tensor] = []
     targets: list[Tensor] = []
-    index = 0
-    while sum(len(each) for each in images) < count:
-        batch, target = stream.batch(index)
+    for batch, target in stream:
         images.append(batch.float().cpu().contiguous())
         targets.append(target.cpu())
-        index += 1
+        if sum(len(each) for each in images) >= count:
+            break
     data = TensorDataset(torch.cat(images)[:count], torch.cat(targets)[:count])
     if folder is not None:
         for number in range(count):

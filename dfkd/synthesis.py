@@ -144,6 +144,7 @@ class Synthesizer:
                 "the generator has no parameter that learns; call generator.requires_grad_(True) (one that was "
                 "loaded or settled is frozen)"
             )
+        self._check_images()
         self.prepared = prepare(accelerator, generator) if has_weights else generator
         self.zoo, self.student, self.mix = list(zoo), student, mix
         self.weights = {name: float(weight) for name, weight in losses.items() if weight}
@@ -171,6 +172,23 @@ class Synthesizer:
 
     def _adam(self, parameters: list[Tensor], lr: float) -> torch.optim.Adam:
         return torch.optim.Adam(parameters, lr=lr, betas=self.betas, eps=ADAM_EPS, fused=True)
+
+    @torch.no_grad()
+    def _check_images(self) -> None:
+        """Raise UserError where the generator, maybe a user's own, does not give the images that all else relies on."""
+        labels, latents = (
+            draw_labels(self.shard, 2, 2, "images"),
+            draw_latents(self.shard, 2, self.generator.latent, "images"),
+        )
+        with eval_mode(self.generator):
+            images = self.generator(latents, labels)
+        square = images.shape == (2, self.generator.channels, images.shape[-1], images.shape[-1])
+        if not square or not 0 <= images.min() <= images.max() <= 1:
+            raise UserError(
+                f"{type(self.generator).__name__} gives {list(images.shape)} from {images.min():.3g} to "
+                f"{images.max():.3g} for two latents; it is to give [2, {self.generator.channels}, side, side] in "
+                "[0, 1], as by a sigmoid at its end"
+            )
 
     def _contrast(self, bank: int) -> Contrast:
         position = (self.seed, "contrast")

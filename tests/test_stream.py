@@ -572,6 +572,30 @@ def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> No
         materialize(make_stream(num_batches=4), 100)
     with pytest.raises(UserError, match="replay >= 0"):
         make_stream(replay=-1)
+    for name in ("shift", "mix", "fresh"):
+        with pytest.raises(UserError, match=f"a stream's {name} is a number, got None"):
+            make_stream(**{name: None})
+    with pytest.raises(UserError, match=r"Teacher\(network"):
+        make_stream(teacher=3)
+    with pytest.raises(UserError, match=r"epoch is a whole number, got 1\.5"):
+        make_stream().set_epoch(1.5)  # type: ignore[arg-type]
+    for call in (as_dataloader, lambda given: materialize(given, 1), lambda given: CalibrationReader(given, "x", 1)):
+        with pytest.raises(UserError, match="a Linear is no stream"):
+            call(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"1 image or more, got 2\.5"):
+        materialize(make_stream(), 2.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"by number.* give replay=0"):
+        CalibrationReader(make_stream(replay=2), "x", 1)
+    for counts in ((0, 8, 3), (1, -8, 3), (1, 8, "3")):
+        with pytest.raises(UserError, match="from_noise takes whole numbers"):
+            from_noise(*counts)  # type: ignore[arg-type]
+
+
+def test_what_is_materialized_is_an_iteration(make_stream: MakeStream) -> None:
+    stream = make_stream(num_batches=4, replay=2)
+    wanted = torch.cat([images for images, _ in stream])
+    for _ in range(2):  # whatever the ring holds of what came before
+        assert torch.equal(materialize(stream, 30).tensors[0], wanted[:30])
 
 
 def test_calibration_ends_with_its_batches_whatever_range_is_asked_for(make_stream: MakeStream) -> None:

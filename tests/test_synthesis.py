@@ -612,6 +612,32 @@ def test_a_term_of_ones_own_is_one_number(
             build(make_generator(), zoo, {"ce": 1.0, name: 1.0}).step(0)
 
 
+class Own(ConvGenerator):
+    """A user's generator, whose forward is another."""
+
+    change: Callable[[Tensor], Tensor]
+
+    def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        return self.change(super().forward(latents, labels))
+
+
+@pytest.mark.parametrize(
+    ("change", "gives"),
+    [
+        (lambda x: 2 * x - 1, r"\[2, 1, 8, 8\] from -\d"),
+        (lambda x: x[..., :-1], r"\[2, 1, 8, 7\] from 0"),
+        (lambda x: x / 0, r"\[2, 1, 8, 8\] from nan"),
+    ],
+)
+def test_a_generator_of_ones_own_gives_images(
+    zoo: list[Teacher], make_generator: MakeGenerator, change: Callable[[Tensor], Tensor], gives: str
+) -> None:
+    own: Any = make_generator()
+    own.__class__, own.change = Own, change
+    with pytest.raises(UserError, match=rf"Own gives {gives}.*; it is to give \[2, 1, side, side\] in \[0, 1\]"):
+        build(own, zoo, {"ce": 1.0})
+
+
 def test_a_generator_is_one_of_ours_or_of_its_class(zoo: list[Teacher]) -> None:
     with pytest.raises(UserError, match=r"the generator is a Linear; give one of build_generator\(\)"):
         build(nn.Linear(2, 2), zoo, {"ce": 1.0})  # type: ignore[arg-type]
