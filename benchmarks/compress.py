@@ -81,8 +81,8 @@ def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequen
             here.recipe = dataclasses.replace(recipe, **{task: dataclasses.replace(getattr(recipe, task), **keys)})
             model, _ = task_input(here, "main")
             begun = time.perf_counter()
-            images = task_source(here, "generator" if task == "udfc" else source, model)
             try:
+                images = task_source(here, "generator" if task == "udfc" else source, model)
                 done = TASKS[task](here, model, images, Fit.run)
             except UserError as error:
                 print(f"{case} from {source} not done: {error}", flush=True)

@@ -144,8 +144,8 @@ class Synthesizer:
                 "the generator has no parameter that learns; call generator.requires_grad_(True) (one that was "
                 "loaded or settled is frozen)"
             )
-        self._check_images()
         self.prepared = prepare(accelerator, generator) if has_weights else generator
+        self._check_images()  # on the device that it has been brought to
         self.zoo, self.student, self.mix = list(zoo), student, mix
         self.weights = {name: float(weight) for name, weight in losses.items() if weight}
         self.steps, self.batch_size, self.sample = steps, batch_size, sample
@@ -177,7 +177,7 @@ class Synthesizer:
     def _check_images(self) -> None:
         """Raise UserError where the generator, maybe a user's own, does not give the images that all else relies on."""
         labels, latents = (
-            draw_labels(self.shard, 2, 2, "images"),
+            draw_labels(self.shard, 2, self.generator.classes, "images"),
             draw_latents(self.shard, 2, self.generator.latent, "images"),
         )
         with eval_mode(self.generator):

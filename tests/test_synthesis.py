@@ -638,6 +638,11 @@ def test_a_generator_of_ones_own_gives_images(
         build(own, zoo, {"ce": 1.0})
 
 
+def test_a_generator_may_draw_one_class(make_teacher: MakeTeacher, make_generator: MakeGenerator) -> None:
+    terms = build(make_generator(classes=1), [make_teacher(classes=1)], {"bn": 1.0}, sample=1).step(0)
+    assert all(term.isfinite() for term in terms.values())
+
+
 def test_a_generator_is_one_of_ours_or_of_its_class(zoo: list[Teacher]) -> None:
     with pytest.raises(UserError, match=r"the generator is a Linear; give one of build_generator\(\)"):
         build(nn.Linear(2, 2), zoo, {"ce": 1.0})  # type: ignore[arg-type]
