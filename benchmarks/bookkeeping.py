@@ -90,6 +90,12 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, torch {torch.__version__}"
 
 
+def measured_on(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The devices, precisions and versions of torch of some lines."""
+    machines = {f"{line['device']}, {line['precision']}, torch {line['versions']['torch']}": 0 for line in lines}
+    return ", ".join(machines)
+
+
 def asked(lines: Sequence[dict[str, Any]], methods: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The lines of these methods and seeds: a mean over others beside them would be no comparison."""
     return [line for line in lines if line["method"] in methods and line["seed"] in seeds]
@@ -132,7 +138,8 @@ def keep_recipes(out: Path, recipes: Mapping[str, Any]) -> None:
     rows = {line.get("method", "") for name in ("figures.jsonl", "costs.jsonl") for line in whole_lines(out / name)}
     for name, recipe in now.items():
         if name in rows and kept.get(name, recipe) != recipe:
-            changed = ", ".join(sorted(key for key, value in recipe.items() if kept[name].get(key) != value))
+            keys = kept[name].keys() | recipe.keys()
+            changed = ", ".join(sorted(key for key in keys if kept[name].get(key) != recipe.get(key)))
             raise UserError(
                 f"{out} holds figures{name and f' of {name}'} by another recipe, which differs in {changed}; choose "
                 "another --out"

@@ -64,11 +64,11 @@ def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequen
         )
     plans(recipe)  # refuses a recipe without a generator
     accelerator, shard = make_accelerator(recipe.runtime.precision)
-    parts = build(recipe, accelerator, shard)
     # Teachers that a run trains are others with every seed, in folders of other names.
     given = sorted(key for key in arguments if not key.startswith("seed="))
     keep_settings(out / "settings.json", {"keys": given, "trained teachers": trained_keys(recipe)})
     keep_recipes(out, {"": dataclasses.replace(recipe, seed=0)})
+    parts = build(recipe, accelerator, shard)
     train_zoo(parts, print)
     path = out / "figures.jsonl"
     lines = whole_lines(path)

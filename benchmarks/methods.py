@@ -29,6 +29,7 @@ from bookkeeping import (
     exit_code,
     given_keys,
     keep_settings,
+    measured_on,
     numbers,
     on_gpu,
     with_deviation,
@@ -140,11 +141,10 @@ def cells(lines: Sequence[Mapping[str, Any]], budget: float) -> list[str]:
 def describe(lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """What the table says of all rows, in one line."""
     first = lines[0]
-    machines = {f"{line['device']}, {line['precision']}, torch {line['versions']['torch']}": 0 for line in lines}
     seeds = sorted({line["seed"] for line in lines})
     return (
         f"{length(settings)} each, {settings['lanes']} at once with {settings['threads']} thread(s) "
-        f"each; {', '.join(machines)}; "
+        f"each; {measured_on(lines)}; "
         f"student {first['student']}; {first['n']} test images; seeds {', '.join(map(str, seeds))}: "
         f"mean ± sample standard deviation (seeds); peak memory: {first['memory']}"
     )
@@ -181,8 +181,8 @@ def tabulate(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
     keep_settings(options.out / "settings.json", {**settings, "teacher": options.teacher})
     complete = compare(methods, options.seeds, options.out, settings)
     if lines := asked(whole_lines(options.out / "figures.jsonl"), called, options.seeds):
-        print(f"\n{describe(lines, settings)}\n\n{table(lines, options.seconds)}\n\n{against_time(lines)}", end="")
-        print(absent(lines, called, options.seeds))
+        tables = f"{table(lines, options.seconds)}\n\n{against_time(lines)}"
+        print(f"\n{describe(lines, settings)}\n\n{tables}{absent(lines, called, options.seeds)}")
     return complete
 
 

@@ -29,6 +29,7 @@ from bookkeeping import (
     keep_recipes,
     keep_settings,
     machine,
+    measured_on,
     numbers,
     positive,
     trained_keys,
@@ -106,9 +107,8 @@ def finish(options: argparse.Namespace, arguments: Sequence[str]) -> bool:
         print(f"stopped after {options.minutes:g} minutes: {paused}; the same call goes on")
         return False
     lines = asked(whole_lines(options.out / "figures.jsonl"), list(PAIRS), options.seeds)
-    machines = {f"{line['device']}, {line['precision']}, torch {line['versions']['torch']}": 0 for line in lines}
     seeds = ", ".join(map(str, options.seeds))
-    print(f"\n{', '.join(machines)}; seeds {seeds}: mean ± sample standard deviation (seeds)\n\n{table(lines)}")
+    print(f"\n{measured_on(lines)}; seeds {seeds}: mean ± sample standard deviation (seeds)\n\n{table(lines)}")
     return True
 
 
@@ -120,7 +120,7 @@ def go_on(options: argparse.Namespace, arguments: Sequence[str], deadline: Deadl
     keep_settings(folder / "settings.json", settings)
     keys |= trained(keys, deadline)
     method = Method(options.pair, options.pair, keys, load_recipe(written(keys)).recipe)
-    keep_recipes(options.out, {method.name: method.recipe})
+    keep_recipes(folder, {method.name: method.recipe})  # where the costs are, which come before any figure
     threads = cores()
     if deadline.left() < min(MEASURING, options.minutes / 2) and not (folder / "costs.jsonl").exists():
         raise Paused("the cost of an update is to be measured next")

@@ -1,7 +1,7 @@
 """Batches of synthetic images with their targets, ready on the device, deterministic in (seed, rank, epoch, batch)."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from numbers import Integral, Real
@@ -184,7 +184,7 @@ class SyntheticStream(IterableDataset):
         *,
         batch_size: int = 256,
         num_batches: int | None = None,
-        teacher: Teacher | Sequence[Teacher] | None = None,
+        teacher: Teacher | Iterable[Teacher] | None = None,
         seed: int = 0,
         replay: int = 0,
         fresh: float = FRESH,
@@ -204,7 +204,7 @@ class SyntheticStream(IterableDataset):
                 "a stream's source is a generator (load_generator(FOLDER)), or of dfkd.stream from_images, from_noise; "
                 f"got a {type(source).__name__}"
             )
-        whole = {"batch_size": batch_size, "replay": replay, "seed": seed, "epoch": epoch}
+        whole = {"batch_size": batch_size, "replay": replay, "seed": seed}
         whole |= {"num_batches": num_batches} if num_batches is not None else {}
         for name, value in whole.items():
             if not isinstance(value, Integral):
@@ -223,8 +223,11 @@ class SyntheticStream(IterableDataset):
         self.shard = shard or default_shard(source.device if isinstance(source, ImageGenerator) else None)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
-        self.batch_size, self.num_batches, self.seed, self.epoch = batch_size, num_batches, seed, epoch
-        self.teachers: list[Any] = list(teacher or []) if isinstance(teacher, Sequence | None) else [teacher]
+        self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
+        self.set_epoch(epoch)
+        given: Any = [] if teacher is None else teacher
+        several = isinstance(given, Iterable) and not isinstance(given, nn.Module)
+        self.teachers: list[Any] = list(given) if several else [given]
         if not all(isinstance(each, Teacher) for each in self.teachers):
             raise UserError("a stream's teacher is a dfkd.Teacher: Teacher(network, mean=..., std=...), or several")
         if isinstance(source, ImageGenerator):
@@ -266,7 +269,7 @@ class SyntheticStream(IterableDataset):
         of it."""
         if not isinstance(epoch, Integral):
             raise UserError(f"a stream's epoch is a whole number, got {epoch!r}")
-        self.epoch = epoch
+        self.epoch: int = epoch
 
     def batch(self, index: int, epoch: int | None = None) -> tuple[Tensor, Tensor]:
         """Batch `index` of an epoch (None: that of set_epoch): images and targets. Raises UserError where index is

@@ -174,14 +174,16 @@ class Synthesizer:
         return torch.optim.Adam(parameters, lr=lr, betas=self.betas, eps=ADAM_EPS, fused=True)
 
     @torch.no_grad()
+    def _two_images(self) -> Tensor:
+        """What the generator draws, whatever it is, to look at its shape and range."""
+        labels = draw_labels(self.shard, 2, self.generator.classes, "images")
+        latents = draw_latents(self.shard, 2, self.generator.latent, "images")
+        with eval_mode(self.generator):
+            return self.generator(latents, labels)
+
     def _check_images(self) -> None:
         """Raise UserError where the generator, maybe a user's own, does not give the images that all else relies on."""
-        labels, latents = (
-            draw_labels(self.shard, 2, self.generator.classes, "images"),
-            draw_latents(self.shard, 2, self.generator.latent, "images"),
-        )
-        with eval_mode(self.generator):
-            images = self.generator(latents, labels)
+        images = self._two_images()
         square = images.shape == (2, self.generator.channels, images.shape[-1], images.shape[-1])
         if not square or not 0 <= images.min() <= images.max() <= 1:
             raise UserError(
@@ -191,11 +193,9 @@ class Synthesizer:
             )
 
     def _contrast(self, bank: int) -> Contrast:
-        position = (self.seed, "contrast")
-        latents = draw_latents(self.shard, 2, self.generator.latent, *position)
-        labels = draw_labels(self.shard, 2, self.generator.classes, *position)
-        with torch.no_grad(), eval_mode(self.generator), self.zoo[0].tap_means() as means:
-            self.zoo[0](self.generator(latents, labels))
+        images = self._two_images()
+        with torch.no_grad(), self.zoo[0].tap_means() as means:
+            self.zoo[0](images)
         if not means:
             raise UserError(UNUSED.format(self.zoo[0].name, "contrastive"))
         return Contrast(sum(each.shape[1] for each in means), self.shard, size=bank, seed=self.seed)

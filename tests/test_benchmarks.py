@@ -222,3 +222,6 @@ def test_a_row_is_of_one_recipe(benchmark: Callable[[str], ModuleType], tmp_path
     books.keep_recipes(tmp_path, {"a": second, "b": first})
     with pytest.raises(UserError, match=r"figures of a by another recipe, which differs in synthesis\.losses\.ce;"):
         books.keep_recipes(tmp_path, {"a": first})
+    fewer = replace(second, teachers={name: spec for name, spec in second.teachers.items() if name != "plain"})
+    with pytest.raises(UserError, match=r"differs in teachers\.plain\.\w+, "):  # keys that are gone
+        books.keep_recipes(tmp_path, {"a": fewer})

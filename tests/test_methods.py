@@ -370,7 +370,8 @@ def test_what_fails_is_reported_and_the_rest_runs(
     assert bench.main(["--methods", "./frozen.yaml,./live.yaml", "--seeds", "0,1", "--out", "out"]) == 1
     out = capfd.readouterr().out
     assert "frozen-0 failed: out of memory" in out
-    *_, found, in_time = map(rows, out.removesuffix("\n\nNot there: frozen (seed 0, 1)\n").split("\n\n"))
+    *_, found, in_time, missing = map(rows, out.split("\n\n"))
+    assert missing == [["Not there: frozen (seed 0, 1)"]]
     assert [row[0] for row in found][2:] == ["teacher t", "live"]
     assert in_time[0] == ["student % after", "10%", "25%", "50%", "75%", "100%"]
     assert in_time[2:] == [["live", "-", "50.00", "50.00", "50.00", "90.00"]]
@@ -381,7 +382,10 @@ def test_what_fails_is_reported_and_the_rest_runs(
     [
         (["seed=1"], "'seed=1' is not for all methods"),
         (["--nonsense"], "'--nonsense' is not for all methods"),
-        (["--methods", "./live.yaml", "--teacher", "plane"], "./live.yaml: --teacher plane is no enabled teacher"),
+        (
+            ["--methods", "./live.yaml", "--teacher", "plane"],
+            "./live.yaml: --teacher plane is no enabled teacher; choose from plain, residual",
+        ),
         (["--methods", "./live.yaml,./other/live.yaml"], "names two files live.yaml, which would be one row"),
         (["--methods", "./live.yaml", *NO_IMAGES], "nothing to judge the student on"),
     ],

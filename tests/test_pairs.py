@@ -92,6 +92,11 @@ def test_a_pair_goes_on_where_it_stopped(
     assert len({line["generator_updates"] for line in lines}) == 1  # all seeds do the same
     assert call("0") == 0  # and nothing is run again
     assert len(Path("out/figures.jsonl").read_text().splitlines()) == 2
+    Path("out/figures.jsonl").unlink()  # an update has a price before there is a figure
+    tiny = Path("tiny.yaml")
+    tiny.write_text(tiny.read_text().replace("lr: 0.05", "lr: 0.06"))
+    assert call("0") == 2
+    assert "figures of tiny by another recipe, which differs in distill.lr;" in capfd.readouterr().err
 
 
 def test_a_mistake_is_one_line(pairs: ModuleType, ablate: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:

@@ -575,8 +575,9 @@ def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> No
     for name in ("shift", "mix", "fresh"):
         with pytest.raises(UserError, match=f"a stream's {name} is a number, got None"):
             make_stream(**{name: None})
-    with pytest.raises(UserError, match=r"Teacher\(network"):
-        make_stream(teacher=3)
+    for wrong in (3, nn.ModuleList()):
+        with pytest.raises(UserError, match=r"Teacher\(network"):
+            make_stream(teacher=wrong)
     with pytest.raises(UserError, match=r"epoch is a whole number, got 1\.5"):
         make_stream().set_epoch(1.5)  # type: ignore[arg-type]
     for call in (as_dataloader, lambda given: materialize(given, 1), lambda given: CalibrationReader(given, "x", 1)):
@@ -589,6 +590,13 @@ def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> No
     for counts in ((0, 8, 3), (1, -8, 3), (1, 8, "3")):
         with pytest.raises(UserError, match="from_noise takes whole numbers"):
             from_noise(*counts)  # type: ignore[arg-type]
+
+
+def test_teachers_may_be_given_as_anything_that_holds_them(
+    make_stream: MakeStream, make_teacher: Callable[..., Teacher]
+) -> None:
+    zoo = {name: make_teacher(name) for name in ("one", "other")}
+    assert make_stream(teacher=zoo.values()).teachers == list(zoo.values())
 
 
 def test_what_is_materialized_is_an_iteration(make_stream: MakeStream) -> None:
