@@ -158,12 +158,23 @@ def test_image_folder_errors_are_one_line_with_a_remedy(tmp_path: Path) -> None:
     assert "not an image folder" in error("imagefolder", root=str(tmp_path / "empty"), classes=2)
     save_folder(tmp_path / "test", {"a/deep.png": np.full((8, 8), 40000, np.uint16)})
     assert "a/deep.png has more than 8 bits" in error("imagefolder", root=root, classes=2)
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "test" / "a" / "deep.png", "TIFF")
+    assert "a/deep.png has more than 8 bits" in error("imagefolder", root=root, classes=2)
     Image.new("1", (20_000, 10_000)).save(tmp_path / "test" / "a" / "deep.png")
     assert "a/deep.png cannot be read as an image: Image size (200000000 pixels)" in error(
         "imagefolder", root=root, classes=2
     )
     (tmp_path / "test" / "a" / "deep.png").write_bytes(b"no image")
     assert "a/deep.png cannot be read as an image" in error("imagefolder", root=root, classes=2)
+
+
+def test_image_folders_may_lie_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = np.zeros((8, 8), np.uint8)
+    for split in ("test", "train"):
+        save_folder(tmp_path / split, {"a/x.png": pixels, "b/x.png": pixels})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for train in (True, False):
+        assert len(load("imagefolder", train, root="~/test", train_root="~/train", classes=2)) == 2
 
 
 def write_mnist(root: Path, images: np.ndarray, labels: np.ndarray) -> None:

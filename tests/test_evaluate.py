@@ -158,6 +158,10 @@ def test_diversity_splits_the_total_variance(shares: list[float]) -> None:
         assert found[f"{name}_within"].item() == pytest.approx(within, rel=1e-5)
         ratio = found[f"{name}_within"] / found[f"{name}_between"]
         assert found[f"{name}_ratio"].item() == pytest.approx(ratio.item())
+    small = diversity(images / 1000, features / 1000, labels, classes=4)  # a share knows no unit
+    assert [small[f"{name}_ratio"].item() for name in ("pixel", "feature")] == pytest.approx(
+        [found[f"{name}_ratio"].item() for name in ("pixel", "feature")], rel=1e-3
+    )
     assert all(value.shape == () for value in found.values())
 
 

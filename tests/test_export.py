@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks_fixture import Small
 from torch import Tensor, nn
 
 from dfkd import verify as verification
@@ -18,7 +20,7 @@ from dfkd.compress.graph import with_network
 from dfkd.compress.prepare import prepare, round_biases
 from dfkd.compress.quantizers import QUANTIZED, quantized_layers
 from dfkd.errors import UserError
-from dfkd.export import export_onnx, stored_type
+from dfkd.export import _split_sums, _surround, export_onnx, stored_type
 from dfkd.stream import SyntheticStream, from_noise
 from dfkd.teachers import Teacher
 from dfkd.verify import verify
@@ -161,10 +163,18 @@ def test_a_product_of_activations_is_no_layer(tmp_path: Path, bits: int) -> None
 
 
 def test_few_bits_run_on_integers_and_agree(tmp_path: Path) -> None:
-    model = quantised(of_every_width(), (4, 4))
+    def blocks(m: Small, x: Tensor) -> Tensor:
+        x = m.a(x).relu()
+        x = (m.b(x) + m.c(x)).relu()  # in 4 bits for the next layer, in 8 for the next sum
+        return m.head((x + m.d(x)).relu().flatten(1))
+
+    torch.manual_seed(0)
+    layers = {name: nn.Conv2d(4, 4, 1) for name in "bcd"}
+    network = Small(blocks, a=nn.Conv2d(1, 4, 3), **layers, head=nn.Linear(144, 3))
+    model = quantised(network.eval(), (4, 4))
     result = verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)
-    assert result["nodes"]["integer_convolutions"] == 7
-    assert result["nodes"]["float_convolutions"] == 0
+    assert (result["nodes"]["integer_convolutions"], result["nodes"]["float_convolutions"]) == (4, 0)
+    assert (result["nodes"]["integer_additions"], result["nodes"]["float_additions"]) == (3, 0)
     assert result["simulated"] is False
     assert result["agreement"] == 100
     assert result["relative_error"] < 0.02
@@ -219,7 +229,13 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         broken = copy.deepcopy(network)
         broken[1].bias[0] = math.nan
+    proto = onnx.load(str(path))
+    values = onnx.numpy_helper.to_array(proto.graph.initializer[0]).copy()
+    values.flat[0] = math.nan
+    proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, proto.graph.initializer[0].name))
+    onnx.save(proto, str(tmp_path / "broken.onnx"))
     cases: list[tuple[Path, nn.Module, Any, int, str]] = [
+        (tmp_path / "broken.onnx", network, images(2, size=8), 1, "NaN or infinite"),
         (tmp_path / "gone.onnx", network, images(2, size=8), 1, "ONNX Runtime cannot read .*gone.onnx"),
         (tmp_path / "none.onnx", network, images(2, size=8), 1, "ONNX Runtime cannot read .*none.onnx"),
         (path, network, endless, 1, "the stream of images has no end; give it num_batches"),
@@ -258,6 +274,19 @@ def test_one_logit_agrees_by_its_sign_and_an_empty_batch_says_nothing(tmp_path: 
 def test_codes_that_run_in_float_are_called_simulated(tmp_path: Path, bits: int) -> None:
     model = quantised(of_every_width(), (bits, bits), ignore=["0", "1.*"], ends=(bits, bits))
     assert verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)["simulated"] is True
+
+
+def test_what_runs_on_integers_by_half_is_not_simulated(tmp_path: Path) -> None:
+    proto = onnx.helper.make_model(onnx.helper.make_graph([], "none", [], []))
+    onnx.helper.set_model_props(proto, {"dfkd": json.dumps({"bits": {"a": [8, 8]}})})
+    onnx.save(proto, str(tmp_path / "m.onnx"))
+
+    def simulated(convolutions: int, linear: int) -> bool:
+        nodes = {"integer_convolutions": convolutions, "float_convolutions": 3 - convolutions}
+        nodes |= {"integer_linear": linear, "float_linear": 1 - linear}
+        return verification._on_integers(tmp_path / "m.onnx", nodes)["simulated"]
+
+    assert [simulated(*each) for each in ((0, 1), (1, 0), (1, 1), (2, 0), (3, 1))] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("act", [nn.SiLU(), nn.GELU(), nn.Hardswish(), nn.LeakyReLU(0.1)])
@@ -334,12 +363,42 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path: Path) -> None:
 
 def test_a_channel_without_weights_keeps_its_bias(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 3)).eval()
+    network = nn.Sequential(nn.Conv2d(1, 3, 8), nn.Flatten()).eval()
     with torch.no_grad():
         network[0].weight[1] = 0
-        network[0].bias[1] = 0.3
-    model = quantised(network, (8, 8))
-    assert verify(export_onnx(model, images(2), tmp_path / "m.onnx"), model, images(), repeats=1)["max_error"] < 0.01
+        model = quantised(network, (8, 8))
+        quantized_layers(model)["model.0"].bias[1] = 0.3  # between the steps of the input
+    given = run(export_onnx(model, images(2), tmp_path / "m.onnx"), images())
+    torch.testing.assert_close(given[:, 1], torch.full((64,), 0.3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(given, model(images()), atol=1e-5, rtol=0)
+
+
+def test_quantisers_and_sums_are_repeated_without_a_change_of_a_value() -> None:
+    """A pad of another value than zero is rounded once; a sum for two readers is added for each, a product is not."""
+
+    def blocks(m: Small, x: Tensor) -> Tensor:
+        x = m.b(nn.functional.pad(m.a(x).relu(), (1,) * 4, value=-0.5)).relu()
+        x = (x + m.c(x)).relu()
+        x = x + m.d(x)
+        x = x * x
+        return m.f((x + m.e(x)).relu())
+
+    torch.manual_seed(0)
+    layers = {name: nn.Conv2d(4, 4, 1) for name in "bcdef"}
+    network = Small(blocks, a=nn.Conv2d(1, 4, 3), **layers).eval()
+    graph = prepare(network, (4, 4), [images()], folded=True, per_channel=True)
+    wanted = graph(images())
+    _surround(graph)
+    _split_sums(graph)
+    graph.recompile()
+    assert torch.equal(graph(images()), wanted)
+    sums = [node for node in graph.graph.nodes if node.target is operator.add]
+    assert len(sums) == 3 + 1  # that of the second layer is read by the third and by the next sum
+
+
+def test_weights_take_the_smallest_type_that_holds_them() -> None:
+    stored_in = [next(width for width in (2, 4, 8) if bits <= width) for bits in range(2, 9)]
+    assert [stored_type(bits) for bits in range(2, 9)] == [f"INT{width}" for width in stored_in]
 
 
 def test_a_resizing_classifier_is_exported_at_its_own_size(tmp_path: Path) -> None:
@@ -382,7 +441,7 @@ def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_network_in_training_is_exported_as_it_infers_at_the_opset_asked_for(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)).train()
-    path = export_onnx(network, images(2), tmp_path / "m.onnx", opset=20)
+    path = export_onnx(network, images(2), tmp_path / "new" / "folder" / "m.onnx", opset=20)
     assert network.training
     assert [entry.version for entry in onnx.load(str(path)).opset_import if not entry.domain] == [20]
     network[1].p = 1.0  # what verify() compares with is in eval mode too

@@ -251,6 +251,29 @@ def test_marks_let_every_unit_be_watched_and_come_out_again() -> None:
     assert not any(hasattr(graph, name) for name in names)
 
 
+@torch.no_grad()
+def test_a_unit_takes_the_parameters_that_its_forward_names() -> None:
+    layers = {"a": nn.Conv2d(1, 4, 1), "head": nn.Linear(256, 3)}
+    network = Small(lambda m, x: m.head((m.a(x) * m.gain).relu().flatten(1)), **layers)
+    network.gain = nn.Parameter(torch.tensor([1.0, -2.0, 3.0, 0.5]).view(4, 1, 1))
+    graph, part = trace(network), images(2, 1, 8, 8)
+    wanted = network(part)
+    for unit in units(graph):
+        part = extract(graph, unit.nodes, unit.name)[0](part)
+    assert torch.equal(part, wanted)
+
+
+@torch.no_grad()
+def test_what_a_network_gives_on_its_way_ends_a_unit() -> None:
+    layers = {"a": nn.Conv2d(1, 4, 1), "head": nn.Linear(64, 3)}
+    network = Small(lambda m, x: (y := m.a(x).relu(), m.head(F.max_pool2d(y, 2).flatten(1))), **layers)
+    graph, part = trace(network), images(2, 1, 8, 8)
+    wanted = network(part)
+    for unit in units(graph):
+        part = extract(graph, unit.nodes, unit.name)[0](part)
+    assert torch.equal(part, wanted[1])
+
+
 def test_watch_leaves_no_hook() -> None:
     network = named("dfkd:tiny_plain", width=4)
     with pytest.raises(RuntimeError), watch(network, ["linear"]) as seen:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dfkd import metrics as module
 from dfkd.errors import UserError
@@ -115,6 +116,37 @@ def test_without_a_terminal_a_plain_line_now_and_then(
     assert [line.partition(" steps")[0] for line in said] == ["10/40", "30/40", "40/40"]
     assert said[0] == "10/40 steps: distill: loss 0.5"  # how long a step takes is not known yet
     assert said[1] == "30/40 steps, 8 s to go: distill: loss 0.5"  # 20 steps took 15 s
+
+
+def test_a_new_phase_counts_its_own_steps_and_time(
+    make_metrics: Open, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
+    metrics = make_metrics()
+    for done in (0, 20):
+        metrics.progress(done, 20, "slow")
+        now += 1000.0
+    metrics.new_phase()
+    for done in (100, 110):  # goes on in its middle, ten steps in 30 s
+        metrics.progress(done, 130, "fast")
+        now += 30.0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == ["100/130 steps: fast", "110/130 steps, 60 s to go: fast"]
+
+
+def test_tensorboard_has_every_step_once_over_a_resume(make_metrics: Open, tmp_path: Path) -> None:
+    first = make_metrics()
+    for step in (2, 4, 6):
+        first.write("generator", step, {"bn": step / 2})
+    first.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.rename(events.with_name("events.out.tfevents.0"))  # is read first: names of one second may not be
+    resumed = make_metrics(resumed_after=4)
+    resumed.write("generator", 6, {"bn": 7.0})
+    resumed.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(each.step, each.value) for each in board.Scalars("generator/bn")] == [(2, 1.0), (4, 2.0), (6, 7.0)]
 
 
 def test_a_warning_is_given_once_also_over_a_resume(

@@ -98,6 +98,17 @@ def test_who_is_fetched_and_who_leaves_is_as_in_an_lru_cache(room: int) -> None:
         assert networks[k].weight.data_ptr() != pager.home[networks[k]][0].data_ptr()
 
 
+def test_what_is_only_on_its_way_leaves_before_what_was_used() -> None:
+    a, b, c = networks = [nn.Linear(3, 3) for _ in range(3)]
+    pager = Pager(torch.device("cpu"), 2 * weight(a))
+    for network in networks:
+        pager.add(network, "linear")
+    pager.fetch(a, following=b)
+    assert set(pager.present) == {a, b}
+    pager.fetch(c)
+    assert set(pager.present) == {a, c}
+
+
 @pytest.mark.parametrize("room", [1.0, 1.3, 2.0])
 def test_the_next_one_is_on_its_way_where_both_fit(room: float) -> None:
     zoo = make_zoo(max(SIZES) * room / 1e9)

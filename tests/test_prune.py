@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -14,7 +15,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.channels import resize
+from dfkd.compress.channels import inputs, largest_filters, outputs, resize
 from dfkd.compress.prune import prune
 from dfkd.errors import UserError
 from dfkd.models import build_model
@@ -60,6 +61,21 @@ def test_the_filters_with_the_largest_norms_stay(inner_only: bool | None) -> Non
     assert result.layers[0] | {"error_before": 0, "error_after": 0} == {
         "layer": "features.0", "kept": 6, "of": 8, "sparsity": 25, "error_before": 0, "error_after": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("ratio", "kept"), [(0.0, 8), (0.3, 6), (0.45, 4), (0.55, 4), (0.95, 1), (1.0, 1)])
+def test_the_share_that_goes_is_rounded_to_filters_and_one_stays(ratio: float, kept: int) -> None:
+    weight = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    norms = np.abs(weight.numpy()).reshape(8, -1).sum(1)
+    assert largest_filters(weight, ratio).tolist() == sorted(norms.argsort()[8 - kept :])
+
+
+def test_a_frozen_layer_that_loses_channels_stays_frozen() -> None:
+    layer = nn.Conv2d(3, 4, 3)
+    layer.weight.requires_grad_(False)
+    outputs(layer, torch.tensor([0, 2]))
+    inputs(layer, torch.tensor([1]))
+    assert (layer.weight.requires_grad, layer.bias.requires_grad) == (False, True)
 
 
 SMALL = {

@@ -1,6 +1,7 @@
 """Figures of images against formulas written another way, and the command on sources of every kind."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,11 @@ from sklearn.metrics.pairwise import euclidean_distances
 from torch import Tensor, nn
 
 from dfkd import quality as Q
-from dfkd.data import RealImages, load_folder
+from dfkd.data import RealImages, load_folder, opened
 from dfkd.draws import Moves, augment
 from dfkd.errors import UserError
 from dfkd.evaluate import accuracy, diversity
-from dfkd.judge import _streamed, grid, slug
+from dfkd.judge import _streamed, grid, slug, table
 from dfkd.losses import bn_l2
 from dfkd.models import build_model
 from dfkd.quality import quality
@@ -83,7 +84,9 @@ def test_batch_norm_losses_are_those_of_one_batch_of_everything(zoo: list[Teache
     images, labels = varied(50)
     plainly = quality(images, labels, zoo).figures["teachers"][zoo[0].name]
     zoo[0].moves = Moves(3, black=True)  # its batch norms hold the statistics of crops; what it names are whole images
-    cropped = quality(images, labels, zoo).figures["teachers"][zoo[0].name]
+    figures = quality(images, labels, zoo).figures["teachers"]
+    assert [figures[name]["moves"] for name in ("plain", "residual")] == [[3, False, True], [0, False, False]]
+    cropped = figures[zoo[0].name]
     assert [cropped[key] for key in ("accuracy", "confidence")] == [plainly[key] for key in ("accuracy", "confidence")]
     assert abs(cropped["bn_l2"] / plainly["bn_l2"] - 1) > 1e-3
     for batch_size in (7, 16, 50):
@@ -225,7 +228,9 @@ def test_wrong_arguments_are_named(zoo: list[Teacher]) -> None:
         ((images[:1], labels[:1], zoo), "N of 2 or more"),
         ((images, labels[:3], zoo), "labels are"),
         ((images, labels + 1, zoo), "labels run from 1 to 3; those of teacher plain from 0 to 2"),
+        ((images, labels - 1, zoo), "labels run from -1 to 1; those of teacher plain from 0 to 2"),
         ((images.float(), labels, zoo), "images in"),
+        ((images / 255 - 0.1, labels, zoo), "images in"),
         ((torch.full((4, 1, 8, 8), torch.nan), None, zoo), "images in"),
     ):
         with pytest.raises(UserError, match=words):
@@ -259,6 +264,7 @@ def test_class_folders_by_position_or_by_number_and_flat_ones(tmp_path: Path) ->
         images, ["cat/1.png", "cat/2.png", "ant/1.png", "dog/x/1.png", "dog/2.png", "cat/0.png"], tmp_path / "a"
     )
     (named / "cat" / "notes.txt").write_text("no image")
+    save(images[:1], [".ipynb_checkpoints/1.png"], named)
     found, labels = opened_folder(named)
     assert labels is not None
     assert labels.tolist() == [0, 1, 1, 1, 2, 2]
@@ -277,6 +283,7 @@ def test_folders_that_will_not_do(tmp_path: Path) -> None:
     images, _ = varied(4)
     four = save(images, [f"{name}/1.png" for name in "abcd"], tmp_path / "four")
     two = save(images[:2], ["a/1.png", "b/1.png"], tmp_path / "two")
+    fourth = save(images[:2], ["00000/1.png", "00003/1.png"], tmp_path / "fourth")
     both = save(images[:2], ["a/1.png", "1.png"], tmp_path / "both")
     torn = save(images[:1], ["1.png"], tmp_path / "torn")
     (torn / "1.png").write_bytes((torn / "1.png").read_bytes()[:40])
@@ -284,6 +291,7 @@ def test_folders_that_will_not_do(tmp_path: Path) -> None:
     for root, words in (
         (four, "4 class folders .a, b, c, d. but classes=3"),
         (two, "2 class folders .* 00000 to 00002"),
+        (fourth, "2 class folders .* 00000 to 00002"),
         (both, "beside folders of images"),
         (torn, "1.png cannot be read as an image"),
         (tmp_path / "empty", "holds no image"),
@@ -309,6 +317,29 @@ def test_names_of_folders() -> None:
     assert slug("noise") == "noise"
     assert slug("runs/Digits/generator/") == "runs-digits-generator"
     assert slug(".") == Path.cwd().name
+    first, second = (slug(f"{'deep/' * 40}{name}") for name in ("a", "b"))
+    assert first != second  # the figures of one would be written over the other's
+    assert len(first) <= 100
+
+
+def test_every_figure_stands_under_its_own_head() -> None:
+    teacher = {"accuracy": 11.0, "interval": [10.0, 12.0], "confidence": 13.0, "class_balance": 0.5}
+    heads = ("ratio", "mean_distance", "mean_within", "nearest", "near_duplicates", "mean_cosine", "mean_cosine_within")
+    figures = {
+        **{"images": 64, "about": "images", "seed": 0, "device": "cpu", "opened": [], "class_balance": 0.25},
+        **{"teachers": {"a": {**teacher, "bn_l2": 6.5, "bn_kl": 7.5}}, "classes": "labels", "exact_duplicates": 0.0},
+        "accuracy": {"mean": 21.0, "std": 22.0, "min": 23.0, "max": 24.0},
+        "features": {"teacher": "a", "layer": "logits", "size": 3},
+        "diversity": {"feature": dict(zip(heads, range(1, 8)))},
+    }
+    lines = [re.split("  +", line) for line in table(figures).splitlines()]
+    assert dict(zip(*lines[2:4], strict=True)) == {
+        **{"teacher": "a", "accuracy %": "11.00", "95 % interval": "10.00 to 12.00", "confidence %": "13.00"},
+        **{"class balance": "0.5000", "BN loss": "6.5", "BN KL": "7.5"},
+    }
+    assert "mean 21.00 %, standard deviation 22.00, 23.00 to 24.00; class balance of labels 0.2500" in table(figures)
+    shown = ("within/between", "distance", "in class", "nearest", "near-duplicates %", "cosine", "in class")
+    assert list(zip(*lines[6:8], strict=True))[1:] == list(zip(shown, "1234567"))
 
 
 def generator_folder(folder: Path, conditional: bool = True, classes: int = 10) -> Path:
@@ -375,6 +406,7 @@ def test_a_pool_is_judged_by_what_it_holds(runs: Runs) -> None:
     pool.push(images.float() / 255, labels)
     about = {"arch": "pool", "classes": 10, "channels": 1, "size": 8, "capacity": 50, "conditional": True}
     save_generator(runs.folder / "pool", pool, about)
+    assert judged(runs, "pool", "--images=16")[0]["images"] == 16
     figures, _ = judged(runs, "pool")
     assert figures["images"] == 40
     assert figures["exact_duplicates"] == 0
@@ -417,6 +449,7 @@ WRONG = {
     "no number": (["--quality=noise", "--images=x"], ["--images=x is not allowed"]),
     "images alone": (["--images=64"], ["give --quality=SOURCE too"]),
     "two things at once": (["--quality=noise", "--dry-run"], ["--quality goes with --images alone"]),
+    "two other things": (["--quality=noise", "--print-config"], ["--quality goes with --images alone"]),
     "empty folder": (["--quality=empty"], ["empty holds no image"]),
     "folder of few": (["--quality=few"], ["--quality=few: there are 2 images; 16 or more say something"]),
     "other classes": (["--quality=five"], ["the generator in five has classes=5, the recipe 10"]),
@@ -467,3 +500,4 @@ def test_some_images_of_class_folders_keep_their_labels(tmp_path: Path) -> None:
     assert torch.equal(found, images[[0, 2, 4]])
     assert labels is not None
     assert labels.tolist() == [0, 1, 2]
+    assert opened()[-1] == {"source": f"folder {root}", "split": "all", "purpose": "quality", "n": 3}

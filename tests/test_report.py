@@ -328,10 +328,41 @@ def test_every_figure_of_a_task_stands_under_its_own_head(tmp_path: Path) -> Non
     assert re.split("  +", printed[0]) == list(expected.values())[:11]
 
 
+def test_the_verdict_and_what_was_warned_of_are_shown(tmp_path: Path) -> None:
+    warned = [{"step": 1200, "text": "images of a class <hardly> differ"}]
+    for ok in (True, False):
+        verdict = {"ok": ok, "notes": [] if ok else ["it swings"], "warnings": warned}
+        (tmp_path / "results.json").write_text(json.dumps({"verdict": verdict}))
+        page = shown(tmp_path)
+        assert ("Nothing looks wrong." in page.text) == ok == ({"class": "verdict ok"} in page.all("div"))
+        assert ("it swings" in page.text) != ok
+        assert "While it trained:step 1,200: images of a class <hardly> differ" in page.text
+
+
+def test_the_layers_of_a_task_are_shown(tmp_path: Path) -> None:
+    layers = [{"layer": "conv1", "bits": [4, 8]}, {"layer": "head", "error": [0.25, 1, None]}]
+    (tmp_path / "results.json").write_text(json.dumps({"tasks": {"ptq": {"layers": layers}}}))
+    table = write_report(tmp_path).read_text().partition("<summary>ptq: layers</summary>")[2]
+    assert re.findall("<th>(.*?)</th>", table) == ["layer", "bits", "error"]
+    assert re.findall("<td>(.*?)</td>", table) == ["conv1", "4 to 8", "", "head", "", "0.25, 1, not measured"]
+
+
+def test_grids_of_long_runs_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for step in (999_500, 1_000_000, 500):
+        Image.new("RGB", (2, 2)).save(tmp_path / "images" / f"generator-{step:06}.png")
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", write_report(tmp_path).read_text()) == [
+        *("generator 500", "generator 999500", "generator 1000000")
+    ]
+
+
 def test_the_students_tiles_tell_its_mean_from_its_lowest(tmp_path: Path) -> None:
     quarter = {"of": "accuracy", "mean": 93.5, "deviation": 1.25, "lowest": 88.0, "images": 2000}
-    (tmp_path / "results.json").write_text(json.dumps({"student": {**RESULTS["student"], "last_quarter": quarter}}))
+    agreement = {"percent": 97.25, "interval": [96.0, 98.0], "kl": 0.5, "n": 2560}
+    student = {**RESULTS["student"], "last_quarter": quarter, "agreement": agreement}
+    (tmp_path / "results.json").write_text(json.dumps({"student": student}))
     page = write_report(tmp_path).read_text()
+    assert "<span>agreement with its teacher, %</span><b>97.25</b><span>95 % interval 96 to 98, KL 0.5" in page
     tile = (
         "<span>its mean accuracy in the last quarter, %</span><b>93.5</b><span>± 1.25, lowest 88, 2,000 images</span>"
     )

@@ -19,6 +19,8 @@ from runs_fixture import STEPS, Runs, reset_accelerate
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx import symbolic_trace
+from torch.fx.passes.shape_prop import ShapeProp
 
 from dfkd.cli import main
 from dfkd.compress.files import load_compressed
@@ -32,7 +34,7 @@ from dfkd.results import commit, versions
 from dfkd.run import build, say_groups
 from dfkd.runtime import make_accelerator
 from dfkd.terms import Manner
-from generators import load_generator
+from generators import ConvGenerator, load_generator
 
 SHORT = ("synthesis.steps=3", "distill.steps=2", "runtime.log_every=1")
 
@@ -358,20 +360,49 @@ def test_a_dry_run_trains_and_writes_nothing(runs: Runs) -> None:
 
 def test_the_memory_estimated_grows_with_what_a_run_holds(runs: Runs) -> None:
     def estimated(*given: str) -> float:
-        recipe = load_recipe(runs.arguments("x", *given)).recipe
+        plain = ["distill.features=0"] if not any("features" in key for key in given) else []
+        recipe = load_recipe(runs.arguments("x", "distill.fresh=0.25", *plain, *given)).recipe
         try:
             return estimated_memory(recipe, build(recipe, *make_accelerator("fp32")))
         finally:
             reset_accelerate()
 
-    usual = estimated("distill.features=0", "distill.fresh=0.25")
+    networks = [
+        build_model(f"dfkd:tiny_{name}", classes=10, channels=1, kwargs=kwargs)
+        for name, kwargs in (("plain", {"width": 4, "depth": 1}), ("residual", {"width": 8}))
+    ]
+    usual = estimated()
     ring = 4 * (8 * 8 + 4 * 10)  # a quarter of a batch: uint8 images of 64 pixels, float32 logits
-    longer = estimated("distill.features=0", "distill.fresh=0.25", "distill.replay=1004")
+    longer = estimated("distill.replay=1004")
     assert longer - usual == pytest.approx(1000 * ring)
-    wide = estimated("distill.features=0", "distill.fresh=0.25", "student.kwargs={width: 40, depth: 1}")
+    wide = estimated("student.kwargs={width: 40, depth: 1}")
     found = [build_model("dfkd:tiny_plain", classes=10, channels=1, kwargs={"width": w, "depth": 1}) for w in (2, 40)]
     small, large = (sum(p.numel() for p in network.parameters()) for network in found)
     assert wide - usual > 3 * 4 * (large - small)  # weights, gradients and momenta in float32, besides activations
+    generators = [ConvGenerator(latent=8, classes=10, channels=1, size=8, width=width) for width in (4, 16)]
+    small, large = (sum(p.numel() for p in network.parameters()) for network in generators)
+    widths = sum(network.linear.in_features for network in networks)
+    counts = []
+    for network in networks:
+        graph = symbolic_trace(network.eval())
+        ShapeProp(graph).propagate(torch.zeros(1, 1, 8, 8))
+        layers = [node for node in graph.graph.nodes if node.op == "call_module"]
+        counts.append(sum(node.meta["tensor_meta"].shape.numel() for node in layers))
+    zoo = 4 * sum(p.numel() for network in networks for p in network.parameters())
+    room = 0.95 * zoo  # and no less than the larger one, with its statistics, takes
+    more = {
+        "generator.width=16": 4 * 4 * (large - small),  # and two moments of Adam
+        "synthesis.batch_size=26": 4 * 2 * 10 * max(counts),
+        "distill.features=1": 4 * (4 * 16 // 4 + 3 * found[0].linear.in_features) * widths,  # in the ring, a projector
+        f"zoo.memory_gb={room / 1e9}": room - zoo,
+    }
+    assert estimated(*more) - usual == pytest.approx(sum(more.values()))
+    pool = estimated("synthesis.inner=2", "synthesis.pool=40", "distill.replay=0")
+    assert pool - usual == pytest.approx(40 * 64 - 4 * ring)  # in uint8, where the ring was
+    channels = sum(norm.num_features for norm in networks[0].modules() if isinstance(norm, nn.BatchNorm2d))
+    contrast = ("teachers.residual.enabled=false", "synthesis.losses.contrastive=1.0")
+    banks = [estimated(*contrast, f"synthesis.bank={rows}") for rows in (100, 1100)]
+    assert banks[1] - banks[0] == pytest.approx(4 * 1000 * channels)
 
 
 def test_flags_that_only_print(runs: Runs) -> None:
