@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dfkd.errors import UserError
 from dfkd.norms import PLAIN, Moments, batch_moments, learning_norm
 
+TORCHS_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
 
 def world_size() -> int:
     """The number of processes; 1 outside a process group."""
@@ -99,16 +101,21 @@ PLAIN.add(SyncBatchNorm)
 
 def sync_batchnorm(module: nn.Module) -> nn.Module:
     """Turn every torch batch norm of a module into one over all processes, in place; parameters stay the same ones."""
-    for child in module.children():
-        if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    check_synchronisable(module)
+    for child in module.modules():
+        if type(child) in TORCHS_NORMS:
             child.__class__ = SyncBatchNorm
-        elif isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm) and world_size() > 1:
+    return module
+
+
+def check_synchronisable(module: nn.Module) -> None:
+    """Raise UserError where a module has batch norms of another kind and there are several processes."""
+    for child in module.modules() if world_size() > 1 else ():
+        if isinstance(child, _BatchNorm) and type(child) not in (*TORCHS_NORMS, SyncBatchNorm):
             raise UserError(
                 f"{type(child).__name__} cannot be synchronised over processes; give a generator torch's own batch "
                 "norms, a student those or runtime.sync_batchnorm=false"
             )
-        sync_batchnorm(child)
-    return module
 
 
 def mean_over_processes(tensors: list[Tensor]) -> None:

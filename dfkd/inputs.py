@@ -13,7 +13,7 @@ from dfkd.assemble import Parts
 from dfkd.classifier import Classifier, check_logits
 from dfkd.compress.closed_form import check_closed_form
 from dfkd.compress.files import load_compressed
-from dfkd.compress.graph import network_input, network_of
+from dfkd.compress.graph import network_input, network_of, wrapped_as
 from dfkd.compress.prepare import layer_bits
 from dfkd.compress.prune import PROBE, check_prunable, dependency_graph
 from dfkd.compress.qat import as_teacher
@@ -167,8 +167,10 @@ def task_input(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
 
 def given_student(parts: Parts, name: str) -> tuple[Classifier, dict[str, Any]]:
     """The student that distill.input names, and its description."""
-    student, about = task_input(parts, name)
+    model, about = task_input(parts, name)
     about.pop("selected", None)  # it has been trained since
+    student = wrapped_as(model, model.model)  # a Teacher would stay in eval mode
+    student.name = "student"
     return student, about
 
 

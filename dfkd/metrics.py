@@ -29,7 +29,7 @@ def learning_rates(phase: str) -> str:
 class Metrics:
     """Writes a run's figures; on every rank but 0 it only takes part in the averaging.
 
-    Lines of steps past `resumed_after` are dropped: they will be written again, and no step stands twice.
+    Lines of steps past `resumed_after`, of 0 all, are dropped: they will be written again, and no step stands twice.
     """
 
     def __init__(self, folder: Path, *, main: bool, resumed_after: int = 0) -> None:
@@ -42,7 +42,7 @@ class Metrics:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = _lines_until(path, resumed_after)
+        kept = _lines_until(path, resumed_after) if resumed_after else []
         self.warned = {entry["name"] for entry in map(json.loads, kept) if entry["phase"] == "warning"}
         with whole(path) as draft:
             draft.write_text("".join(kept))

@@ -68,8 +68,7 @@ def finish(
     results["verdict"] = verdict(results, _notes(parts, figures, named), warnings, learned)
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
     results["data_free"] = _data_free(parts, [entry for each in trained for entry in each.pop("opened")])
-    # A task that trained in several calls: its loop counted all of them, its own clock the last one.
-    spent |= {name: max(task["seconds"], spent.get(name, 0.0)) for name, task in tasks.items()}
+    spent |= {name: task["seconds"] for name, task in tasks.items()}  # with its figures and files
     spent["evaluation"] = time.perf_counter() - begun
     spent["total"] = sum(spent.values())
     results["seconds"] = {name: round(value, 1) for name, value in spent.items()}

@@ -16,7 +16,7 @@ from torch import nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.checkpoints import Checkpoints, Resumed
-from dfkd.collectives import sync_batchnorm
+from dfkd.collectives import check_synchronisable, sync_batchnorm
 from dfkd.compress.files import save_compressed
 from dfkd.compress.fit import Fit, hold_zeros
 from dfkd.errors import Paused, UserError
@@ -72,6 +72,10 @@ def build(recipe: Recipe, accelerator: Accelerator, shard: Shard) -> Parts:
     check_layers(parts)
     if (learner := distilled(parts)) is not parts:
         make_hints(learner)
+    learners: list[nn.Module] = [generator] if recipe.generator.checkpoint is None else []
+    learners += [learner.student] if learner.student is not None and recipe.runtime.sync_batchnorm else []
+    for network in learners:
+        check_synchronisable(network)
     say_groups(recipe, shard.world)
     return parts
 
@@ -183,23 +187,29 @@ def carry_out(parts: Parts, phases: list[Plan], spent: dict[str, float], deadlin
             if plan.name not in COMPRESSIONS and k < reached:  # finished before the checkpoint was written
                 take_up(parts, plan)
             elif plan.name not in COMPRESSIONS:
-                prepare_student(parts, plan)
-                synthesizer = make_synthesizer(parts) if plan.synthesis else None
-                fit = make_fit(parts, plan) if plan.students else None
-                loop = loop_of(plan, synthesizer, fit, offset=offset)
-                begun = go_on(loop, mine)
-                with compiled(networks(parts) if recipe.runtime.compile else []):
-                    loop.run(begun)
-                save_phase(parts, plan, synthesizer)
+                worked = carry_out_phase(parts, plan, partial(loop_of, plan, offset=offset), mine) < plan.total
                 checkpoints.claim()
-                worked = begun < plan.total
             elif not finished(recipe, plan.name):
                 say(f"task {plan.name}")
-                run_task(parts, plan.name, partial(train, partial(loop_of, plan, None, offset=offset), mine))
+                trained = partial(train, partial(loop_of, plan, None, offset=offset), mine)
+                run_task(parts, plan.name, trained, spent.get(plan.name, 0.0))
                 checkpoints.claim()
                 worked = True
             mine.clear()  # of a task that was finished already nobody took it up
             offset += plan.total
+
+
+def carry_out_phase(parts: Parts, plan: Plan, loop_of: Callable[..., Loop], state: dict[str, Any]) -> int:
+    """Train a phase's generator and student, from a checkpoint's state where there is one, and write them; returns the
+    step that it went on from. Optimisers, graphs and replayed images are let go of at its end."""
+    prepare_student(parts, plan)
+    synthesizer = make_synthesizer(parts) if plan.synthesis else None
+    loop = loop_of(synthesizer, make_fit(parts, plan) if plan.students else None)
+    begun = go_on(loop, state)
+    with compiled(networks(parts) if parts.recipe.runtime.compile else []):
+        loop.run(begun)
+    save_phase(parts, plan, synthesizer)
+    return begun
 
 
 def train(loop_of: Callable[[Fit], Loop], state: dict[str, Any], fit: Fit) -> None:

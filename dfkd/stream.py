@@ -115,7 +115,12 @@ class Replay:
     """
 
     def __init__(self, slots: int) -> None:
-        self.slots, self.filled, self.next = slots, 0, 0
+        self.slots = slots
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all batches."""
+        self.filled = self.next = 0
         self.images = self.targets = torch.empty(0)
 
     def push(self, images: Tensor, targets: Tensor) -> None:
@@ -254,7 +259,7 @@ class SyntheticStream(IterableDataset):
         # A DataLoader with batch_size=None hands out its workers' batches in turn: those of the stream, in order.
         index, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if self.replay is not None:  # which batches come does not depend on what was drawn before
-            self.replay = Replay(self.replay.slots)
+            self.replay.clear()
         while self.num_batches is None or index < self.num_batches:
             yield self.batch(index, epoch)
             index += step

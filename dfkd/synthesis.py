@@ -2,7 +2,8 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
 from numbers import Integral
@@ -26,7 +27,18 @@ from dfkd.models.checkpoints import not_finite
 from dfkd.norms import frozen_norms
 from dfkd.paging import in_turn
 from dfkd.renewal import RENEWED, draw_anew, redraw_steps
-from dfkd.runtime import Shard, autocast_of, default_shard, eval_mode, frozen, full_precision, prepare, to_bytes
+from dfkd.runtime import (
+    Shard,
+    autocast_of,
+    default_shard,
+    eval_mode,
+    forked,
+    frozen,
+    full_precision,
+    prepare,
+    reseed,
+    to_bytes,
+)
 from dfkd.teachers import Teacher, batch_norms, sample_teachers
 from dfkd.terms import (
     IMAGE_TERMS,
@@ -203,6 +215,17 @@ class Synthesizer:
     def step(self, step: int) -> dict[str, Tensor]:
         """One generator update, or with a pool one round of them. Returns the unweighted terms of the last update,
         detached scalars on the device (no host sync)."""
+        with self._seeded(step):
+            return self._step(step)
+
+    @contextmanager
+    def _seeded(self, step: int) -> Iterator[None]:
+        """Let what a generator draws in its forward, as by dropout, depend on the step alone."""
+        with forked(self.shard.device):
+            reseed(self.shard.device, self.seed, "generator", self.shard.rank, step)
+            yield
+
+    def _step(self, step: int) -> dict[str, Tensor]:
         if not self.generator.training:  # whoever looked at its images between two steps may have left it so
             self.generator.train()
         self._renew(step)
@@ -436,7 +459,8 @@ class Synthesizer:
             for norm in norms:
                 norm.momentum = 1 / (k + 1)
             labels, latents = self._draw(self.steps + k)
-            self._images(latents, labels)
+            with self._seeded(self.steps + k):
+                self._images(latents, labels)
         for norm, momentum in zip(norms, momenta):
             norm.momentum = momentum
         done.eval().requires_grad_(False)

@@ -221,8 +221,9 @@ def read_figures(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is torn ({error}); remove it and run the same command again") from None
 
 
-def run_task(parts: Parts, task: str, train: Train) -> None:
-    """Carry out one compression task: compress, write the model and its exports, measure, write task.json.
+def run_task(parts: Parts, task: str, train: Train, trained: float) -> None:
+    """Carry out one compression task: compress, write the model and its exports, measure, write task.json. Earlier
+    calls, which were stopped, have trained it for `trained` seconds.
 
     Every process computes the same; the main one writes.
     """
@@ -249,7 +250,7 @@ def run_task(parts: Parts, task: str, train: Train) -> None:
         figures["not_loaded"] = not_loaded(parts.recipe, folder, done.model)
         if parts.recipe.export.input in ("tasks", task):
             figures["export"] = export(parts, folder, model, done.model)
-        figures["seconds"] = round(time.perf_counter() - begun, 1)
+        figures["seconds"] = round(trained + time.perf_counter() - begun, 1)
         with whole(folder / DONE) as draft:
             draft.write_text(json.dumps(figures, indent=2) + "\n")
     parts.accelerator.wait_for_everyone()

@@ -108,7 +108,8 @@ class ConvGenerator(ImageGenerator):
         self.latent, self.classes, self.channels, self.size = latent, classes, channels, size
         self.conditional, self.prototypes, self.norms = conditional, prototypes, norms
         stages = max(2, math.ceil(math.log2(size / 8)))
-        self.sizes = [math.ceil(size / 2**k) for k in reversed(range(stages + 1))]
+        # From 2 x 2 on: batch norms cannot learn of one image's single pixel.
+        self.sizes = [min(size, max(2, math.ceil(size / 2**k))) for k in reversed(range(stages + 1))]
         wide = 2 * width
         self.start = (wide, self.sizes[0], self.sizes[0])
         self.embed = nn.Embedding(classes * prototypes, latent) if conditional else None

@@ -1,5 +1,6 @@
 """Sums over processes: batch moments, their gradients, and two processes of batch B against one of batch 2B."""
 
+import copy
 import os
 import socket
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from dfkd.collectives import (
 from dfkd.draws import Moves
 from dfkd.errors import UserError
 from dfkd.losses import information, kd_l1
+from dfkd.metrics import Metrics
 from dfkd.mixing import make_mix
 from dfkd.norms import batch_moments
 from dfkd.runtime import Shard, make_accelerator, shut_down
@@ -160,6 +162,7 @@ def process(rank: int, folder: str, port: int) -> None:
     assert dist.get_world_size() == 2
     tensors = [torch.full((2, 3), float(rank)), torch.tensor(5.0 - rank)]
     mean_over_processes(tensors)
+    metrics = Metrics(Path(folder), main=False)
     loader = accelerator.prepare(as_dataloader(rank_streams(shard)))
     with torch.no_grad():
         logits = zoo_logits(zoo(), shard.take(draw(2 * BATCH, 1, 8, 8)))
@@ -168,6 +171,7 @@ def process(rank: int, folder: str, port: int) -> None:
         "moments": moments_and_gradients(shard, nn.parallel.DistributedDataParallel),
         "norms": {case: norm_and_gradients(case, shard, sync_batchnorm) for case in NORMS},
         "means": tensors,
+        "logged": metrics.log("student", 1, {"loss": torch.tensor(1.0 + rank), "share": torch.tensor(rank)}),
         "zoo": logits,
         "loader": list(loader),
         "alone": refused(),
@@ -217,6 +221,19 @@ def test_every_torch_batch_norm_becomes_a_synchronised_one_with_the_same_paramet
     assert sum(isinstance(module, SyncBatchNorm) for module in model.modules()) == 3
     assert [id(p) for p in model.parameters()] == parameters
     assert list(model.state_dict()) == keys
+
+
+class AnotherNorm(nn.BatchNorm2d):
+    """As timm's, which adds an activation."""
+
+
+def test_norms_that_cannot_be_synchronised_are_refused_before_any_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Sequential(AnotherNorm(2)))
+    sync_batchnorm(copy.deepcopy(model))  # one process has nothing to synchronise
+    monkeypatch.setattr("dfkd.collectives.world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"AnotherNorm cannot be synchronised.*runtime\.sync_batchnorm=false"):
+        sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
 
 
 @pytest.mark.parametrize("case", NORMS)
@@ -282,6 +299,7 @@ def test_means_over_processes(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert torch.equal(found["means"][0], torch.full((2, 3), 0.5))
         assert torch.equal(found["means"][1], torch.tensor(4.5))
+        assert found["logged"] == {"loss": 1.5, "share": 0.5}  # metrics.jsonl has those of all, not of the first
 
 
 def test_the_zoos_logits_do_not_depend_on_how_the_batch_is_split(ranks: list[dict[str, Any]]) -> None:

@@ -231,6 +231,28 @@ def test_a_student_trains_in_training_mode_comes_back_in_eval_mode_and_the_teach
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("replay", [0, 3])
+def test_two_students_of_one_stream_are_alike(
+    make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher, replay: int
+) -> None:
+    stream = make_stream(teacher=make_teacher(), replay=replay)
+    first, second = (fit(network(), stream, steps=4).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_students_updates_seed_a_generator_that_draws(
+    make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
+) -> None:
+    def trained(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        noise = lambda shard, count, position: (torch.rand(count, 1, 8, 8), torch.zeros(count).long())  # noqa: E731
+        stream = SyntheticStream(noise, batch_size=8, teacher=make_teacher())
+        return fit(network(), stream, steps=3).state_dict()
+
+    first, second = trained(0), trained(1)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_an_epoch_is_other_images_and_torchs_generator_stays_as_it_was(
     make_stream: Callable[..., SyntheticStream], make_teacher: MakeTeacher
 ) -> None:

@@ -446,7 +446,8 @@ def test_images_are_those_of_the_layers_written_out(make_generator: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("size", "maps"), [(8, [2, 4, 8]), (28, [7, 14, 28]), (32, [8, 16, 32]), (64, [8, 16, 32, 64])]
+    ("size", "maps"),
+    [(4, [2, 2, 4]), (5, [2, 3, 5]), (8, [2, 4, 8]), (28, [7, 14, 28]), (32, [8, 16, 32]), (64, [8, 16, 32, 64])],
 )
 def test_maps_double_in_two_stages_at_least_and_from_eight_pixels_or_less(
     make_generator: Callable[..., ConvGenerator], size: int, maps: list[int]

@@ -537,6 +537,28 @@ def test_resumed_training_ends_bitwise_where_uninterrupted_does(
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
+def test_a_generator_that_draws_in_its_forward_depends_on_seed_and_step_alone(
+    zoo: list[Teacher], make_generator: MakeGenerator
+) -> None:
+    def trained(pieces: tuple[int, ...]) -> dict[str, Tensor]:
+        torch.manual_seed(len(pieces))
+        state: Any = None
+        for start, stop in zip((0, *pieces), pieces):
+            own: Any = make_generator()
+            own.__class__, own.change = Own, lambda x: F.dropout(x, 0.5) / 2
+            synthesizer = build(own, zoo, {"ce": 1.0, "bn": 1.0}, steps=4)
+            if state is not None:
+                own.load_state_dict(state[0])
+                synthesizer.load_state_dict(state[1])
+            for step in range(start, stop):
+                synthesizer.step(step)
+            state = copy.deepcopy((own.state_dict(), synthesizer.state_dict()))
+        return synthesizer.settle().state_dict()
+
+    whole, resumed = trained((4,)), trained((2, 4))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
 def test_an_update_waits_for_no_value(
     zoo: list[Teacher], make_generator: MakeGenerator, student: nn.Module, no_host_read: Any
 ) -> None:

@@ -1,5 +1,6 @@
 """Compression tasks in a run: pipelines, files that rebuild, exact resume, two processes, early refusals."""
 
+import gc
 import hashlib
 import json
 import os
@@ -28,7 +29,8 @@ from dfkd.recipe import load_recipe
 from dfkd.run import build, prepare_student
 from dfkd.runtime import make_accelerator
 from dfkd.stream import from_generator, from_images
-from dfkd.tasks import TASKS, TRAINED
+from dfkd.synthesis import Synthesizer
+from dfkd.tasks import TASKS, TRAINED, run_task
 from dfkd.teachers import Teacher
 from dfkd.training import Plan
 from generators import PoolGenerator
@@ -465,6 +467,9 @@ def test_a_teacher_that_was_trained_here_says_so_of_what_is_made_of_it(runs: Run
     assert any(moves)
     # A student that goes on from it has seen other images since, moved as distill's keys say.
     assert runs.run("taught", given[0], "tasks=[distill]", "distill.input=main", *SHORT).code == 0
+    student, teacher = (load_compressed(each).state_dict() for each in (runs.folder / "taught" / "student", trained))
+    moved = {name for name, value in student.items() if not torch.equal(value, teacher[name])}
+    assert {name.rpartition(".")[2] for name in moved} >= {"weight", "bias", "running_mean", "running_var"}
     about = json.loads((runs.folder / "taught" / "student" / "model.json").read_text())
     assert about["opened"] == [entry]
     assert about["moves"] == [1, True, False]
@@ -482,15 +487,24 @@ def test_a_generator_draws_alike_in_the_run_that_trained_it_and_from_its_file(ru
     assert figures[0] == figures[1]
 
 
-def test_tasks_in_pieces_end_with_the_same_bits_in_mixed_precision(runs: Runs) -> None:
+def test_tasks_in_pieces_end_with_the_same_bits_in_mixed_precision(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent: list[tuple[str, float]] = []  # by earlier calls, in the training of a task
+
+    def noted(parts: Any, task: str, train: Any, trained: float) -> None:
+        spent.append((task, trained))
+        gc.collect()
+        assert not [each for each in gc.get_objects() if isinstance(each, Fit | Synthesizer)]  # of tasks before
+        run_task(parts, task, train, trained + 100)
+
     given = (
         "tasks=[distill,qat,prune,ptq]",
         "runtime.precision=bf16",
-        "runtime.log_every=1000",
+        "runtime.log_every=4",
         "export.input=none",
         *SHORT,
     )
     assert runs.run("whole", *given).code == 0
+    monkeypatch.setattr("dfkd.run.run_task", noted)
     said = ""
     for _ in range(20):
         called = runs.run("pieces", *given, "runtime.minutes=1e-6")
@@ -507,6 +521,19 @@ def test_tasks_in_pieces_end_with_the_same_bits_in_mixed_precision(runs: Runs) -
     figures = [results(runs.folder / run) for run in ("whole", "pieces")]
     assert figures[0]["student"] == figures[1]["student"]
     assert figures[0]["seconds"].keys() == figures[1]["seconds"].keys()  # of all calls, whatever came last
+    before = [seconds for task, seconds in spent if task == "qat"]
+    assert before == sorted({*before})  # each call knows of the one before
+    assert (before[0], len(before) > 1) == (0.0, True)
+    assert figures[1]["seconds"]["qat"] == figures[1]["tasks"]["qat"]["seconds"] > 100 + before[-1]
+
+
+def test_a_run_without_checkpoints_in_pieces_writes_its_first_lines_once(runs: Runs) -> None:
+    assert runs.run("first", "tasks=[generator]", *SHORT).code == 0
+    given = ("tasks=[ptq,udfc]", f"generator.checkpoint={runs.folder / 'first' / 'generator'}", "ptq.method=nearest")
+    calls = [runs.run("pieces", *given, "export.input=none", *SHORT, "runtime.minutes=1e-6") for _ in range(2)]
+    assert ["task udfc is next" in called.out for called in calls] == [True, False]
+    lines = (runs.folder / "pieces" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["phase"] for line in lines].count("images") == 1
 
 
 @pytest.mark.parametrize("trained", TRAINED)

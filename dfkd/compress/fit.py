@@ -168,9 +168,9 @@ class Fit:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
         if self.student.training == self.hold_norms:  # whoever measured it between two steps may have left it so
             self.student.train(not self.hold_norms)
+        # For layers that draw in their forward, of a generator that learns too: the same after a resume.
+        reseed(self.ramp.device, self.stream.seed, "student", self.stream.shard.rank, step)
         given = self.stream.watched_batch(step, watch=self.hints.watch_teacher if self.hints is not None else None)
-        images = given[0]
-        reseed(images.device, self.stream.seed, "student", self.stream.shard.rank, step)  # the same after a resume
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * cosine(step, self.steps, self.warmup)
         if "maps" in self.project:
@@ -243,6 +243,8 @@ class Fit:
         Raises UserError where the student has diverged.
         """
         device = next(self.student.parameters()).device
+        if self.stream.replay is not None:
+            self.stream.replay.clear()  # of another student's batches
         with forked(device):
             for step in range(self.steps):
                 self.step(step)

@@ -163,8 +163,11 @@ def check_takes(network: nn.Module, images: Tensor) -> None:
 
 def with_network(model: nn.Module, network: nn.Module) -> nn.Module:
     """The model with another network in it: a Classifier keeps its normalisation and input size."""
-    if not isinstance(model, Classifier):
-        return network
+    return wrapped_as(model, network) if isinstance(model, Classifier) else network
+
+
+def wrapped_as(model: Classifier, network: nn.Module) -> Classifier:
+    """A plain Classifier, in eval mode, of a network, with the name, normalisation and input size of another."""
     mean, std = model.normalisation
     wrapped = Classifier(network, name=model.name, mean=mean, std=std, input_size=model.input_size)
     return wrapped.to(model.mean.device).eval()
