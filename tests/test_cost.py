@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+import torchvision
 from networks_fixture import images, named
 from torch import nn
 
@@ -50,6 +51,14 @@ def test_a_networks_cost_is_counted_as_by_hand(wrapped: bool) -> None:
 
 def test_a_network_without_layers_costs_nothing() -> None:
     assert cost(nn.Sequential(nn.ReLU(), nn.Flatten()), images(1, 3, 8, 8))["macs"] == 0
+
+
+def test_torchs_own_attention_costs_what_its_linear_layers_do() -> None:
+    vit = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10).eval()
+    embedding, block = 16 * 64 * 3 * 8 * 8, 17 * (64 * 3 * 64 + 64 * 64 + 2 * 64 * 128)  # 16 patches, 17 tokens
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert cost(vit, images(1, 3, 32, 32))["macs"] == embedding + 2 * block + 64 * 10
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize("fused", [True, False])

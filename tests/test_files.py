@@ -16,6 +16,7 @@ from dfkd.classifier import Classifier
 from dfkd.compress.channels import changed_shapes, shapes, shrink
 from dfkd.compress.files import load_compressed, save_compressed
 from dfkd.compress.graph import chains, network_of
+from dfkd.compress.prune import prune
 from dfkd.compress.quantize import quantize
 from dfkd.compress.quantizers import activation_quantizers, quantized_layers
 from dfkd.compress.tracing import trace
@@ -111,6 +112,16 @@ def test_bits_signs_and_float_layers_come_back(tmp_path: Path) -> None:
     assert {bits for bits, _ in about.values()} == {8, 5, 3, 4}
     assert {signed for _, signed in about.values()} == {True, False}
     assert loaded.meta["bits"] == {name: list(pair) for name, pair in done.model.model.meta["bits"].items()}
+
+
+@pytest.mark.parametrize("key", ["quantized", "channels"])
+def test_what_would_not_load_is_not_saved(tmp_path: Path, key: str) -> None:
+    spec = "dfkd:tiny_residual"
+    given = wrapped(spec)
+    done = nearest(given, bits=4) if key == "quantized" else prune(given, [X], 0.5, images=len(X))
+    with pytest.raises(UserError, match=r"is (quantised|pruned), which its description does not say.*'structure'"):
+        save_compressed(tmp_path / "it", done.model, described(spec, {}))
+    assert not (tmp_path / "it").exists()
 
 
 def test_what_a_description_does_not_say_of_the_images_is_the_models(tmp_path: Path) -> None:

@@ -357,7 +357,9 @@ def test_images_in_double_precision_are_given_as_float32_ones() -> None:
 def test_an_iterable_that_ends_for_good_is_refused(images: Any) -> None:
     stream = Batches(images)
     stream.teachers = [Teacher(network())]
-    with pytest.raises(UserError, match="gave no batch; give an iterable that can be gone through more than once"):
+    with pytest.raises(
+        UserError, match=r"no batch for update [01]: it is empty, or .* at its end; give one that can be gone"
+    ):
         [stream.watched_batch(step) for step in range(2)]
 
 

@@ -313,8 +313,42 @@ def test_a_network_in_double_precision_is_trained_in_it() -> None:
 
 
 def test_a_stream_that_cannot_be_begun_again_is_refused() -> None:
-    with pytest.raises(UserError, match="an iterable that can be gone through more than once"):
+    with pytest.raises(UserError, match=r"no batch for update 0: .* one that can be gone through again"):
         quantize(model(), iter(STREAM), 8, method="train", images=96, steps=1)
+
+
+def test_a_result_may_be_taken_while_it_trains() -> None:
+    options: dict[str, Any] = {"images": 32, "warm_start": 0, "steps": 4}
+    looked, whole = (Training(model(), STREAM, 4, **options) for _ in range(2))
+    results: list[Tensor] = []
+    for step in range(4):
+        looked.fit.step(step)
+        results = [looked.result().model(X), *results]
+    whole.fit.run()
+    assert torch.equal(results[0], whole.result().model(X))
+    assert not torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("warm_start", [-1, 1.5])
+def test_a_warm_start_is_a_whole_number(warm_start: Any) -> None:
+    with pytest.raises(UserError, match=f"warm_start={warm_start} is not allowed"):
+        Training(model(), STREAM, 4, images=32, warm_start=warm_start)
+
+
+@pytest.mark.parametrize(
+    ("bits", "brighter", "of"), [((8, 4), 0.0, "4 bits, signed"), ((4, 4), -9.0, "8 bits, unsigned")]
+)
+def test_a_state_is_of_the_same_bits_and_signs(bits: Any, brighter: float, of: str) -> None:
+    signed, other = (
+        quantize(model().model, [x + shift for x in STREAM], each, method="nearest", images=32).model
+        for each, shift in (((4, 4), 0.0), (bits, brighter))
+    )
+    state = signed.state_dict()
+    with pytest.raises(UserError, match=f"a quantiser of the state has .*{of}, that of the network"):
+        other.load_state_dict(state)
+    again = quantize(model().model, STREAM, (4, 4), method="nearest", images=32).model
+    again.load_state_dict({key: value for key, value in state.items() if not key.endswith("_extra_state")})  # of old
+    assert torch.equal(again(X), signed(X))
 
 
 def test_an_option_that_training_does_not_have_is_an_error() -> None:

@@ -1,5 +1,7 @@
 """What a network costs: parameters, multiply-accumulates, zeros, bytes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     """
     network = network_of(model)
     # Frozen, or the counter stumbles over views of parameters.
-    with frozen(model), eval_mode(model), FlopCounterMode(display=False) as counter:
+    with frozen(model), eval_mode(model), _every_product_apart(), FlopCounterMode(display=False) as counter:
         model(image)
     flops = counter.get_flop_counts().get("Global", {})  # of no layers none
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
@@ -41,6 +43,17 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
         "sparsity": 100 * sum(_zeros(layer) for layer in layers) / weights if weights else 0.0,
         "bytes": round(sum(number.numel() * few.get(key, 32) / 8 for key, number in numbers.items())),
     }
+
+
+@contextmanager
+def _every_product_apart() -> Iterator[None]:
+    """Let torch's own attention call its linear layers one by one, which its fast path makes one call with the rest."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _zeros(layer: nn.Module) -> int:

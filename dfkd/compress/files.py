@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dfkd.classifier import Classifier
-from dfkd.compress.channels import remember, resize
+from dfkd.compress.channels import remember, remembered, resize
 from dfkd.compress.graph import fold, network_of
 from dfkd.compress.prepare import insert
-from dfkd.compress.quantizers import activation_quantizers, quantized_layers
+from dfkd.compress.quantizers import Quantizer, activation_quantizers, quantized_layers
 from dfkd.compress.tracing import thawed, trace
 from dfkd.errors import UserError, in_a_line
 from dfkd.models import build_model, read_checkpoint, save_tensors
@@ -27,10 +27,19 @@ def save_compressed(folder: str | os.PathLike[str], model: nn.Module, descriptio
     does not say of normalisation and input size is the model's, where it is a Classifier.
     """
     network = network_of(model)
+    structure = description.get("structure", {})
+    for key, made in (("quantized", quantized_layers(network)), ("channels", remembered(network))):
+        if made and key not in structure:
+            raise UserError(
+                f"the network is {'quantised' if key == 'quantized' else 'pruned'}, which its description does not "
+                f"say, so that the folder would not load; give it 'structure': that of what quantize or prune returned"
+            )
     if isinstance(model, Classifier):
         mean, std = model.normalisation
         description = {"mean": mean, "std": std, "input_size": model.input_size, **description}
-    tensors = {key: value.detach() for key, value in network.state_dict().items()}
+    # model.json says what the quantisers' own state does.
+    held = {f"{name}._extra_state" for name, each in network.named_modules() if isinstance(each, Quantizer)}
+    tensors = {key: value.detach() for key, value in network.state_dict().items() if key not in held}
     for name, layer in quantized_layers(network).items():
         tensors[f"{name}.weight"] = layer.quantizer.codes(layer.weight)
     save_tensors(folder, tensors, description)

@@ -65,7 +65,10 @@ class Batches:
             self.iterator = images_of(self.images)
             images = next(self.iterator, None)
         if images is None:
-            raise UserError("the stream gave no batch; give an iterable that can be gone through more than once")
+            raise UserError(
+                f"the stream has no batch for update {step}: it is empty, or an iterator that is at its end; give "
+                "one that can be gone through again, as a list or a DataLoader can"
+            )
         images = as_floats(self.teachers[0], images.to(self.teachers[0].mean.device))
         with watch() if watch else nullcontext([]) as seen:
             targets = self.teachers[0](images)
@@ -80,10 +83,13 @@ def hold_zeros(model: nn.Module) -> None:
             weight.register_hook(partial(torch.mul, kept))
 
 
-def check_training(stream: Any, steps: int, *, lr: float | None, weight_decay: float, temperature: float) -> None:
+def check_training(
+    stream: Any, steps: int, warm_start: int = 0, *, lr: float | None, weight_decay: float, temperature: float
+) -> None:
     """Raise UserError for numbers out of range, and where a stream ends before so many updates."""
-    if not (isinstance(steps, Integral) and steps >= 0):
-        raise UserError(f"steps={steps!r} is not allowed; training takes a whole number of updates, 0 or more")
+    for name, updates in {"steps": steps, "warm_start": warm_start}.items():
+        if not (isinstance(updates, Integral) and updates >= 0):
+            raise UserError(f"{name}={updates!r} is not allowed; training takes a whole number of updates, 0 or more")
     if not ((lr is None or lr >= 0) and weight_decay >= 0 and temperature > 0):  # NaN is none of these
         raise UserError(
             f"training takes lr and weight_decay of 0 or more and a temperature above 0, got {lr}, {weight_decay} and "

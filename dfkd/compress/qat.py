@@ -76,7 +76,7 @@ class Training:
         accelerator: Any = None,
     ) -> None:
         # Before the warm start, which may take minutes.
-        check_training(stream, steps, lr=lr, weight_decay=weight_decay, temperature=temperature)
+        check_training(stream, steps, warm_start, lr=lr, weight_decay=weight_decay, temperature=temperature)
         self.given = model
         self.inputs = calibration_inputs(model, stream if calibration is None else calibration, images)
         check_logits(network_of(model), self.inputs[0][:1])
@@ -126,15 +126,17 @@ class Training:
         self.fit.optimizer.register_step_post_hook(keep_positive)
 
     def result(self) -> Compressed:
-        """The trained model, its batch norms folded."""
-        network: Any = network_of(self.student)
+        """The trained model, its batch norms folded; the student in training stays as it is."""
+        network: Any = copy.deepcopy(network_of(self.student))
         for name in self.names:
             remove_call(network, name)
         name_quantizers(fold(network.eval()))
         for name, value in network.state_dict().items():
             if not torch.isfinite(value).all():
                 raise UserError(f"{name} is NaN or infinite after training with few bits; lower lr, or raise the bits")
-        return quantized(self.given, self.student.eval(), with_network(self.given, self.naive), self.inputs)
+        return quantized(
+            self.given, with_network(self.given, network), with_network(self.given, self.naive), self.inputs
+        )
 
 
 def as_teacher(model: nn.Module, network: nn.Module) -> Teacher:

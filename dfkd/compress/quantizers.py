@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dfkd.errors import UserError
 from dfkd.runtime import full_precision
 
 
@@ -73,12 +74,40 @@ def sqnr_db(exact: Tensor, near: Tensor) -> float:
     return float(10 * torch.log10(power / noise))
 
 
-class WeightQuantizer(nn.Module):
+class Quantizer(nn.Module):
+    """What a scale means, the bits and the sign, is part of its state: that of another quantiser is refused."""
+
+    bits: int
+    signed: bool
+
+    def get_extra_state(self) -> Tensor:
+        """The bits, and 1 where there are values below zero."""
+        return torch.tensor([self.bits, int(self.signed)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise UserError where a state is that of other bits or of another sign."""
+        own = self.get_extra_state()
+        if not torch.equal(state.cpu(), own):
+            of = [f"{bits} bits, {'signed' if sign else 'unsigned'}" for bits, sign in (state.tolist(), own.tolist())]
+            raise UserError(
+                f"a quantiser of the state has {of[0]}, that of the network {of[1]}: its scales would mean others; "
+                "load it into a network quantised with the same bits and images, or use save_compressed and "
+                "load_compressed"
+            )
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *given: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *given)
+        absent, key = given[2], prefix + "_extra_state"
+        if key in absent:  # a state that was saved without
+            absent.remove(key)
+
+
+class WeightQuantizer(Quantizer):
     """Signed weights in `bits` bits; scale [1] for the layer or [K] for its outputs, ones until it is calibrated."""
 
     def __init__(self, bits: int, scales: int) -> None:
         super().__init__()
-        self.bits = bits
+        self.bits, self.signed = bits, True
         self.low, self.high = limits(bits, signed=True)
         self.scale = nn.Parameter(torch.ones(scales))
 
@@ -100,7 +129,7 @@ class WeightQuantizer(nn.Module):
         return (full_precision(weight) / self.step(weight)).clamp(self.low, self.high).round().to(torch.int8)
 
 
-class ActivationQuantizer(nn.Module):
+class ActivationQuantizer(Quantizer):
     """A tensor in `bits` bits with one scale; unsigned where calibration saw nothing below zero.
 
     keep is the share of values left unquantised at random (QDrop, Wei et al. 2022), 0 outside reconstruction.

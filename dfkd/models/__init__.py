@@ -131,10 +131,20 @@ def _in_one_line(request: _Request) -> Iterator[None]:
         raise UserError(f"model {request.spec!r} cannot be built{pretrained}{given}: {reason}") from error
 
 
+def _check_sizes(request: _Request, names: Iterable[str]) -> None:
+    """Raise UserError where kwargs give again what classes and channels give already."""
+    if twice := [name for name in names if name in request.kwargs]:
+        raise UserError(
+            f"model {request.spec!r} takes no argument {twice[0]!r} from kwargs: set classes, or image.channels, in "
+            "Python classes= and channels="
+        )
+
+
 def _from_timm(request: _Request) -> nn.Module:
     if not request.name.startswith(_TIMM_SOURCES) and not timm.is_model(request.name):
         raise _unknown(request, timm.list_models(), "timm.list_models() names those of timm")
     sizes: dict[str, Any] = {"num_classes": request.classes, "in_chans": request.channels}
+    _check_sizes(request, ("num_classes", "in_chans"))
     with _in_one_line(request):
         model: Any = timm.create_model(request.name, pretrained=request.pretrained, **sizes, **request.kwargs)
     trained = model.pretrained_cfg.get("num_classes")
@@ -148,6 +158,7 @@ def _from_torchvision(request: _Request) -> nn.Module:
         raise _unknown(request, _TORCHVISION, "torchvision.models.list_models() names those of torchvision")
     if request.pretrained and request.channels != 3:
         raise UserError(f"model {request.spec!r}: its pretrained weights take 3 channels, not {request.channels}")
+    _check_sizes(request, ("num_classes",))
     weights = "DEFAULT" if request.pretrained else None
     with _in_one_line(request):
         model = torchvision.models.get_model(
