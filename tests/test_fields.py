@@ -12,6 +12,7 @@ from runs_fixture import ROOT, Runs
 from dfkd.terms import IMAGE_TERMS, TEACHER_TERMS
 
 TASKS = ("prune", "qat", "ptq", "udfc")
+PIXELS = ("synthesis.latent_lr=0.1", "synthesis.redraw=0", "synthesis.losses.diversity=0", "synthesis.losses.spread=0")
 CHEAP = (
     f"tasks=[distill,{','.join(TASKS)}]",
     *("synthesis.steps=4", "distill.steps=4", "student.weights=teacher", "zoo.main=residual"),
@@ -19,7 +20,7 @@ CHEAP = (
     "runtime.grid_every=2",  # grids of a generator that knows nothing yet: there are warnings to look at
     *("prune.images=16", "prune.steps=2", "prune.batch_size=8"),
     *("qat.images=8", "qat.steps=2", "qat.batch_size=8", "ptq.images=32", "ptq.steps=1"),
-    *("export.input=udfc", "export.images=8"),  # one file: an export takes longer than a task
+    *("udfc.bits=4", "export.input=udfc", "export.images=8"),  # one file: an export takes longer than a task
 )
 
 # By the file or phase that a heading names its fields, each with what it is always in: "" is the file or line itself,
@@ -75,8 +76,13 @@ def test_the_document_and_a_run_have_the_same_fields(runs: Runs, documented: dic
         assert results["tasks"][name] == {key: value for key, value in task.items() if key != "opened"}
         results["tasks"][name] = None
     compare(paths(results), documented["results.json"])
-    compare(paths(json.loads((folder / "generator" / "generator.json").read_text())), documented["generator.json"])
-    for model in [folder / "student", *(folder / name for name in TASKS)]:
+    rounds = ("tasks=[generator]", "synthesis.steps=2", "synthesis.inner=2")
+    assert runs.run("pool", *rounds).code == 0
+    assert runs.run("pixels", *rounds, "generator.arch=pixels", *PIXELS).code == 0
+    for run in (folder, runs.folder / "pool", runs.folder / "pixels"):
+        compare(paths(json.loads((run / "generator" / "generator.json").read_text())), documented["generator.json"])
+    (teacher, *_) = runs.cache.glob("plain-*")
+    for model in [folder / "student", *(folder / name for name in TASKS), teacher]:
         compare(paths(json.loads((model / "model.json").read_text())), documented["model.json"])
 
 
