@@ -3,7 +3,8 @@
 python benchmarks/compress.py --out runs/compress recipe=cifar10_resnet20 generator.checkpoint=DIR [KEY=VALUE ...]
 
 Goes on where it stopped: each finished figure is a line of OUT/figures.jsonl. --cases and --sources choose some, with
-commas between. `seed=1` and so on measures a case once more, on the same network: teachers.NAME.weights names it.
+commas between. `seed=1` and so on measures a case once more, on the same network: teachers.NAME.weights names it, from
+the first call on.
 """
 
 import argparse
@@ -66,13 +67,14 @@ def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequen
     accelerator, shard = make_accelerator(recipe.runtime.precision)
     # Teachers that a run trains are others with every seed, in folders of other names.
     given = sorted(key for key in arguments if not key.startswith("seed="))
-    keep_settings(out / "settings.json", {"keys": given, "trained teachers": trained_keys(recipe)})
+    own = {"trained teachers": trained} if (trained := trained_keys(recipe)) else {}
+    keep_settings(out / "settings.json", {"keys": given, **own})
     keep_recipes(out, {"": dataclasses.replace(recipe, seed=0)})
     parts = build(recipe, accelerator, shard)
     train_zoo(parts, print)
     path = out / "figures.jsonl"
     lines = whole_lines(path)
-    found, complete = {(line["case"], line["source"], line["seed"]) for line in lines}, True
+    found, absent = {(line["case"], line["source"], line["seed"]) for line in lines}, []
     for case, (task, keys) in cases.items():
         for source in sources if task != "udfc" else ["no data"]:
             if (case, source, recipe.seed) in found:
@@ -86,7 +88,7 @@ def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequen
                 done = TASKS[task](here, model, images, Fit.run)
             except UserError as error:
                 print(f"{case} from {source} not done: {error}", flush=True)
-                complete = False
+                absent.append(f"{case} from {source} (seed {recipe.seed})")
                 continue
             figures = {"case": case, "source": source, "seed": recipe.seed, **compare(here, model, done)}
             figures |= {"seconds": time.perf_counter() - begun, "device": describe_device(shard)}
@@ -95,7 +97,9 @@ def measure(out: Path, cases: Cases, sources: Collection[str], arguments: Sequen
             print(case, source, figures["before"], figures["naive"], figures["after"], flush=True)
     wanted = [line for line in lines if line["case"] in cases and line["source"] in (*sources, "no data")]
     print(table(wanted) if wanted else "nothing could be measured")
-    return complete
+    if absent:
+        print(f"\nNot there: {'; '.join(absent)}")
+    return not absent
 
 
 def table(lines: list[dict[str, Any]]) -> str:

@@ -86,15 +86,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(lambda: study(options, {"recipe": "digits_families", **given_keys(given, "the study", ())}))
 
 
-def study(options: argparse.Namespace, keys: Keys) -> None:
-    """All that main does for its options and the KEY=VALUE arguments."""
+def study(options: argparse.Namespace, keys: Keys) -> bool:
+    """All that main does for its options and the KEY=VALUE arguments; whether every source could be made."""
     recipe = load_recipe(written({**keys, **STUDY, "output": str(options.out)})).recipe
     held_out = options.held_out.split(",")
     zoo, image_keys = zoo_names(recipe, held_out), given_keys(options.image_keys.split(), "image optimisation", ())
     sources = all_sources(zoo, recipe.synthesis.steps, options.rounds, image_keys)
     if options.list:
         print("\n".join(sources))
-        return
+        return True
     cases, chosen = picked(CASES, options.cases), picked(sources, options.sources) if options.sources else sources
     if recipe.data.dataset == "none":
         raise UserError("the study judges compressed networks on real test images: set data.dataset")
@@ -107,7 +107,7 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
     keys |= {f"teachers.{name}.enabled": "false" for name in held_out}
     keys |= {"tasks": "[generator]", "zoo.main": "null"}
     path = options.out / "figures.jsonl"
-    lines = whole_lines(path)
+    lines, absent = whole_lines(path), []
     figures = [("images", teacher.name) for teacher in parts.zoo]
     figures += [(case, model) for case in cases for model in held_out]
     for seed in options.seeds:
@@ -116,7 +116,12 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
             wanted = [each for each in figures if each not in found]
             if not wanted:
                 continue
-            seconds = train_source(options.out, name, seed, {**keys, **own}) if own is not None else 0.0
+            try:
+                seconds = train_source(options.out, name, seed, {**keys, **own}) if own is not None else 0.0
+            except UserError as error:
+                print(f"{name}, seed {seed}, not made: {error}", flush=True)
+                absent.append(f"{name} (seed {seed})")
+                continue
             for line in measured(parts, options.out, name, seed, wanted, options.images):
                 line |= {"held_out": line["model"] in held_out, "training_seconds": seconds}
                 lines.append(line)
@@ -124,10 +129,13 @@ def study(options: argparse.Namespace, keys: Keys) -> None:
             print(f"{name}, seed {seed}: trained in {seconds:.0f} s", flush=True)
     shown = [line for name in chosen for line in lines if line["source"] == name]
     shown = [line for line in shown if line["case"] in ("images", *cases) and line["seed"] in options.seeds]
-    text = table(shown)
+    if not shown:
+        raise UserError("no source could be made: there is nothing to show")
+    text = table(shown) + (f"\n\nNot there: {'; '.join(absent)}" if absent else "")
     print(text)
     (options.out / "generalise.md").write_text(text + "\n")
     (options.out / "generalise.svg").write_text(plot(shown))
+    return not absent
 
 
 # --- sources ---

@@ -1,3 +1,4 @@
+import json
 import statistics
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -177,6 +178,7 @@ def test_compression_of_one_network_with_several_seeds(
     complete, said = measured("out", "W2A4,none,cut", ["noise"])
     assert not complete
     assert "none from noise not done: " in said
+    assert said.endswith("\nNot there: none from noise (seed 0)\n")
     assert "| cut | " in said
     with pytest.raises(UserError, match=r"trained teachers: .*; choose another --out"):
         measured("out", "W2A4", ["noise"], "seed=1")
@@ -191,6 +193,11 @@ def test_compression_of_one_network_with_several_seeds(
     assert f" | {cell} |" in said
     _, said = measured("two", "W2A4", ["noise"])  # all is there; what was not asked for is not shown
     assert f"| case | naive | noise |\n|---|---|---|\n| W2A4 | - | {cell} |\n" in said
+    settings = json.loads(Path("two/settings.json").read_text())  # as a folder has it that an older call wrote
+    assert settings.keys() == {"keys"}
+    monkeypatch.setattr(compress, "load_recipe", lambda words: load_recipe([*words, "ptq.drop=0.25"]))
+    with pytest.raises(UserError, match=r"by another recipe, which differs in ptq\.drop;"):
+        measured("two", "W2A4", ["noise"])
 
 
 def test_settings_bind_what_has_figures(benchmark: Callable[[str], ModuleType], tmp_path: Path) -> None:

@@ -92,6 +92,11 @@ def test_a_pair_goes_on_where_it_stopped(
     assert len({line["generator_updates"] for line in lines}) == 1  # all seeds do the same
     assert call("0") == 0  # and nothing is run again
     assert len(Path("out/figures.jsonl").read_text().splitlines()) == 2
+    with Path("out/figures.jsonl").open("a") as file:
+        file.write(json.dumps({**lines[0], "seed": 7, "accuracy": 0.0}) + "\n")
+    capfd.readouterr()
+    assert call("0") == 0
+    assert rows(capfd.readouterr().out)[2] == cells  # of the seeds that are asked for
     Path("out/figures.jsonl").unlink()  # an update has a price before there is a figure
     tiny = Path("tiny.yaml")
     tiny.write_text(tiny.read_text().replace("lr: 0.05", "lr: 0.06"))
@@ -204,7 +209,8 @@ def test_a_benchmark_that_is_terminated_ends_its_runs_which_save_first(tmp_path:
         (tmp_path / where).mkdir()
         (tmp_path / where / "run.py").write_text(RUN)
         command = [sys.executable, "-c", BENCHMARK, where]
-        begun.append((subprocess.Popen(command, cwd=tmp_path / where, env={**os.environ, **path}), tmp_path / where))
+        environment, said = {**os.environ, **path}, open(tmp_path / where / "err", "w")  # noqa: SIM115
+        begun.append((subprocess.Popen(command, cwd=tmp_path / where, env=environment, stderr=said), tmp_path / where))
     for started, folder in begun:
         said, deadline = folder / "said", time.monotonic() + 60
         while not (said.exists() and said.read_text()):
@@ -214,6 +220,7 @@ def test_a_benchmark_that_is_terminated_ends_its_runs_which_save_first(tmp_path:
     for started, folder in begun:
         assert started.wait(60) == 128 + signal.SIGTERM
         assert (folder / "said").read_text().split() == ["listens", "saved"]
+        assert "stopped for SIGTERM; the same call goes on" in (folder / "err").read_text().splitlines()
 
 
 def test_a_pair_that_was_not_measured_on_the_way_has_no_last_quarter(pairs: ModuleType) -> None:
