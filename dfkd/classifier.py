@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from itertools import chain
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -83,15 +82,18 @@ class Classifier(nn.Module):
                 f"{name}: {half[0]} is {model.get_parameter(half[0]).dtype}; call .float() on the network: what is "
                 "computed in fewer bits is chosen by autocast (runtime.precision)"
             )
-        if isinstance(mean, Real | str) or isinstance(std, Real | str):
+        try:
+            ours = [[float(value) for value in each] for each in (mean, std) if not isinstance(each, str)]
+        except (TypeError, ValueError):
+            ours = []
+        if len(ours) < 2:
             raise UserError(f"{name}: mean {mean} and std {std} are lists, of one value per channel each")
+        mean, std = ours
         if len(mean) != len(std) or any(value <= 0 for value in std):
-            raise UserError(
-                f"{name}: mean {list(mean)} and std {list(std)} must be one value per channel each, std > 0"
-            )
+            raise UserError(f"{name}: mean {mean} and std {std} must be one value per channel each, std > 0")
         if not all(0 <= value <= 1 for value in mean):
             raise UserError(
-                f"{name}: mean {list(mean)} is none of images in [0, 1]; divide mean and std by 255 where they are of "
+                f"{name}: mean {mean} is none of images in [0, 1]; divide mean and std by 255 where they are of "
                 "images in 0 to 255"
             )
         self.slow = [
@@ -99,7 +101,7 @@ class Classifier(nn.Module):
             for module in model.modules()
             if type(module) is nn.Conv2d and module.groups == module.in_channels > 1 and max(module.stride) > 1
         ]
-        self.normalisation = ([float(each) for each in mean], [float(each) for each in std])
+        self.normalisation = (mean, std)
         device = next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
         self.register_buffer("mean", torch.tensor(self.normalisation[0] or [0.0], device=device).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(self.normalisation[1] or [1.0], device=device).view(1, -1, 1, 1))

@@ -39,7 +39,9 @@ Watch = Callable[[], AbstractContextManager[Sequence[Tensor]]]  # collects tenso
 
 
 def from_generator(generator: ImageGenerator, graphs: Calls = DIRECT) -> Source:
-    """Images of a generator, of balanced classes."""
+    """Images of a generator, of balanced classes. Raises UserError for what is none."""
+    if not isinstance(generator, ImageGenerator):
+        raise UserError(f"from_generator takes a generator (load_generator(FOLDER)), got a {type(generator).__name__}")
     graphs = graphs if any(True for _ in generator.parameters()) else DIRECT  # pixels and pools: nothing to gain
     return partial(_generated, generator, graphs)  # not a closure: workers that are spawned are sent it
 
@@ -56,12 +58,15 @@ def _generated(
 
 
 def from_noise(channels: int, size: int, classes: int, mean: float = 0.5, std: float = 0.25) -> Source:
-    """A control: normal noise clamped to [0, 1], its labels random. Raises UserError for counts below 1."""
+    """A control: normal noise clamped to [0, 1], its labels random. Raises UserError for counts below 1 and for what
+    is no number."""
     if not all(isinstance(each, Integral) and each >= 1 for each in (channels, size, classes)):
         raise UserError(
             f"from_noise takes whole numbers of channels, pixels a side and classes, got {channels!r}, {size!r} and "
             f"{classes!r}"
         )
+    if not (isinstance(mean, Real) and isinstance(std, Real)):
+        raise UserError(f"from_noise takes a mean and a std of pixels, numbers, got {mean!r} and {std!r}")
     return partial(_noise, (channels, size, size), classes, mean, std)
 
 
@@ -209,13 +214,12 @@ class SyntheticStream(IterableDataset):
                 "a stream's source is a generator (load_generator(FOLDER)), or of dfkd.stream from_images, from_noise; "
                 f"got a {type(source).__name__}"
             )
-        whole = {"batch_size": batch_size, "replay": replay, "seed": seed}
+        whole = {"replay": replay, "seed": seed}
         whole |= {"num_batches": num_batches} if num_batches is not None else {}
         for name, value in whole.items():
-            if not isinstance(value, Integral):
-                raise UserError(f"a stream's {name} is a whole number, got {value!r}")
-        if batch_size < 2 or (num_batches is not None and num_batches < 1):
-            raise UserError(f"a stream needs batch_size >= 2 and num_batches >= 1, got {batch_size} and {num_batches}")
+            _check_whole(f"a stream's {name}", value)
+        if num_batches is not None and num_batches < 1:
+            raise UserError(f"a stream needs num_batches >= 1, got {num_batches}")
         if replay < 0:
             raise UserError(f"a stream needs replay >= 0, past batches that are kept, got {replay}")
         for name, share in {"shift": shift, "mix": mix, "fresh": fresh}.items():
@@ -228,17 +232,20 @@ class SyntheticStream(IterableDataset):
         self.shard = shard or default_shard(source.device if isinstance(source, ImageGenerator) else None)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
+        self.replay = Replay(replay) if replay else None
         self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
         self.set_epoch(epoch)
         given: Any = [] if teacher is None else teacher
         several = isinstance(given, Iterable) and not isinstance(given, nn.Module)
         self.teachers: list[Any] = list(given) if several else [given]
         if not all(isinstance(each, Teacher) for each in self.teachers):
-            raise UserError("a stream's teacher is a dfkd.Teacher: Teacher(network, mean=..., std=...), or several")
+            kinds = ", ".join(dict.fromkeys(f"a {type(each).__name__}" for each in self.teachers))
+            raise UserError(
+                f"a stream's teacher is a Teacher, or several, got {kinds}; give Teacher(network, mean=..., std=...)"
+            )
         if isinstance(source, ImageGenerator):
             check_channels(self.teachers, source.channels)
         self.widths = feature_widths(self.teachers) if features else []
-        self.replay = Replay(replay) if replay else None
         self.share = fresh
         self.shift, self.flip, self.autocast = shift, flip, autocast
         # Without a teacher it does not pay; teachers that take turns on the device are not where they were.
@@ -246,6 +253,20 @@ class SyntheticStream(IterableDataset):
         self.graphs = graphs if self.teachers and stay else DIRECT
         self.mix = make_mix("resize", mix) if mix else None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch, 2 or more; another number forgets what was kept to be replayed."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, batch_size: int) -> None:
+        _check_whole("a stream's batch_size", batch_size)
+        if batch_size < 2:
+            raise UserError(f"a stream needs batch_size >= 2, got {batch_size}")
+        self._batch_size = batch_size
+        if self.replay is not None:
+            self.replay.clear()
 
     @property
     def fresh(self) -> int:
@@ -272,8 +293,7 @@ class SyntheticStream(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration draw other batches. Workers that a DataLoader keeps (persistent_workers) do not hear
         of it."""
-        if not isinstance(epoch, Integral):
-            raise UserError(f"a stream's epoch is a whole number, got {epoch!r}")
+        _check_whole("a stream's epoch", epoch)
         self.epoch: int = epoch
 
     def batch(self, index: int, epoch: int | None = None) -> tuple[Tensor, Tensor]:
@@ -286,8 +306,8 @@ class SyntheticStream(IterableDataset):
     def watched_batch(self, index: int, epoch: int | None = None, watch: Watch | None = None) -> tuple[Tensor, ...]:
         """`batch`, and behind it what `watch` collects while the teachers look at the fresh images: with CUDA graphs
         that of the first call, so a stream with graphs has one watcher."""
-        if not isinstance(index, Integral):
-            raise UserError(f"a stream's batches have whole numbers, got {index!r}")
+        _check_whole("the number of a stream's batch", index)
+        _check_whole("a stream's epoch", self.epoch if epoch is None else epoch)
         if index < 0:
             raise UserError(f"batch {index} is before the first, which is batch 0")
         if self.num_batches is not None and index >= self.num_batches:
@@ -361,6 +381,11 @@ def as_dataloader(stream: SyntheticStream) -> DataLoader:
     return loader
 
 
+def _check_whole(what: str, value: object) -> None:
+    if not isinstance(value, Integral):
+        raise UserError(f"{what} is a whole number, got {value!r}")
+
+
 def _check_stream(stream: SyntheticStream) -> None:
     if not isinstance(stream, SyntheticStream):
         raise UserError(f"a {type(stream).__name__} is no stream; give SyntheticStream(generator, ...)")
@@ -368,12 +393,18 @@ def _check_stream(stream: SyntheticStream) -> None:
 
 class CalibrationReader:
     """ONNX Runtime's calibration data reader of a stream without replay: its first `batches` batches of images, by
-    input name. Raises UserError for another stream."""
+    input name. Raises UserError for another stream, or one of fewer batches."""
 
     def __init__(self, stream: SyntheticStream, input_name: str, batches: int) -> None:
         _check_stream(stream)
         if stream.replay is not None:
             raise UserError("a calibration reader takes batches by number, as often as it is asked; give replay=0")
+        _check_whole("a calibration reader's count of batches", batches)
+        if not 1 <= batches <= (stream.num_batches or batches):
+            raise UserError(
+                f"a calibration reader takes 1 batch or more, and no more than its stream has, got {batches} of "
+                f"{stream.num_batches or 'an endless one'}"
+            )
         self.stream, self.input_name, self.batches = stream, input_name, batches
         self.rewind()
 
@@ -402,8 +433,8 @@ def materialize(stream: SyntheticStream, count: int, folder: str | Path | None =
 
     With a folder, new or empty, they are also written there as an image folder, LABEL/NNNNN.png; targets that are
     logits give their argmax as label, and a label that no image has gets no folder (torchvision's ImageFolder counts
-    folders, and reads images of one channel as three). Raises UserError for another folder, more images than the stream
-    has, or images that nobody gave a label.
+    folders, and reads images of one channel as three). It is an iteration: a ring of replayed batches is emptied first.
+    Raises UserError for another folder, more images than the stream has, or images that nobody gave a label.
     """
     _check_stream(stream)
     if not isinstance(count, Integral) or count < 1:

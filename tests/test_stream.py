@@ -23,6 +23,7 @@ from dfkd.stream import (
     Replay,
     SyntheticStream,
     as_dataloader,
+    from_generator,
     from_images,
     from_noise,
     materialize,
@@ -171,9 +172,11 @@ def test_what_is_counted_is_a_whole_number(make_stream: MakeStream, key: str) ->
     assert make_stream(**{key: np.int64(4)}).batch(0)
 
 
-@pytest.mark.parametrize(("batch_size", "num_batches"), [(1, 5), (8, 0)])
-def test_an_empty_stream_is_refused(make_stream: MakeStream, batch_size: int, num_batches: int) -> None:
-    with pytest.raises(UserError, match="batch_size >= 2 and num_batches >= 1, got"):
+@pytest.mark.parametrize(
+    ("batch_size", "num_batches", "said"), [(1, 5, "batch_size >= 2, got 1"), (8, 0, "num_batches >= 1, got 0")]
+)
+def test_an_empty_stream_is_refused(make_stream: MakeStream, batch_size: int, num_batches: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
         make_stream(batch_size, num_batches=num_batches)
 
 
@@ -576,7 +579,7 @@ def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> No
         with pytest.raises(UserError, match=f"a stream's {name} is a number, got None"):
             make_stream(**{name: None})
     for wrong in (3, nn.ModuleList()):
-        with pytest.raises(UserError, match=r"Teacher\(network"):
+        with pytest.raises(UserError, match=rf"got a {type(wrong).__name__}; give Teacher\(network"):
             make_stream(teacher=wrong)
     with pytest.raises(UserError, match=r"epoch is a whole number, got 1\.5"):
         make_stream().set_epoch(1.5)  # type: ignore[arg-type]
@@ -587,6 +590,18 @@ def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> No
         materialize(make_stream(), 2.5)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"by number.* give replay=0"):
         CalibrationReader(make_stream(replay=2), "x", 1)
+    for batches in (2.5, -1, 0, 5):
+        with pytest.raises(UserError, match=f"a calibration reader.*got {batches}"):
+            CalibrationReader(make_stream(num_batches=4), "x", batches)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"epoch is a whole number, got 1\.5"):
+        make_stream().batch(0, epoch=1.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"a mean and a std of pixels, numbers, got None and 0\.25"):
+        from_noise(1, 8, 3, mean=None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"from_generator takes a generator .* got a int"):
+        from_generator(3)  # type: ignore[arg-type]
+    for size in (0, 6.5):
+        with pytest.raises(UserError, match=rf"batch_size.* got {size}"):
+            make_stream().batch_size = size  # type: ignore[assignment]
     for counts in ((0, 8, 3), (1, -8, 3), (1, 8, "3")):
         with pytest.raises(UserError, match="from_noise takes whole numbers"):
             from_noise(*counts)  # type: ignore[arg-type]
@@ -597,6 +612,15 @@ def test_teachers_may_be_given_as_anything_that_holds_them(
 ) -> None:
     zoo = {name: make_teacher(name) for name in ("one", "other")}
     assert make_stream(teacher=zoo.values()).teachers == list(zoo.values())
+
+
+def test_another_batch_size_may_be_set_while_batches_are_drawn(make_stream: MakeStream) -> None:
+    stream = make_stream(replay=3, fresh=0.5)
+    sizes = []
+    for index, (images, labels) in zip(range(4), stream):
+        sizes.append((len(images), len(labels)))
+        stream.batch_size = 8 if index == 2 else 6
+    assert sizes == [(8, 8), (6, 6), (6, 6), (8, 8)]
 
 
 def test_what_is_materialized_is_an_iteration(make_stream: MakeStream) -> None:
