@@ -162,8 +162,8 @@ def _notes(parts: Parts, figures: dict[str, float], named: dict[str, Tensor | No
 def _data_free(parts: Parts, of_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All real images that the run rests on: its teachers' training, measuring, and what its inputs say of theirs."""
     judged_on = [e for e in opened() if e["purpose"] == "evaluate" and parts.test is not None]  # not by other runs here
-    found = training_images(parts.recipe) + judged_on
-    for entry in of_inputs:
+    found: list[dict[str, Any]] = []
+    for entry in [*training_images(parts.recipe), *judged_on, *of_inputs]:
         if entry not in found:
             found.append(entry)
     return found

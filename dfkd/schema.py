@@ -79,7 +79,9 @@ class TeacherSpec:
         64,
     )
     flip: bool | None = key(None, "its training mirrored images at random; null: as for pad, with training.flip")
-    weight: float = key(1.0, "share of this teacher in the zoo's means", 0)
+    weight: float = key(
+        1.0, "share of this teacher in what a student learns of several (the generator learns of all alike)", 0
+    )
     enabled: bool = key(True, "false leaves an inherited teacher out of the zoo")
     kwargs: dict[str, Any] = key({}, "further arguments of the model, e.g. {width: 16}")
 
@@ -154,7 +156,10 @@ class Synthesis:
         "l2", "distance of batch-norm statistics; kl: The Knowledge Within; square: ZeroQ; mse: GDFQ"
     )
     equalise: bool = key(True, "divide each teacher's batch-norm loss by its value at the start")
-    learn_weights: bool = key(False, "learn the weights of ce and bn (uncertainty weights, Kendall et al. 2018)")
+    learn_weights: bool = key(
+        False,
+        "learn the weights of ce and bn; the keys' own then only begin (uncertainty weights, Kendall et al. 2018)",
+    )
     penalise: bool = key(False, "take exp(ce - ce before) for ce, likewise one_hot and information (RDSKD)")
     adversary_loss: Literal["kl", "l1", "mae", "js"] = key("kl", "divergence of the adversary; mae: DFAD; js: ADI")
     adversary_mask: bool = key(True, "count it only where student and teacher name the same class (CMI)")

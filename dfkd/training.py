@@ -158,18 +158,23 @@ class Loop:
         return now
 
     def _refuse_broken(self, done: int) -> None:
-        """Raise UserError where a weight or statistic is NaN or infinite: no checkpoint may hold it."""
+        """Raise UserError, on all processes alike, where a weight or statistic of one is NaN or infinite: no
+        checkpoint may hold it."""
         learners: dict[str, nn.Module | None] = {
             "generator": self.synthesizer.generator if self.synthesizer is not None else None,
             "student": self.fit.student if self.fit is not None else None,
         }
         if self.fit is not None:
             learners |= {f"student's projector of {name}": each for name, each in self.fit.projectors.items()}
-        for name, module in learners.items():
-            if module is not None and (broken := not_finite(module)):
-                raise UserError(
-                    f"step {self.offset + done}: {broken[0]} of the {name} holds NaN or infinity; {self._remedy()}"
-                )
+        broken = [
+            f"{weight} of the {name}"
+            for name, module in learners.items()
+            if module is not None
+            for weight in not_finite(module)[:1]
+        ]
+        if largest(len(broken), self.shard.device):
+            first = broken[0] if broken else "a weight of another process"
+            raise UserError(f"step {self.offset + done}: {first} holds NaN or infinity; {self._remedy()}")
 
     def _remedy(self) -> str:
         rates = learning_rates(self.plan.name)

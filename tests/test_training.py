@@ -1,5 +1,6 @@
 """The loop of a run: when it measures, what it counts and warns of; what is looked at in a generator."""
 
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from networks_fixture import KNOWN_CLASSES, Knows, Says
 from torch import Tensor, nn
 
 from dfkd import training
+from dfkd.errors import UserError
 from dfkd.runtime import Deadline, Shard
 from dfkd.teachers import Teacher
 from dfkd.training import GRID_COLUMNS, GRID_ROWS, LOOKED_AT, Loop, Plan, look, look_at_all
@@ -126,6 +128,22 @@ def test_measuring_a_student_is_no_time_of_its_training(make_loop: MakeLoop) -> 
         ("evaluation", 38, {**measured, "trained": 8}),
     ]
     assert noted.saved == [38]
+
+
+@pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
+def test_no_process_goes_on_where_one_has_a_broken_weight(
+    make_loop: MakeLoop, monkeypatch: pytest.MonkeyPatch, here: bool, there: bool
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(training, "largest", lambda number, _: asked.append(number) or max(number, int(there)))
+    monkeypatch.setattr(training, "out_of_time", lambda *_: False)  # which asks the largest, too
+    loop, noted = make_loop(Plan("distill", 0, 0, 2), [0.9] * 2, evaluate=None)
+    assert loop.fit is not None
+    with torch.no_grad():
+        loop.fit.student.weight.fill_(math.nan if here else 1.0)
+    with pytest.raises(UserError, match="^step 2: weight of the student" if here else "^step 2: a weight of another"):
+        loop.run()
+    assert (asked[-1], noted.saved) == (int(here), [])
 
 
 def test_a_student_is_warned_of_by_its_mean_agreement_also_after_a_resume(make_loop: MakeLoop) -> None:
