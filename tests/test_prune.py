@@ -11,6 +11,7 @@ import torch
 import torchvision
 from conftest import randomise
 from networks_fixture import Small
+from timm.layers import Conv2dSame, ScaledStdConv2d
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
@@ -296,6 +297,16 @@ def test_sums_of_maps_and_numbers_several_heads_and_layers_that_are_not_called(f
     }
     assert names <= called[forward.__name__]
     assert "a" in names
+
+
+def test_zeros_are_taken_only_where_a_layer_computes_with_its_weight() -> None:
+    layers = [ScaledStdConv2d(3, 4, 3), nn.Conv2d(4, 4, 3, groups=2), Conv2dSame(4, 4, 3, stride=2), nn.Flatten()]
+    network = nn.Sequential(*layers, nn.Linear(4 * 49, 3)).eval()
+    with pytest.raises(UserError, match=r"^0 \(ScaledStdConv2d\) computes with .* name in ignore 0$"):
+        prune(network, [IMAGES], 0.5, kind="weights", images=16)
+    done = prune(network, [IMAGES], 0.5, kind="weights", repair="none", images=16, ignore=["0"])
+    assert [float((done.model[k].weight == 0).float().mean()) > 0 for k in (0, 1, 2, 4)] == [False, True, True, True]
+    assert torch.equal(done.model[0].weight, network[0].weight)
 
 
 def test_a_ridge_draws_towards_the_weights_that_are_left() -> None:

@@ -1,6 +1,7 @@
 """Pruning from images alone: weights set to zero or channels taken out for good, and the rest made up to match."""
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -157,9 +158,32 @@ def _largest_weights(network: nn.Module, names: list[str], ratio: float) -> dict
     layers: dict[str, Any] = {name: scratch.get_submodule(name) for name in names}
     if not layers:
         raise UserError(f"{type(network).__name__} has no convolution or linear layer left to prune; ignore fewer")
+    if others := [name for name, layer in layers.items() if not _computes_with_its_weight(layer)]:
+        raise UserError(
+            f"{others[0]} ({type(layers[others[0]]).__name__}) computes with a weight made of its own, as by "
+            f"standardising it: zeros would be none there; name in ignore {', '.join(others)}"
+        )
     parameters = [(layer, "weight") for layer in layers.values()]
     torch_prune.global_unstructured(parameters, torch_prune.L1Unstructured, amount=ratio)
     return {name: layer.weight_mask.bool() for name, layer in layers.items()}
+
+
+@torch.no_grad()
+def _computes_with_its_weight(layer: nn.Conv2d | nn.Linear) -> bool:
+    """Whether what a layer gives is proportional to its weight, but for its bias."""
+    if isinstance(layer, nn.Linear):
+        shape: tuple[int, ...] = (layer.in_features,)
+    else:
+        reach = [step * (side - 1) + 1 for step, side in zip(layer.dilation, layer.kernel_size)]
+        shape = (layer.in_channels, *reach)
+    given = torch.arange(math.prod(shape)).cos().view(1, *shape).to(layer.weight)
+    weight, found = layer.weight.clone(), []
+    for factor in (1, 2, 0):
+        layer.weight.copy_(factor * weight)
+        found.append(layer(given))
+    layer.weight.copy_(weight)
+    once, twice, bias = found
+    return torch.allclose(twice - bias, 2 * (once - bias), rtol=1e-3, atol=1e-5)
 
 
 @torch.no_grad()
