@@ -1,6 +1,7 @@
 """Batches of synthetic images with their targets, ready on the device, deterministic in (seed, rank, epoch, batch)."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -104,6 +105,40 @@ def _given(
     generator = rng("cpu", *position, "images")
     rows = shard.take(torch.randint(len(images), (count * shard.world,), generator=generator))
     return to_float(to_device(images[rows], shard.device)), to_device(labels[rows], shard.device)
+
+
+# What a stream's numbers may be, besides whole or any.
+NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "batch_size": (Integral, lambda x: x >= 2, "batch_size >= 2"),
+    "num_batches": (Integral, lambda x: x >= 1, "num_batches >= 1"),
+    "seed": (Integral, lambda x: True, ""),
+    "epoch": (Integral, lambda x: True, ""),
+    "batch": (Integral, lambda x: True, ""),
+    "replay": (Integral, lambda x: x >= 0, "replay >= 0, past batches that are kept"),
+    "fresh": (Real, lambda x: 0 < x <= 1, "fresh above 0 and at most 1, the share of a batch drawn anew"),
+    "shift": (Real, lambda x: 0 <= x <= 1, "shift from 0 to 1, a share of the side"),
+    "mix": (Real, lambda x: 0 <= x <= 1, "mix from 0 to 1, the share of batches that are mixed"),
+}
+
+
+def _check_number(name: str, value: object) -> None:
+    kind, allowed, words = NUMBERS[name]
+    if not isinstance(value, kind):
+        raise UserError(f"a stream's {name} is a {'whole ' if kind is Integral else ''}number, got {value!r}")
+    if not allowed(value):
+        raise UserError(f"a stream needs {words}, got {value}")
+
+
+def _teachers(given: Any) -> list[Teacher]:
+    """The teachers that a stream is given: none, one, or several."""
+    several = isinstance(given, Iterable) and not isinstance(given, nn.Module)
+    teachers: list[Any] = [] if given is None else list(given) if several else [given]
+    if not all(isinstance(each, Teacher) for each in teachers):
+        kinds = ", ".join(dict.fromkeys(f"a {type(each).__name__}" for each in teachers))
+        raise UserError(
+            f"a stream's teacher is a Teacher, or several, got {kinds}; give Teacher(network, mean=..., std=...)"
+        )
+    return teachers
 
 
 def drawn_anew(batch_size: int, replay: int, fresh: float) -> int:
@@ -214,35 +249,16 @@ class SyntheticStream(IterableDataset):
                 "a stream's source is a generator (load_generator(FOLDER)), or of dfkd.stream from_images, from_noise; "
                 f"got a {type(source).__name__}"
             )
-        whole = {"replay": replay, "seed": seed}
-        whole |= {"num_batches": num_batches} if num_batches is not None else {}
-        for name, value in whole.items():
-            _check_whole(f"a stream's {name}", value)
-        if num_batches is not None and num_batches < 1:
-            raise UserError(f"a stream needs num_batches >= 1, got {num_batches}")
-        if replay < 0:
-            raise UserError(f"a stream needs replay >= 0, past batches that are kept, got {replay}")
-        for name, share in {"shift": shift, "mix": mix, "fresh": fresh}.items():
-            if not isinstance(share, Real):
-                raise UserError(f"a stream's {name} is a number, got {share!r}")
-        if not (0 <= shift <= 1 and 0 <= mix <= 1):
-            raise UserError(f"a stream needs shift, a share of the side, and mix from 0 to 1, got {shift} and {mix}")
-        if not 0 < fresh <= 1:
-            raise UserError(f"a stream needs fresh above 0 and at most 1, the share of a batch drawn anew, got {fresh}")
+        numbers = {"seed": seed, "replay": replay, "fresh": fresh, "shift": shift, "mix": mix}
+        for name, value in {**numbers, **({"num_batches": num_batches} if num_batches is not None else {})}.items():
+            _check_number(name, value)
         self.shard = shard or default_shard(source.device if isinstance(source, ImageGenerator) else None)
         self.labelled = not isinstance(source, ImageGenerator) or source.conditional
         self.source = from_generator(source, graphs) if isinstance(source, ImageGenerator) else source
         self.replay = Replay(replay) if replay else None
         self.batch_size, self.num_batches, self.seed = batch_size, num_batches, seed
         self.set_epoch(epoch)
-        given: Any = [] if teacher is None else teacher
-        several = isinstance(given, Iterable) and not isinstance(given, nn.Module)
-        self.teachers: list[Any] = list(given) if several else [given]
-        if not all(isinstance(each, Teacher) for each in self.teachers):
-            kinds = ", ".join(dict.fromkeys(f"a {type(each).__name__}" for each in self.teachers))
-            raise UserError(
-                f"a stream's teacher is a Teacher, or several, got {kinds}; give Teacher(network, mean=..., std=...)"
-            )
+        self.teachers = _teachers(teacher)
         if isinstance(source, ImageGenerator):
             check_channels(self.teachers, source.channels)
         self.widths = feature_widths(self.teachers) if features else []
@@ -261,9 +277,7 @@ class SyntheticStream(IterableDataset):
 
     @batch_size.setter
     def batch_size(self, batch_size: int) -> None:
-        _check_whole("a stream's batch_size", batch_size)
-        if batch_size < 2:
-            raise UserError(f"a stream needs batch_size >= 2, got {batch_size}")
+        _check_number("batch_size", batch_size)
         self._batch_size = batch_size
         if self.replay is not None:
             self.replay.clear()
@@ -293,7 +307,7 @@ class SyntheticStream(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Make the next iteration draw other batches. Workers that a DataLoader keeps (persistent_workers) do not hear
         of it."""
-        _check_whole("a stream's epoch", epoch)
+        _check_number("epoch", epoch)
         self.epoch: int = epoch
 
     def batch(self, index: int, epoch: int | None = None) -> tuple[Tensor, Tensor]:
@@ -306,8 +320,8 @@ class SyntheticStream(IterableDataset):
     def watched_batch(self, index: int, epoch: int | None = None, watch: Watch | None = None) -> tuple[Tensor, ...]:
         """`batch`, and behind it what `watch` collects while the teachers look at the fresh images: with CUDA graphs
         that of the first call, so a stream with graphs has one watcher."""
-        _check_whole("the number of a stream's batch", index)
-        _check_whole("a stream's epoch", self.epoch if epoch is None else epoch)
+        _check_number("batch", index)
+        _check_number("epoch", self.epoch if epoch is None else epoch)
         if index < 0:
             raise UserError(f"batch {index} is before the first, which is batch 0")
         if self.num_batches is not None and index >= self.num_batches:
@@ -381,11 +395,6 @@ def as_dataloader(stream: SyntheticStream) -> DataLoader:
     return loader
 
 
-def _check_whole(what: str, value: object) -> None:
-    if not isinstance(value, Integral):
-        raise UserError(f"{what} is a whole number, got {value!r}")
-
-
 def _check_stream(stream: SyntheticStream) -> None:
     if not isinstance(stream, SyntheticStream):
         raise UserError(f"a {type(stream).__name__} is no stream; give SyntheticStream(generator, ...)")
@@ -399,8 +408,7 @@ class CalibrationReader:
         _check_stream(stream)
         if stream.replay is not None:
             raise UserError("a calibration reader takes batches by number, as often as it is asked; give replay=0")
-        _check_whole("a calibration reader's count of batches", batches)
-        if not 1 <= batches <= (stream.num_batches or batches):
+        if batches not in range(1, (stream.num_batches or sys.maxsize - 1) + 1):
             raise UserError(
                 f"a calibration reader takes 1 batch or more, and no more than its stream has, got {batches} of "
                 f"{stream.num_batches or 'an endless one'}"
