@@ -127,7 +127,7 @@ def _check_layers(recipe: Recipe, task: str, model: Classifier, images: torch.Te
         options = {"kind": keys.kind, "repair": keys.repair, "ignore": keys.ignore, "inner_only": keys.inner_only}
         check_prunable(model, images, keys.ratio, **options)
     if task == "udfc":
-        check_closed_form(model, keys.ratio, keys.bits, keys.ignore)
+        check_closed_form(model, keys.ratio, keys.bits, keys.ignore, images[:1])
 
 
 def settings(recipe: Recipe, task: str) -> Any:

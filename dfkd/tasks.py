@@ -192,6 +192,7 @@ def _udfc(parts: Parts, model: Classifier, source: Source, train: Train) -> Comp
         alpha1=keys.alpha1,
         alpha2=keys.alpha2,
         ignore=keys.ignore,
+        image=assemble.blank(parts.recipe, parts.shard.device),
     )
 
 

@@ -378,6 +378,25 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
 
 
+class Asks(nn.Sequential):
+    """Goes on only with images of a side that it takes, as timm's VGG does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] < 8:
+            raise ValueError("too small")
+        return super().forward(x)
+
+
+def test_an_image_tells_sizes_to_a_forward_that_asks_for_them() -> None:
+    parts = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.Flatten(), nn.Linear(32, 3)]
+    asks, plain, x = Asks(*parts).eval(), nn.Sequential(*parts).eval(), torch.rand(5, 1, 8, 8)
+    with pytest.raises(UserError, match=r"branch on values or sizes.*image="):
+        closed_form(asks, 0.5, bits=4)
+    wrapped = Classifier(asks, mean=[0.5], std=[0.5], input_size=8).eval()
+    done = closed_form(wrapped, 0.5, bits=4, image=torch.zeros(1, 1, 4, 4))
+    torch.testing.assert_close(done.model.model(x), closed_form(plain, 0.5, bits=4).model(x))
+
+
 def test_a_layer_that_cannot_be_rounded_is_named_and_not_passed_over() -> None:
     network = nn.Sequential(Standardised(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
     with pytest.raises(UserError, match=r"^0 calls conv2d itself, is no nn\.Conv2d"):

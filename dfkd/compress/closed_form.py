@@ -24,6 +24,7 @@ from dfkd.compress.graph import (
     ignored_layers,
     is_layer,
     kind,
+    network_input,
     network_of,
     norms,
     own_name,
@@ -58,18 +59,20 @@ def closed_form(
     alpha1: float = 0.01,
     alpha2: float = 0.008,
     ignore: Sequence[str] = (),
+    image: Tensor | None = None,
 ) -> Compressed:
     """A model with the share `ratio` of its inner filters gone, its weights on grids of 2^bits levels, or both.
 
     model is any network or Classifier and stays as it is. Filters go where batch norm and ReLU follow and one ungrouped
     layer takes them. Convolutions and linear layers are rounded per output channel, first and last to 8 bits, and stay
-    float tensors. ignore holds patterns of layer names left alone; alpha1 and alpha2 are those of `udfc`. naive is the
-    same without compensation. Raises UserError for values out of range, a pattern without a layer, no filter to take.
+    float tensors. ignore holds patterns of layer names left alone; alpha1 and alpha2 are those of `udfc`; image
+    [1, C, H, W], all zeros say, tells a forward that branches on sizes which way to go. naive is the same without
+    compensation. Raises UserError for values out of range, a pattern without a layer, no filter to take.
     """
     check_can_change()
     _check(ratio, bits, method, alpha1, alpha2)
     network = thawed(network_of(model))
-    plan = _plan(network, ratio, bits, ignore)
+    plan = _plan(network, ratio, bits, ignore, None if image is None else network_input(model, image))
     work, naive = copy.deepcopy(network), copy.deepcopy(network)
     layers = _compress(work, network, plan, ratio, method, (alpha1, alpha2))
     _compress(naive, network, plan, ratio, "naive", (alpha1, alpha2))
@@ -84,9 +87,11 @@ def closed_form(
     return Compressed(smaller, plain, layers, structure)
 
 
-def check_closed_form(model: nn.Module, ratio: float, bits: int | None, ignore: Sequence[str]) -> None:
+def check_closed_form(
+    model: nn.Module, ratio: float, bits: int | None, ignore: Sequence[str], image: Tensor | None = None
+) -> None:
     """Raise UserError where `closed_form` would for a model's layers."""
-    _plan(network_of(model), ratio, bits, ignore)
+    _plan(network_of(model), ratio, bits, ignore, None if image is None else network_input(model, image))
 
 
 def _check(ratio: float, bits: int | None, method: str, alpha1: float, alpha2: float) -> None:
@@ -102,8 +107,8 @@ def _check(ratio: float, bits: int | None, method: str, alpha1: float, alpha2: f
         raise UserError(f"alpha1 is {alpha1} and alpha2 {alpha2}; give alpha1 of 0 or more and alpha2 above 0")
 
 
-def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[str]) -> _Plan:
-    graph = trace(network)
+def _plan(network: nn.Module, ratio: float, bits: int | None, ignore: Sequence[str], inputs: Tensor | None) -> _Plan:
+    graph = trace(network, inputs)
     nodes = {str(n.target): n for n in graph.graph.nodes if is_layer(graph, n, nn.Conv2d, nn.Linear)}
     if not nodes:
         raise UserError(f"{type(network).__name__} has no convolution or linear layer; give a model that has one")

@@ -118,9 +118,10 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
     except Exception as error:  # whatever a stranger's forward may do with a symbolic value
         reason = in_a_line(error)
         values = "values" if images is not None else "values or sizes"
+        known = "" if images is not None else " (which image=, where it is taken, tells)"
         raise UserError(
             f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on "
-            f"{values}, nor loop over sizes"
+            f"{values}, nor loop over sizes{known}"
         ) from None
     tracer.forget_conditions()
     _out_of_place(graph, in_place)
