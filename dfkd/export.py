@@ -279,7 +279,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, opset: i
 
     A Classifier's normalisation is in the file, its resize is not: H and W are its input_size where it has one, else
     the example's. Quantised layers run on ONNX Runtime's 8-bit integer kernels whatever their bits: fewer are clipped
-    codes, exact where the biases lie on int32's grid (see dfkd.compress.prepare.round_biases).
+    codes, exact where the biases lie on int32's grid (see dfkd.compress.prepare.round_biases). One whose output is read
+    at two widths, as the stem of a residual network in 4 bits, runs in float.
     The file's metadata names the image size, and the bits by layer. opset is by default the lowest that serves.
     Raises UserError where a package is missing, an operator does not export or the opset lacks a type.
     """
