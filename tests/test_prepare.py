@@ -306,6 +306,21 @@ def test_calibration_on_a_sample_meets_every_column_of_a_map() -> None:
     assert whole[0].scale.item() < 0.65 * float(x.max()) / 15
 
 
+class WithoutTokens(nn.Sequential):
+    """Sets aside the tokens of a class, of which there are none, as timm's ViTs with rotary embeddings do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        return self[1](torch.cat([x[:, :0], x], dim=1))
+
+
+def test_a_tensor_without_numbers_needs_no_range() -> None:
+    network, x = WithoutTokens(nn.Linear(6, 8), nn.Linear(8, 3)).eval(), images(32, 6)
+    graph = prepare(network, 8, [x], folded=True, per_channel=True)
+    assert min(float(each.scale) for each in activation_quantizers(graph).values()) > 0
+    torch.testing.assert_close(graph(x), network(x), rtol=0, atol=0.02)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_not_finite_cannot_be_calibrated_on(bad: float) -> None:
     x = images(4, 1, 8, 8)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
 from conftest import randomise
@@ -307,6 +308,13 @@ def test_zeros_are_taken_only_where_a_layer_computes_with_its_weight() -> None:
     done = prune(network, [IMAGES], 0.5, kind="weights", repair="none", images=16, ignore=["0"])
     assert [float((done.model[k].weight == 0).float().mean()) > 0 for k in (0, 1, 2, 4)] == [False, True, True, True]
     assert torch.equal(done.model[0].weight, network[0].weight)
+
+
+def test_channels_that_are_followed_in_circles_are_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dfkd.compress.prune.MOST_INDICES", 5000)  # they have no end
+    coatnet = timm.create_model("test_coatnet", img_size=64, num_classes=4).eval()
+    with pytest.raises(UserError, match="torch-pruning cannot read MaxxVit"):
+        prune(coatnet, [torch.rand(16, 3, 64, 64)], 0.3, images=16, inner_only=False)
 
 
 def test_a_ridge_draws_towards_the_weights_that_are_left() -> None:

@@ -242,9 +242,12 @@ def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -
             for name, x in seen.items():
                 flat = full_precision(x).flatten()
                 every = -(-len(flat) // sample) | 1  # odd, or it would always meet the same columns of a map
-                kept[name].append(torch.cat([flat[::every], torch.stack(flat.aminmax())]))
+                extremes = [torch.stack(flat.aminmax())] if len(flat) else []
+                kept[name].append(torch.cat([flat[::every], *extremes]))
     for name, quantizer in quantizers.items():
         values = torch.cat(kept[name]) if kept[name] else torch.empty(0)
+        if kept[name] and not len(values):  # it is never anything
+            continue
         if not len(values) or not torch.isfinite(values).all():
             raise UserError(f"{name}: no finite value to calibrate on; check the images and the model's normalisation")
         quantizer.signed = bool(values.min() < 0)

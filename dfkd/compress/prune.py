@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -34,6 +35,7 @@ KINDS = ("channels", "weights")
 REPAIRS = ("least_squares", "batch_norm", "none")
 PROBE = 4  # images on which a cut is tried out
 MEASURED = 256  # images on which the layers' errors are measured
+MOST_INDICES = 2_000_000  # of channels followed through a network: DenseNet-121 and Swin-T have 100,000
 
 
 @dataclass
@@ -261,10 +263,33 @@ def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str
     try:
         with torch.enable_grad():
             graph = graph_type().build_dependency(scratch, [probe.clone()], verbose=False)
+            given = [0]
+            for dependency in (each for node in graph.module2node.values() for each in node.dependencies):
+                dependency.index_mapping = _Bounded(dependency.index_mapping, given)
             groups = list(graph.get_all_groups())
             return [cut for group in groups if (cut := _group_cut(graph, group, names, ratio, prunable))]
     except Exception:  # whatever torch-pruning's guesses, of indices too, run into on a stranger's forward
         return None
+
+
+class _Bounded(list[Any]):
+    """torch-pruning's mappings of channels along a dependency. They raise OverflowError once those of a network have
+    given MOST_INDICES together: where channels are split and joined in circles (timm's MaxViT, EfficientViT) it never
+    ends."""
+
+    def __init__(self, mappings: Iterable[Any], given: list[int]) -> None:
+        super().__init__(mappings)
+        self.given = given
+
+    def __iter__(self) -> Iterator[Any]:
+        return (None if mapping is None else partial(self._mapped, mapping) for mapping in super().__iter__())
+
+    def _mapped(self, mapping: Callable[[Any], Any], indices: Any) -> Any:
+        found = mapping(indices)
+        self.given[0] += len(found)
+        if self.given[0] > MOST_INDICES:
+            raise OverflowError
+        return found
 
 
 def _group_cut(graph: Any, group: Any, names: Mapping[nn.Module, str], ratio: float, prunable: list[str]) -> Cut | None:

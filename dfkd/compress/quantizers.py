@@ -141,7 +141,7 @@ class ActivationQuantizer(Quantizer):
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.enabled:
+        if not self.enabled or not x.numel():  # tokens of a kind that a network has none of
             return x
         low, high = limits(self.bits, self.signed)
         factor = (x.shape[1:].numel() * high) ** -0.5  # per sample: whatever the batch size
