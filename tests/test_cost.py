@@ -53,6 +53,26 @@ def test_a_network_without_layers_costs_nothing() -> None:
     assert cost(nn.Sequential(nn.ReLU(), nn.Flatten()), images(1, 3, 8, 8))["macs"] == 0
 
 
+class Windows(nn.Module):
+    """A linear layer on windows of a map, which are a view of it, as in Twins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 8, 1), nn.Linear(8, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).permute(0, 2, 3, 1)
+        windows = x.reshape(len(x), x.shape[1] // 4, 4, x.shape[2] // 4, 4, 8).transpose(2, 3)
+        return self.linear(windows).mean((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_linear_layer_of_views_costs_what_one_of_copies_does(wrapped: bool) -> None:
+    model = Classifier(Windows(), mean=[0.5] * 3, std=[0.5] * 3) if wrapped else Windows()
+    assert cost(model, images(1, 3, 16, 16))["macs"] == 16 * 16 * (3 * 8 + 8 * 6)
+    assert cost(nn.Linear(4, 3), images(1, 4))["macs"] == 12
+
+
 def test_torchs_own_attention_costs_what_its_linear_layers_do() -> None:
     vit = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10).eval()
     embedding, block = 16 * 64 * 3 * 8 * 8, 17 * (64 * 3 * 64 + 64 * 64 + 2 * 64 * 128)  # 16 patches, 17 tokens

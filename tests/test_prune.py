@@ -311,10 +311,20 @@ def test_zeros_are_taken_only_where_a_layer_computes_with_its_weight() -> None:
 
 
 def test_channels_that_are_followed_in_circles_are_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfkd.compress.prune.MOST_INDICES", 5000)  # they have no end
+    monkeypatch.setattr("dfkd.compress.prune.MOST_INDICES", 5000)  # where they go round they have no end
     coatnet = timm.create_model("test_coatnet", img_size=64, num_classes=4).eval()
-    with pytest.raises(UserError, match="torch-pruning cannot read MaxxVit"):
+    with pytest.raises(UserError, match="torch-pruning cannot read all of MaxxVit"):
         prune(coatnet, [torch.rand(16, 3, 64, 64)], 0.3, images=16, inner_only=False)
+
+
+def test_a_group_that_torch_pruning_cannot_follow_leaves_the_others() -> None:
+    edgenext = timm.create_model("edgenext_xx_small", num_classes=4).eval()
+    given = [torch.rand(16, 3, 64, 64)]
+    done = prune(edgenext, given, 0.3, images=16, repair="none", ignore=["stages.[123].*"])
+    assert sum(p.numel() for p in done.model.parameters()) < sum(p.numel() for p in edgenext.parameters())
+    assert done.model(given[0]).shape == (16, 4)
+    with pytest.raises(UserError, match="torch-pruning cannot read all of EdgeNeXt"):
+        prune(edgenext, given, 0.3, images=16, inner_only=False)
 
 
 def test_a_ridge_draws_towards_the_weights_that_are_left() -> None:

@@ -29,7 +29,12 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     # Frozen, or the counter stumbles over views of parameters.
     with frozen(model), eval_mode(model), _every_product_apart(), FlopCounterMode(display=False) as counter:
         model(image)
-    flops = counter.get_flop_counts().get("Global", {})  # of no layers none
+    counts = counter.get_flop_counts()
+    # Of maps that are views a linear layer comes as a product of batches, as attention does everywhere.
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    calls = [counts.get(f"{type(model).__name__}.{name}".rstrip("."), {}) for name in linear]
+    flops = sum(counts.get("Global", {}).get(call, 0) for call in LAYERS)  # of no layers none
+    flops += sum(each.get(torch.ops.aten.bmm, 0) for each in calls)
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     weights = sum(layer.weight.numel() for layer in layers)
     few = {id(layer.weight): layer.quantizer.bits for layer in quantized_layers(network).values()}
@@ -39,7 +44,7 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     held = {id(scale) for scale in scales}
     return {
         "parameters": sum(p.numel() for p in network.parameters() if id(p) not in held),
-        "macs": sum(flops.get(call, 0) for call in LAYERS) // 2,
+        "macs": flops // 2,
         "sparsity": 100 * sum(_zeros(layer) for layer in layers) / weights if weights else 0.0,
         "bytes": round(sum(number.numel() * few.get(key, 32) / 8 for key, number in numbers.items())),
     }

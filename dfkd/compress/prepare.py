@@ -91,16 +91,18 @@ def layer_bits(
 
 def kept_float(graph: fx.GraphModule, ignore: Sequence[str]) -> list[str]:
     """Layers that are none of torch's and cannot be quantised. Raises UserError for one that `ignore` does not name."""
-    names = []
+    names, calls = list[str](), dict[str, str]()
     for node in graph.graph.nodes:
         weight = node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
         if node.target in (F.conv2d, F.linear) and isinstance(weight, fx.Node):
             names.append(_owner(weight) or node.name)
-            if not any(fnmatchcase(names[-1], pattern) for pattern in ignore):
-                raise UserError(
-                    f"{names[-1]} calls {node.target.__name__} itself, is no nn.Conv2d or nn.Linear, and cannot be "
-                    "quantised; replace it, or name it in ignore to keep it float"
-                )
+            calls[names[-1]] = node.target.__name__
+    if asked := [name for name in names if not any(fnmatchcase(name, pattern) for pattern in ignore)]:
+        rest = f" (all of them: {', '.join(asked)})" if len(asked) > 1 else ""
+        raise UserError(
+            f"{asked[0]} calls {calls[asked[0]]} itself, is no nn.Conv2d or nn.Linear, and cannot be quantised; "
+            f"replace it, or name it in ignore to keep it float{rest}"
+        )
     return names
 
 

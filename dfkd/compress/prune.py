@@ -197,12 +197,13 @@ def _mask(network: nn.Module, supports: Mapping[str, Tensor]) -> None:
 
 def _channel_cut(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str], inner_only: bool | None) -> Cut:
     """What goes: a uniform share of every group of channels whose removal the network provably takes."""
-    groups = None if inner_only else _coupled(network, probe, ratio, prunable)
-    if groups is None and inner_only is False:
+    groups, read = ([], False) if inner_only else _coupled(network, probe, ratio, prunable)
+    if not read and inner_only is False:
         raise UserError(
-            f"torch-pruning cannot read {type(network).__name__}; pass inner_only=None or True to take inner channels"
+            f"torch-pruning cannot read all of {type(network).__name__}; pass inner_only=None to take what it can, or "
+            "True to take inner channels"
         )
-    if groups is None:
+    if not groups and not read:
         groups = [_inner(network, chain, ratio) for chain in chains(trace(network, probe)) if chain.first in prunable]
     whole = _merged(groups)
     if not _takes(network, whole, probe):
@@ -215,10 +216,11 @@ def _channel_cut(network: nn.Module, probe: Tensor, ratio: float, prunable: list
             )
         whole = _merged(sound)
     if not whole.outputs:
+        unread = "" if read or inner_only else "torch-pruning cannot read all of it, or "
         raise UserError(
-            f"{type(network).__name__} has no channels that can be taken out at ratio {ratio}: they are too few for "
-            "it, ignored, counted by its forward, reach its output, or pass a grouped convolution or a norm of no "
-            "fixed statistics; change ratio or ignore, or give kind='weights'"
+            f"{type(network).__name__} has no channels that can be taken out at ratio {ratio}: {unread}they are too "
+            "few for it, ignored, counted by its forward, reach its output, or pass a grouped convolution or a norm of "
+            "no fixed statistics; change ratio or ignore, or give kind='weights'"
         )
     if not _takes(network, whole, probe):
         raise UserError(
@@ -255,21 +257,42 @@ def dependency_graph() -> Any:
     return DependencyGraph
 
 
-def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str]) -> list[Cut] | None:
-    """Cuts by torch-pruning's dependency graph (Fang et al. 2023); None where it cannot read the network."""
-    graph_type = dependency_graph()
+def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str]) -> tuple[list[Cut], bool]:
+    """Cuts by torch-pruning's dependency graph (Fang et al. 2023), and whether it could read all of the network."""
     scratch = copy.deepcopy(network).requires_grad_(True)
     names = {module: name for name, module in scratch.named_modules()}
+    cuts: list[Cut] = []
+    graph = _tolerant(dependency_graph())()
     try:
         with torch.enable_grad():
-            graph = graph_type().build_dependency(scratch, [probe.clone()], verbose=False)
+            graph.build_dependency(scratch, [probe.clone()], verbose=False)
             given = [0]
             for dependency in (each for node in graph.module2node.values() for each in node.dependencies):
                 dependency.index_mapping = _Bounded(dependency.index_mapping, given)
-            groups = list(graph.get_all_groups())
-            return [cut for group in groups if (cut := _group_cut(graph, group, names, ratio, prunable))]
+            for group in graph.get_all_groups():
+                if group and (cut := _group_cut(graph, group, names, ratio, prunable)):
+                    cuts.append(cut)
     except Exception:  # whatever torch-pruning's guesses, of indices too, run into on a stranger's forward
-        return None
+        return cuts, False
+    return cuts, not graph.lost
+
+
+def _tolerant(graph_type: Any) -> Any:
+    """A DependencyGraph that gives an empty group where it fails on one, and counts those."""
+
+    class Tolerant(graph_type):  # type: ignore[misc]
+        lost = 0
+
+        def get_pruning_group(self, *given: Any) -> Any:
+            try:
+                return super().get_pruning_group(*given)
+            except (IndexError, TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
+                if isinstance(error, OverflowError):  # of _Bounded: so would the next
+                    raise
+                self.lost += 1
+                return []
+
+    return Tolerant
 
 
 class _Bounded(list[Any]):

@@ -121,7 +121,7 @@ def trace(network: nn.Module, images: Tensor | None = None) -> fx.GraphModule:
         known = "" if images is not None else " (which image=, where it is taken, tells)"
         raise UserError(
             f"{type(network).__name__} cannot be traced into a graph: {reason}; its forward must not branch on "
-            f"{values}, nor loop over sizes{known}"
+            f"{values}, nor loop over sizes or shape constants by them{known}"
         ) from None
     tracer.forget_conditions()
     _out_of_place(graph, in_place)
