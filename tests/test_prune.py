@@ -311,7 +311,7 @@ def test_zeros_are_taken_only_where_a_layer_computes_with_its_weight() -> None:
 
 
 def test_channels_that_are_followed_in_circles_are_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dfkd.compress.prune.MOST_INDICES", 5000)  # where they go round they have no end
+    monkeypatch.setattr("dfkd.compress.prune.MOST_FOLLOWED", 5000)  # where they go round they have no end
     coatnet = timm.create_model("test_coatnet", img_size=64, num_classes=4).eval()
     with pytest.raises(UserError, match="torch-pruning cannot read all of MaxxVit"):
         prune(coatnet, [torch.rand(16, 3, 64, 64)], 0.3, images=16, inner_only=False)

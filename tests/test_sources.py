@@ -23,7 +23,7 @@ def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
     stream = SyntheticStream(from_noise(1, 8, 3), seed=3)
     wanted = stream.batch(2, epoch=1)
     assert same(SyntheticStream(from_noise(1, 8, 3), seed=np.int64(3)).batch(np.int32(2), epoch=np.int64(1)), wanted)
-    with pytest.raises(UserError, match=r"whole numbers, got 0\.5"):
+    with pytest.raises(UserError, match=r"whole number, got 0\.5"):
         stream.batch(0.5)  # type: ignore[arg-type]
 
 

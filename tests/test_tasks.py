@@ -319,6 +319,7 @@ def test_what_a_recipe_says_of_a_task_is_what_it_is_made_with(compressed: Any, m
     own = ("udfc.method=udfc", "udfc.ratio=0.3", "udfc.bits=5", "udfc.alpha1=0.03", "udfc.alpha2=0.04")
     done, _ = compressed("udfc", "udfc.ignore=[layer2.*]", *own)
     wanted = {"method": "udfc", "alpha1": 0.03, "alpha2": 0.04, "ignore": ["layer2.*"]}
+    assert tuple(done.pop("image").shape) == (1, 1, 8, 8)
     assert done == {"given": (0.3, 5), **wanted}
 
     def training(model: nn.Module, stream: Any, bits: Any, **options: Any) -> SimpleNamespace:

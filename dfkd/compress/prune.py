@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
@@ -35,7 +36,9 @@ KINDS = ("channels", "weights")
 REPAIRS = ("least_squares", "batch_norm", "none")
 PROBE = 4  # images on which a cut is tried out
 MEASURED = 256  # images on which the layers' errors are measured
-MOST_INDICES = 2_000_000  # of channels followed through a network: DenseNet-121 and Swin-T have 100,000
+# How far torch-pruning follows a group of channels: in channels, a look at a dependency being worth LOOKED_AT, as it
+# takes about as long. The largest of DenseNet-201 come to 90,000.
+LOOKED_AT, MOST_FOLLOWED = 20, 400_000
 
 
 @dataclass
@@ -203,8 +206,11 @@ def _channel_cut(network: nn.Module, probe: Tensor, ratio: float, prunable: list
             f"torch-pruning cannot read all of {type(network).__name__}; pass inner_only=None to take what it can, or "
             "True to take inner channels"
         )
-    if not groups and not read:
-        groups = [_inner(network, chain, ratio) for chain in chains(trace(network, probe)) if chain.first in prunable]
+    if not read:
+        taken = {name for group in groups for name in group.outputs}
+        inner = [name for name in prunable if name not in taken]
+        with suppress(UserError) if groups else nullcontext():  # of a forward that cannot be traced
+            groups += [_inner(network, each, ratio) for each in chains(trace(network, probe)) if each.first in inner]
     whole = _merged(groups)
     if not _takes(network, whole, probe):
         sound = [group for group in groups if _takes(network, group, probe)]
@@ -266,9 +272,8 @@ def _coupled(network: nn.Module, probe: Tensor, ratio: float, prunable: list[str
     try:
         with torch.enable_grad():
             graph.build_dependency(scratch, [probe.clone()], verbose=False)
-            given = [0]
             for dependency in (each for node in graph.module2node.values() for each in node.dependencies):
-                dependency.index_mapping = _Bounded(dependency.index_mapping, given)
+                dependency.index_mapping = _Counted(dependency.index_mapping, graph.spent)
             for group in graph.get_all_groups():
                 if group and (cut := _group_cut(graph, group, names, ratio, prunable)):
                     cuts.append(cut)
@@ -281,38 +286,45 @@ def _tolerant(graph_type: Any) -> Any:
     """A DependencyGraph that gives an empty group where it fails on one, and counts those."""
 
     class Tolerant(graph_type):  # type: ignore[misc]
-        lost = 0
+        def __init__(self) -> None:
+            super().__init__()
+            self.lost, self.spent = 0, [0]
 
         def get_pruning_group(self, *given: Any) -> Any:
+            self.spent[0] = 0
             try:
                 return super().get_pruning_group(*given)
-            except (IndexError, TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
-                if isinstance(error, OverflowError):  # of _Bounded: so would the next
-                    raise
+            except OverflowError:  # each of the others that meet there would take as long
+                raise
+            except Exception:
                 self.lost += 1
                 return []
 
     return Tolerant
 
 
-class _Bounded(list[Any]):
-    """torch-pruning's mappings of channels along a dependency. They raise OverflowError once those of a network have
-    given MOST_INDICES together: where channels are split and joined in circles (timm's MaxViT, EfficientViT) it never
-    ends."""
+class _Counted(list[Any]):
+    """torch-pruning's mappings of channels along a dependency, which count, in `spent`, how often they are looked at
+    and the channels that they give, and raise OverflowError beyond MOST_FOLLOWED: where channels are split and joined
+    in circles (timm's CoAtNet, ReXNet) it goes round for ever."""
 
-    def __init__(self, mappings: Iterable[Any], given: list[int]) -> None:
+    def __init__(self, mappings: Iterable[Any], spent: list[int]) -> None:
         super().__init__(mappings)
-        self.given = given
+        self.spent = spent
 
     def __iter__(self) -> Iterator[Any]:
+        self._spend(LOOKED_AT)
         return (None if mapping is None else partial(self._mapped, mapping) for mapping in super().__iter__())
 
     def _mapped(self, mapping: Callable[[Any], Any], indices: Any) -> Any:
         found = mapping(indices)
-        self.given[0] += len(found)
-        if self.given[0] > MOST_INDICES:
-            raise OverflowError
+        self._spend(len(found))
         return found
+
+    def _spend(self, amount: int) -> None:
+        self.spent[0] += amount
+        if self.spent[0] > MOST_FOLLOWED:
+            raise OverflowError
 
 
 def _group_cut(graph: Any, group: Any, names: Mapping[nn.Module, str], ratio: float, prunable: list[str]) -> Cut | None:
