@@ -87,9 +87,14 @@ def load_images(
         # In parts, because floats are four times the size.
         fitted = torch.cat([_fitted(part, channels, size) for part in images.split(4096)])
         data = RealImages(fitted, labels, names, dataset)
-    split = "train" if train else "test"
-    _ledger.append({"source": data.source, "split": split, "purpose": purpose, "n": len(data)})
+    _ledger.append(entry(data, train=train, purpose=purpose))
     return data
+
+
+def entry(images: RealImages, *, train: bool, purpose: str) -> dict[str, Any]:
+    """What is told of images that were opened."""
+    split = "train" if train else "test"
+    return {"source": images.source, "split": split, "purpose": purpose, "n": len(images)}
 
 
 def sample(images: RealImages, count: int) -> RealImages:

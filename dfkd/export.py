@@ -29,7 +29,6 @@ from dfkd.compress.quantizers import (
     QuantizedConv2d,
     QuantizedLinear,
     activation_quantizers,
-    limits,
     quantized_layers,
 )
 from dfkd.errors import UserError, in_a_line
@@ -64,9 +63,9 @@ def _node(name: str, *inputs: Tensor, dtype: torch.dtype = torch.float32, **attr
 
 
 class _Codes(nn.Module):
-    """An ActivationQuantizer in ONNX's operators: to uint8 codes, clipped to its own limits, and back.
+    """An ActivationQuantizer in ONNX's operators: to uint8 codes, clipped to as many levels as it has, and back.
 
-    Signed codes are moved up by 128: unsigned times signed is what x86 has fast kernels for.
+    Unsigned times signed (the weights' codes) is what x86 has fast kernels for.
     """
 
     scale: Tensor
@@ -77,10 +76,8 @@ class _Codes(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         self.bits = quantizer.bits
-        low, high = limits(quantizer.bits, quantizer.signed)
-        zero = 128 if quantizer.signed else 0
         self.register_buffer("scale", quantizer.scale.detach().reshape(()))
-        for name, value in (("zero", zero), ("low", low + zero), ("high", high + zero)):
+        for name, value in (("zero", quantizer.zero), ("low", 0), ("high", 2**quantizer.bits - 1)):
             self.register_buffer(name, torch.tensor(value, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:

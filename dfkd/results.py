@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfkd import assemble
 from dfkd.assemble import Parts
 from dfkd.curves import entries
-from dfkd.data import opened
+from dfkd.data import entry
 from dfkd.evaluate import agreement, guesses, score
 from dfkd.inputs import COMPRESSIONS, task_input
 from dfkd.report import write_report
@@ -67,7 +67,7 @@ def finish(
     learned = [teacher.name for teacher in assemble.main_teachers(recipe, parts.zoo)]
     results["verdict"] = verdict(results, _notes(parts, figures, named), warnings, learned)
     trained = [*([results["student"]] if results["student"] else []), *tasks.values()]
-    results["data_free"] = _data_free(parts, [entry for each in trained for entry in each.pop("opened")])
+    results["data_free"] = _data_free(parts, [line for each in trained for line in each.pop("opened")])
     spent |= {name: task["seconds"] for name, task in tasks.items()}  # with its figures and files
     spent["evaluation"] = time.perf_counter() - begun
     spent["total"] = sum(spent.values())
@@ -161,11 +161,11 @@ def _notes(parts: Parts, figures: dict[str, float], named: dict[str, Tensor | No
 
 def _data_free(parts: Parts, of_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All real images that the run rests on: its teachers' training, measuring, and what its inputs say of theirs."""
-    judged_on = [e for e in opened() if e["purpose"] == "evaluate" and parts.test is not None]  # not by other runs here
+    judged_on = [] if parts.test is None else [entry(parts.test, train=False, purpose="evaluate")]
     found: list[dict[str, Any]] = []
-    for entry in [*training_images(parts.recipe), *judged_on, *of_inputs]:
-        if entry not in found:
-            found.append(entry)
+    for each in [*training_images(parts.recipe), *judged_on, *of_inputs]:
+        if each not in found:
+            found.append(each)
     return found
 
 

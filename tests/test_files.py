@@ -97,7 +97,7 @@ def test_what_is_loaded_computes_what_was_saved(tmp_path: Path, spec: str, cut: 
     assert all(each.dtype == torch.int8 for each in codes)
 
 
-def test_bits_signs_and_float_layers_come_back(tmp_path: Path) -> None:
+def test_bits_zeros_and_float_layers_come_back(tmp_path: Path) -> None:
     spec = "dfkd:tiny_plain"
     overrides = {"features.3": [2, 5], "features.7": [6, 3]}
     done = nearest(wrapped(spec), bits=(4, 4), overrides=overrides, ignore=["features.10", "linear"])
@@ -107,10 +107,10 @@ def test_bits_signs_and_float_layers_come_back(tmp_path: Path) -> None:
     found = {name: layer.quantizer.bits for name, layer in quantized_layers(loaded).items()}
     assert found == {f"features.{k}": bits for k, bits in ((0, 8), (3, 2), (7, 6), (14, 4), (17, 4))}
     assert type(loaded.linear) is nn.Linear
-    about = {name: (each.bits, each.signed) for name, each in activation_quantizers(loaded).items()}
-    assert about == {name: (each.bits, each.signed) for name, each in activation_quantizers(saved).items()}
+    about = {name: (each.bits, each.zero) for name, each in activation_quantizers(loaded).items()}
+    assert about == {name: (each.bits, each.zero) for name, each in activation_quantizers(saved).items()}
     assert {bits for bits, _ in about.values()} == {8, 5, 3, 4}
-    assert {signed for _, signed in about.values()} == {True, False}
+    assert {zero > 0 for _, zero in about.values()} == {True, False}
     assert loaded.meta["bits"] == {name: list(pair) for name, pair in done.model.model.meta["bits"].items()}
 
 
@@ -169,7 +169,7 @@ def put(about: dict[str, Any], *path: str, value: Any = None) -> None:
     ("path", "value", "message"),
     [
         (("structure", "quantized", "bits"), None, "bits"),
-        (("structure", "quantized", "signed"), None, "signed"),
+        (("structure", "quantized", "zeros"), None, "signed"),
         (("structure", "quantized", "bits", "layer9.conv"), [4, 4], "layer9"),
         (("structure", "quantized", "bits", "layer1.0.conv1"), None, r"layer1\.0\.conv1"),
         (("structure", "quantized", "bits", "layer1.0.conv1"), 4, "does not fit"),

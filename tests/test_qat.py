@@ -335,20 +335,32 @@ def test_a_warm_start_is_a_whole_number(warm_start: Any) -> None:
         Training(model(), STREAM, 4, images=32, warm_start=warm_start)
 
 
-@pytest.mark.parametrize(
-    ("bits", "brighter", "of"), [((8, 4), 0.0, "4 bits, signed"), ((4, 4), -9.0, "8 bits, unsigned")]
-)
-def test_a_state_is_of_the_same_bits_and_signs(bits: Any, brighter: float, of: str) -> None:
-    signed, other = (
-        quantize(model().model, [x + shift for x in STREAM], each, method="nearest", images=32).model
-        for each, shift in (((4, 4), 0.0), (bits, brighter))
+def test_a_state_brings_its_zeros_and_is_of_the_same_bits() -> None:
+    given, wider, brighter = (
+        quantize(model().model, [x + shift for x in STREAM], bits, method="nearest", images=32).model
+        for bits, shift in (((4, 4), 0.0), ((8, 4), 0.0), ((4, 4), 9.0))
     )
-    state = signed.state_dict()
-    with pytest.raises(UserError, match=f"a quantiser of the state has .*{of}, that of the network"):
-        other.load_state_dict(state)
-    again = quantize(model().model, STREAM, (4, 4), method="nearest", images=32).model
-    again.load_state_dict({key: value for key, value in state.items() if not key.endswith("_extra_state")})  # of old
-    assert torch.equal(again(X), signed(X))
+    state, wanted = given.state_dict(), given(X)
+    with pytest.raises(UserError, match=r"a quantiser of the state has 4 bits, that of the network 8: .* same bits"):
+        wider.load_state_dict(state)
+    assert not torch.equal(brighter(X), wanted)
+    brighter.load_state_dict(state)
+    assert torch.equal(brighter(X), wanted)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["a sign", "neither"])
+def test_a_state_from_before_tensors_had_zeros_loads(told: bool) -> None:
+    given, again = (quantize(model().model, STREAM, (4, 4), method="nearest", images=32).model for _ in range(2))
+    for each in activation_quantizers(given).values():
+        each.zero = 2 ** (each.bits - 1) if each.zero else 0
+    state = given.state_dict()
+    for key in [key for key in state if key.endswith("_extra_state")]:
+        bits, least, _ = state[key].tolist()
+        state[key] = torch.tensor([bits, int(least < 0)])
+        if not told:
+            del state[key]
+    again.load_state_dict(state)
+    assert torch.equal(again(X), given(X)) == told  # what says nothing of its zeros keeps those that were found
 
 
 def test_an_option_that_training_does_not_have_is_an_error() -> None:

@@ -23,7 +23,7 @@ def save_compressed(folder: str | os.PathLike[str], model: nn.Module, descriptio
     """Write model.safetensors and model.json; quantised weights as int8 codes with their scales.
 
     description is that of dfkd.models.save_model, with `structure`: {"channels": ...} of a pruned network,
-    {"quantized": {"bits", "signed", "input"}} of a quantised one, both or neither (see Compressed.structure). What it
+    {"quantized": {"bits", "zeros", "input"}} of a quantised one, both or neither (see Compressed.structure). What it
     does not say of normalisation and input size is the model's, where it is a Classifier.
     """
     network = network_of(model)
@@ -71,7 +71,10 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
             network = fold(trace(network, torch.zeros(1, *size) if size else None))
             insert(network, quantized["bits"], per_channel=True)
             for name, quantizer in activation_quantizers(network).items():
-                quantizer.signed = name in quantized["signed"]
+                if "zeros" in quantized:
+                    quantizer.zero = quantized["zeros"].get(name, 0)
+                elif name in quantized["signed"]:  # a folder from before tensors had zero points
+                    quantizer.zero = 2 ** (quantizer.bits - 1)
         own: Any = network.state_dict()
         state: Any = OrderedDict((key, each) for key, each in own.items() if key.endswith("num_batches_tracked"))
         state.update(_decoded(network, own_names(network, tensors)))

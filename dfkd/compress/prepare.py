@@ -36,7 +36,7 @@ from dfkd.compress.quantizers import (
     QuantizedLinear,
     WeightQuantizer,
     activation_quantizers,
-    best_step,
+    best_grid,
     quantized_layers,
     without_quantizers,
 )
@@ -231,9 +231,9 @@ def _reaches_beyond(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 @torch.no_grad()
 def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -> None:
-    """Set every quantiser's scale (see best_step): of weights by themselves; of tensors, and their sign, by what the
-    float network gives on the images, of which `sample` values a batch at most. Raises UserError where nothing finite
-    came."""
+    """Set every quantiser's scale: of weights by themselves (see best_step); of tensors, and their zero (see
+    best_grid), by what the float network gives on the images, of which `sample` values a batch at most. Raises
+    UserError where nothing finite came."""
     for layer in quantized_layers(graph).values():
         layer.quantizer.calibrate(layer.weight)
     quantizers = activation_quantizers(graph)
@@ -252,8 +252,7 @@ def calibrate(graph: nn.Module, images: Iterable[Tensor], sample: int = 2**16) -
             continue
         if not len(values) or not torch.isfinite(values).all():
             raise UserError(f"{name}: no finite value to calibrate on; check the images and the model's normalisation")
-        quantizer.signed = bool(values.min() < 0)
-        quantizer.scale.data = best_step(values[None], quantizer.bits, quantizer.signed)[0]
+        quantizer.scale.data, quantizer.zero = best_grid(values, quantizer.bits)
 
 
 @torch.no_grad()

@@ -40,32 +40,61 @@ def learned_step(v: Tensor, step: Tensor, low: int, high: int, factor: float = 1
     return _LearnedStep.apply(full_precision(v), step, low, high, factor)
 
 
-def limits(bits: int, signed: bool) -> tuple[int, int]:
-    """Smallest and largest integer of a type."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+def limits(bits: int, zero: int) -> tuple[int, int]:
+    """The least and the largest number of steps of a grid of 2^bits levels, `zero` of which lie below zero."""
+    return -zero, 2**bits - 1 - zero
 
 
 IN_CACHE = 2**17  # numbers in a CPU's cache
 POWER, CANDIDATES = 2.4, 80  # LAPQ (Nahshan et al. 2021) and BRECQ have the same exponent
+SHARES = [1 - 0.9 * k / CANDIDATES for k in range(CANDIDATES)]  # of a range that a grid is tried on
 
 
-def best_step(values: Tensor, bits: int, signed: bool) -> Tensor:
-    """The step [R] per row of values [R, N] with the least mean |error|^POWER, of CANDIDATES between a tenth of the
-    step that reaches the largest value and that itself. A row of zeros gets step 1."""
+def _error(values: Tensor, step: Tensor, bits: int, zero: int) -> Tensor:
+    """The mean |error|^POWER [R] of rows of values [R, N] on grids of steps [R, 1]."""
+    error = (learned_step(values, step, *limits(bits, zero)) - values).abs_().clamp_min_(1e-30)
+    return error.log_().mul_(POWER).exp_().mean(1)  # torch's pow takes twice as long
+
+
+def best_step(values: Tensor, bits: int) -> Tensor:
+    """The step [R] per row of values [R, N] with the least mean |error|^POWER, of a symmetric grid: of CANDIDATES
+    between a tenth of the step that reaches the largest value and that itself. A row of zeros gets step 1."""
     rows = max(1, IN_CACHE // values.shape[1])
     if len(values) > rows and values.device.type == "cpu":  # what all candidates read stays near: half the time
-        return torch.cat([best_step(some, bits, signed) for some in values.split(rows)])
-    low, high = limits(bits, signed)
+        return torch.cat([best_step(some, bits) for some in values.split(rows)])
+    low, high = limits(bits, 2 ** (bits - 1))
     values = full_precision(values)
-    largest = torch.maximum(values.amax(1) / high, values.amin(1) / low if signed else values.amax(1) / high)
+    largest = torch.maximum(values.amax(1) / high, values.amin(1) / low)
     largest = torch.where(largest > 0, largest, torch.ones_like(largest))
     best, least = largest, torch.full_like(largest, math.inf)
-    for k in range(CANDIDATES):
-        step = largest * (1 - 0.9 * k / CANDIDATES)
-        error = (learned_step(values, step[:, None], low, high) - values).abs_().clamp_min_(1e-30)
-        error = error.log_().mul_(POWER).exp_().mean(1)  # torch's pow takes twice as long
+    for share in SHARES:
+        error = _error(values, (step := largest * share)[:, None], bits, -low)
         best, least = torch.where(error < least, step, best), torch.minimum(error, least)
     return best
+
+
+def best_grid(values: Tensor, bits: int) -> tuple[Tensor, int]:
+    """The step, a scalar tensor, and the zero (see limits) with the least mean |error|^POWER of values [N].
+
+    The grid reaches over a share of the range, alike at both ends; then each end is tried anew with every fourth share,
+    the other where it was found. What has a sign for a small part alone, as SiLU and GELU give it, so has hardly a
+    level too many below zero. Zeros get step 1.
+    """
+    values = full_precision(values)[None]
+    whole = [min(0.0, float(values.min())), max(0.0, float(values.max()))]
+    best, step, zero, ends = math.inf, torch.ones_like(values[0, 0]), 0, whole
+    for tried in ((0, 1), (0,), (1,)) if all(whole) else ((0, 1),):
+        start = ends
+        for share in SHARES if len(tried) == 2 else SHARES[::4]:
+            low, high = (whole[k] * share if k in tried else start[k] for k in (0, 1))
+            if not high > low:
+                break
+            width = torch.full_like(step, (high - low) / (2**bits - 1))
+            below = round(-low / (high - low) * (2**bits - 1))
+            error = float(_error(values, width, bits, below))
+            if error < best:
+                best, step, zero, ends = error, width, below, [low, high]
+    return step, zero
 
 
 def sqnr_db(exact: Tensor, near: Tensor) -> float:
@@ -75,25 +104,26 @@ def sqnr_db(exact: Tensor, near: Tensor) -> float:
 
 
 class Quantizer(nn.Module):
-    """What a scale means, the bits and the sign, is part of its state: that of another quantiser is refused."""
+    """What a scale means is part of its state: the limits are taken up with it, those of other bits are refused."""
 
     bits: int
-    signed: bool
+    zero: int  # levels below zero
 
     def get_extra_state(self) -> Tensor:
-        """The bits, and 1 where there are values below zero."""
-        return torch.tensor([self.bits, int(self.signed)])
+        """The bits, and the limits."""
+        return torch.tensor([self.bits, *limits(self.bits, self.zero)])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise UserError where a state is that of other bits or of another sign."""
-        own = self.get_extra_state()
-        if not torch.equal(state.cpu(), own):
-            of = [f"{bits} bits, {'signed' if sign else 'unsigned'}" for bits, sign in (state.tolist(), own.tolist())]
+        """Take up the limits; raise UserError where a state is that of other bits."""
+        bits, least, *_ = state.tolist()
+        if bits != self.bits:
             raise UserError(
-                f"a quantiser of the state has {of[0]}, that of the network {of[1]}: its scales would mean others; "
-                "load it into a network quantised with the same bits and images, or use save_compressed and "
+                f"a quantiser of the state has {bits} bits, that of the network {self.bits}: its scales would mean "
+                "others; load it into a network quantised with the same bits, or use save_compressed and "
                 "load_compressed"
             )
+        older = len(state) == 2  # the second number was whether there are values below zero
+        self.zero = least * 2 ** (bits - 1) if older else -least
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *given: Any) -> None:
         super()._load_from_state_dict(state, prefix, *given)
@@ -107,13 +137,13 @@ class WeightQuantizer(Quantizer):
 
     def __init__(self, bits: int, scales: int) -> None:
         super().__init__()
-        self.bits, self.signed = bits, True
-        self.low, self.high = limits(bits, signed=True)
+        self.bits, self.zero = bits, 2 ** (bits - 1)
+        self.low, self.high = limits(bits, self.zero)
         self.scale = nn.Parameter(torch.ones(scales))
 
     def calibrate(self, weight: Tensor) -> None:
         """Take the steps that suit the weights (see best_step)."""
-        self.scale.data = best_step(weight.detach().reshape(len(self.scale), -1), self.bits, signed=True)
+        self.scale.data = best_step(weight.detach().reshape(len(self.scale), -1), self.bits)
 
     def step(self, weight: Tensor) -> Tensor:
         """The scale, shaped to broadcast over the weights."""
@@ -130,21 +160,22 @@ class WeightQuantizer(Quantizer):
 
 
 class ActivationQuantizer(Quantizer):
-    """A tensor in `bits` bits with one scale; unsigned where calibration saw nothing below zero.
+    """A tensor in `bits` bits with one scale, on a grid with `zero` levels below zero, as many as calibration found
+    best: LSQ+ (Bhalgat et al. 2020) eq. 2, whose offset is a whole number of steps here, as in files, and not learned.
 
     keep is the share of values left unquantised at random (QDrop, Wei et al. 2022), 0 outside reconstruction.
     """
 
-    def __init__(self, bits: int, signed: bool = False) -> None:
+    def __init__(self, bits: int, zero: int = 0) -> None:
         super().__init__()
-        self.bits, self.signed, self.enabled, self.keep = bits, signed, True, 0.0
+        self.bits, self.zero, self.enabled, self.keep = bits, zero, True, 0.0
         self.scale = nn.Parameter(torch.ones(()))
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled or not x.numel():  # tokens of a kind that a network has none of
             return x
-        low, high = limits(self.bits, self.signed)
-        factor = (x.shape[1:].numel() * high) ** -0.5  # per sample: whatever the batch size
+        low, high = limits(self.bits, self.zero)
+        factor = (x.shape[1:].numel() * max(-low, high)) ** -0.5  # per sample: whatever the batch size
         quantised = learned_step(x, self.scale, low, high, factor)
         if not self.keep:
             return quantised

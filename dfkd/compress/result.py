@@ -56,10 +56,10 @@ def quantized(
         figures = {key: unit[key] for key in ("error_before", "error_after") if key in unit}
         figures |= {"note": f"rounded to nearest: {unit['skipped']}"} if "skipped" in unit else {}
         layers[unit["unit"]] = layers.get(unit["unit"], {"layer": unit["unit"]}) | figures
-    signed = [name for name, quantizer in activation_quantizers(network).items() if quantizer.signed]
+    zeros = {name: quantizer.zero for name, quantizer in activation_quantizers(network).items() if quantizer.zero}
     about = {
         "bits": {name: list(each) for name, each in bits.items()},
-        "signed": signed,
+        "zeros": zeros,
         "input": list(inputs[0].shape[1:]),
     }
     changed = remembered(network_of(model))
