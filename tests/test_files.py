@@ -198,6 +198,18 @@ def test_a_description_that_does_not_fit_is_refused_in_one_line(
     assert len(str(error.value)) < 500
 
 
+def test_a_folder_from_before_tensors_had_zero_points_loads(folder: Path) -> None:
+    about = json.loads((folder / "model.json").read_text())
+    signed = list(about["structure"]["quantized"].pop("zeros"))
+    about["structure"]["quantized"]["signed"] = signed
+    (folder / "model.json").write_text(json.dumps(about))
+    found = activation_quantizers(network_of(load_compressed(folder)))
+    assert 0 < len(signed) < len(found)
+    assert {name: each.zero for name, each in found.items() if each.zero} == {
+        name: 2 ** (found[name].bits - 1) for name in signed
+    }
+
+
 @pytest.mark.parametrize("key", ["conv1.weight", "conv1.quantizer.scale", "conv1.bias", "quantizers.relu_4.scale"])
 @pytest.mark.parametrize("change", ["absent", "of another shape"])
 def test_tensors_that_do_not_fit_are_refused_by_name(folder: Path, key: str, change: str) -> None:
