@@ -191,7 +191,9 @@ def train_source(out: Path, name: str, seed: int, keys: Mapping[str, str]) -> fl
     command = written({**keys, "seed": str(seed), "output": str(folder)})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        run(load_recipe(command), " ".join(["train.py", *command]))
+        code = run(load_recipe(command), " ".join(["train.py", *command]))
+    if code:  # a signal stopped it
+        sys.exit(code)
     return float(json.loads((folder / "results.json").read_text())["seconds"]["generator"])
 
 

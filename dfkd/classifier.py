@@ -1,6 +1,7 @@
 """A network together with the normalisation and input size it was trained for."""
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -89,7 +90,7 @@ class Classifier(nn.Module):
         if len(ours) < 2:
             raise UserError(f"{name}: mean {mean} and std {std} are lists, of one value per channel each")
         mean, std = ours
-        if len(mean) != len(std) or any(value <= 0 for value in std):
+        if len(mean) != len(std) or not all(0 < value < math.inf for value in std):
             raise UserError(f"{name}: mean {mean} and std {std} must be one value per channel each, std > 0")
         if not all(0 <= value <= 1 for value in mean):
             raise UserError(

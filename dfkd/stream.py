@@ -1,7 +1,6 @@
 """Batches of synthetic images with their targets, ready on the device, deterministic in (seed, rank, epoch, batch)."""
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -66,8 +65,8 @@ def from_noise(channels: int, size: int, classes: int, mean: float = 0.5, std: f
             f"from_noise takes whole numbers of channels, pixels a side and classes, got {channels!r}, {size!r} and "
             f"{classes!r}"
         )
-    if not (isinstance(mean, Real) and isinstance(std, Real)):
-        raise UserError(f"from_noise takes a mean and a std of pixels, numbers, got {mean!r} and {std!r}")
+    if not all(isinstance(each, Real) and math.isfinite(each) for each in (mean, std)):
+        raise UserError(f"from_noise takes a mean and a std of pixels, finite numbers, got {mean!r} and {std!r}")
     return partial(_noise, (channels, size, size), classes, mean, std)
 
 
@@ -107,7 +106,7 @@ def _given(
     return to_float(to_device(images[rows], shard.device)), to_device(labels[rows], shard.device)
 
 
-# What a stream's numbers may be, besides whole or any.
+# A stream's numbers by name: whether whole, what is allowed, and how that is said.
 NUMBERS: dict[str, tuple[type, Callable[[Any], bool], str]] = {
     "batch_size": (Integral, lambda x: x >= 2, "batch_size >= 2"),
     "num_batches": (Integral, lambda x: x >= 1, "num_batches >= 1"),
@@ -272,7 +271,7 @@ class SyntheticStream(IterableDataset):
 
     @property
     def batch_size(self) -> int:
-        """Images of a batch, 2 or more; another number forgets what was kept to be replayed."""
+        """Images of a batch, 2 or more; to set it forgets what was kept to be replayed."""
         return self._batch_size
 
     @batch_size.setter
@@ -408,7 +407,8 @@ class CalibrationReader:
         _check_stream(stream)
         if stream.replay is not None:
             raise UserError("a calibration reader takes batches by number, as often as it is asked; give replay=0")
-        if batches not in range(1, (stream.num_batches or sys.maxsize - 1) + 1):
+        given: Any = batches
+        if not (isinstance(given, Integral) and 1 <= int(given) <= (stream.num_batches or math.inf)):
             raise UserError(
                 f"a calibration reader takes 1 batch or more, and no more than its stream has, got {batches} of "
                 f"{stream.num_batches or 'an endless one'}"

@@ -327,6 +327,38 @@ def test_a_group_that_torch_pruning_cannot_follow_leaves_the_others() -> None:
         prune(edgenext, given, 0.3, images=16, inner_only=False)
 
 
+def test_a_group_whose_channels_torch_pruning_guesses_wrong_leaves_the_others() -> None:
+    def block(given: int, made: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(given, made, 3, padding=1, bias=False), nn.BatchNorm2d(made), nn.ReLU())
+
+    def forward(self: Any, x: Tensor) -> Tensor:  # a stage of CSPNet (Wang et al. 2020)
+        passed, worked = self.widen(self.stem(x)).chunk(2, 1)
+        worked = self.end(worked + self.second(self.first(worked)))
+        return self.head(self.join(torch.cat([passed, worked], 1)).mean((2, 3)))
+
+    parts = {name: block(8, 8) for name in ("first", "second", "end")}
+    parts |= {"stem": block(3, 8), "widen": block(8, 16), "join": block(16, 16), "head": nn.Linear(16, 4)}
+    csp = randomise(Small(forward, **parts), 0).eval()
+    done = prune(csp, [IMAGES], 0.5, images=16, repair="none")
+    widths = {name: len(done.model.get_submodule(f"{name}.0").weight) for name in parts if name != "head"}
+    assert [widths[name] for name in ("stem", "first", "join")] == [4, 4, 8]
+    assert done.model(IMAGES).shape == (16, 4)
+
+
+class Apart(nn.Linear):
+    """A linear layer whose forward takes two tensors."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().forward(x + y)
+
+
+def test_zeros_are_taken_of_layers_with_a_forward_or_a_bias_of_their_own() -> None:
+    network = Small(lambda self, x: self.b(self.a(x.mean((2, 3)), x.amax((2, 3)))), a=Apart(3, 8), b=nn.Linear(8, 4))
+    network.b.bias.data.fill_(5000.0)
+    done = prune(network.eval(), [IMAGES], 0.5, kind="weights", repair="none", images=16)
+    assert [int((done.model.get_submodule(name).weight == 0).sum()) > 0 for name in "ab"] == [True, True]
+
+
 def test_a_ridge_draws_towards_the_weights_that_are_left() -> None:
     images = [torch.rand(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))]
     moved = []

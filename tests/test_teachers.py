@@ -250,7 +250,9 @@ def test_resized_images_and_their_gradient_are_those_of_interpolate(size: int) -
         assert torch.allclose(classifier.resized(x.clone().requires_grad_()).double(), wanted, atol=1e-6)
 
 
-@pytest.mark.parametrize(("mean", "std"), [([0.5], []), ([0.5, 0.5], [1.0]), ([0.5], [0.0]), ([0.5], [-1.0])])
+@pytest.mark.parametrize(
+    ("mean", "std"), [([0.5], []), ([0.5, 0.5], [1.0]), ([0.5], [0.0]), ([0.5], [-1.0]), ([0.5], [math.nan])]
+)
 def test_a_bad_normalisation_is_refused(mean: list[float], std: list[float]) -> None:
     with pytest.raises(UserError, match=r"teacher digits: mean .* and std .* must be one value per channel"):
         Teacher(nn.Identity(), name="digits", mean=mean, std=std)

@@ -32,7 +32,8 @@ def cost(model: nn.Module, image: torch.Tensor) -> dict[str, Any]:
     counts = counter.get_flop_counts()
     # Of maps that are views a linear layer comes as a product of batches, as attention does everywhere.
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    calls = [counts.get(f"{type(model).__name__}.{name}".rstrip("."), {}) for name in linear]
+    outer = [name for name in linear if not any(name.startswith(f"{other}.") for other in linear)]
+    calls = [counts.get(f"{type(model).__name__}.{name}".rstrip("."), {}) for name in outer]
     flops = sum(counts.get("Global", {}).get(call, 0) for call in LAYERS)  # of no layers none
     flops += sum(each.get(torch.ops.aten.bmm, 0) for each in calls)
     layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]

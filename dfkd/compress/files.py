@@ -27,7 +27,7 @@ def save_compressed(folder: str | os.PathLike[str], model: nn.Module, descriptio
     does not say of normalisation and input size is the model's, where it is a Classifier.
     """
     network = network_of(model)
-    structure = description.get("structure", {})
+    structure = description.get("structure") or {}
     for key, made in (("quantized", quantized_layers(network)), ("channels", remembered(network))):
         if made and key not in structure:
             raise UserError(
@@ -70,16 +70,13 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
             size = quantized.get("input")  # of an image
             network = fold(trace(network, torch.zeros(1, *size) if size else None))
             insert(network, quantized["bits"], per_channel=True)
-            for name, quantizer in activation_quantizers(network).items():
-                if "zeros" in quantized:
-                    quantizer.zero = quantized["zeros"].get(name, 0)
-                elif name in quantized["signed"]:  # a folder from before tensors had zero points
-                    quantizer.zero = 2 ** (quantizer.bits - 1)
         own: Any = network.state_dict()
         state: Any = OrderedDict((key, each) for key, each in own.items() if key.endswith("num_batches_tracked"))
         state.update(_decoded(network, own_names(network, tensors)))
         state._metadata = own._metadata  # torchvision's MNASNet refuses one without
         network.load_state_dict(state)
+        if quantized:
+            _take_up_zeros(network, quantized)
     except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:  # a description that is wrong
         reason = in_a_line(error)
         kind = "" if isinstance(error, RuntimeError | UserError) else f"{type(error).__name__}: "
@@ -92,6 +89,14 @@ def load_compressed(folder: str | os.PathLike[str], trust_code: bool = False, mo
         std=about.get("std", []),
         input_size=about.get("input_size"),
     ).eval()
+
+
+def _take_up_zeros(network: nn.Module, quantized: Mapping[str, Any]) -> None:
+    for name, quantizer in activation_quantizers(network).items():
+        if "zeros" in quantized:
+            quantizer.zero = quantized["zeros"].get(name, 0)
+        elif name in quantized["signed"]:  # a folder from before tensors had zero points
+            quantizer.zero = 2 ** (quantizer.bits - 1)
 
 
 def _decoded(network: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -174,7 +174,8 @@ class Fit:
         """One student update on batch `step` of the stream; returns detached scalars on the device (no host sync)."""
         if self.student.training == self.hold_norms:  # whoever measured it between two steps may have left it so
             self.student.train(not self.hold_norms)
-        # For layers that draw in their forward, of a generator that learns too: the same after a resume.
+        # What layers draw in their forward (dropout), the student's and those of a generator that is still learning,
+        # is the same after a resume.
         reseed(self.ramp.device, self.stream.seed, "student", self.stream.shard.rank, step)
         given = self.stream.watched_batch(step, watch=self.hints.watch_teacher if self.hints is not None else None)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
@@ -244,7 +245,8 @@ class Fit:
             self.stream.replay.load_state_dict(state["replay"])
 
     def run(self) -> nn.Module:
-        """All steps; returns the student in eval mode. torch's global generators are left as they were.
+        """All steps, with an empty replay ring at first; returns the student in eval mode. torch's global generators
+        are left as they were.
 
         Raises UserError where the student has diverged.
         """

@@ -128,8 +128,9 @@ class Quantizer(nn.Module):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *given: Any) -> None:
         super()._load_from_state_dict(state, prefix, *given)
         absent, key = given[2], prefix + "_extra_state"
-        if key in absent:  # a state that was saved without
+        if key in absent:  # a state that was saved without: of symmetric grids
             absent.remove(key)
+            self.zero = 2 ** (self.bits - 1) if self.zero else 0
 
 
 class WeightQuantizer(Quantizer):
