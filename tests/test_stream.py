@@ -595,7 +595,7 @@ def test_what_no_stream_can_be_made_of_is_refused(make_stream: MakeStream) -> No
             CalibrationReader(make_stream(num_batches=4), "x", batches)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"epoch is a whole number, got 1\.5"):
         make_stream().batch(0, epoch=1.5)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"a mean and a std of pixels, numbers, got None and 0\.25"):
+    with pytest.raises(UserError, match=r"a mean and a std of pixels, finite numbers, got None and 0\.25"):
         from_noise(1, 8, 3, mean=None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"from_generator takes a generator .* got a int"):
         from_generator(3)  # type: ignore[arg-type]
